@@ -1,0 +1,39 @@
+# Two commands set everything up on a fresh machine: `make quickstart` runs the main job, `make test` the tests.
+# They need Python 3.10-3.13 with venv, and g++ (Debian, Ubuntu: apt-get install g++ python3-venv).
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/pip --disable-pip-version-check install --quiet --constraint constraints.txt
+BUILD  := setup.py CMakeLists.txt pyproject.toml constraints.txt $(wildcard csrc/*.* csrc/*/*.*)
+
+.PHONY: quickstart test test-slow lint clean
+
+# Editable, so that a change of Python needs no second install. Without isolation: torch is no build requirement, and the
+# pinned cmake, ninja and pybind11 are the ones that build.
+$(VENV)/installed: $(BUILD)
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) torch triton numpy
+	$(PIP) cmake ninja pybind11 setuptools wheel
+	$(PIP) --no-build-isolation --editable '.[triton,train]'
+	@touch $@
+
+$(VENV)/installed-tests: $(VENV)/installed
+	$(PIP) --no-build-isolation --editable '.[triton,train,test]'
+	@touch $@
+
+quickstart: $(VENV)/installed
+	$(BIN)/fastpref train examples/quickstart.yaml
+
+test: $(VENV)/installed-tests lint
+	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/installed-tests
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/installed-tests
+	$(BIN)/ruff check .
+	$(BIN)/mypy fastpref
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info fastpref/_native*.so

@@ -1,0 +1,151 @@
+"""Checks of what the public functions take: one clear line naming the argument, what it got and what it takes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .losses import Loss
+from .walk import Options
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def loss_name(loss: object) -> str:
+    return getattr(loss, "name", "") or getattr(loss, "__name__", type(loss).__name__)
+
+
+def require(ok: bool, argument: str, got: object, takes: str, error: type[Exception] = ValueError) -> None:
+    if not ok:
+        raise error(f"{argument} is {got}; it takes {takes}")
+
+
+def check_vector(argument: str, x: Tensor | None, shape: Sequence[int], like: Tensor) -> None:
+    if x is None:
+        return
+    require(isinstance(x, Tensor), argument, f"a {type(x).__name__}", "a tensor", TypeError)
+    require(tuple(x.shape) == tuple(shape), argument, f"of shape {tuple(x.shape)}", f"shape {tuple(shape)}")
+    require(x.device == like.device, argument, f"on {x.device}", f"{like.device}, the device of hidden")
+
+
+def options_of(
+    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, ignore_index: int, softcap: float | None,
+    logit_scale: float, temperature: float, memory_budget: int | None, backend: str | None,
+) -> Options:  # fmt: skip
+    """Checks what both functions take, and settles the compute dtype."""
+    for name, x in (("hidden", hidden), ("weight", weight), ("targets", targets)):
+        require(isinstance(x, Tensor), name, f"a {type(x).__name__}", "a tensor", TypeError)
+    require(hidden.dim() >= 1, "hidden", f"of shape {tuple(hidden.shape)}", "[..., H]")
+    require(weight.dim() == 2, "weight", f"of shape {tuple(weight.shape)}", "[V, H]")
+    require(weight.shape[1] == hidden.shape[-1], "weight", f"of shape {tuple(weight.shape)}",
+             f"[V, {hidden.shape[-1]}], the width of hidden")  # fmt: skip
+    require(weight.shape[0] > 0, "weight", f"of shape {tuple(weight.shape)}", "at least one row (an empty shard?)")
+    for name, x in (("hidden", hidden), ("weight", weight)):
+        require(x.dtype in _DTYPES, name, x.dtype, "float32, bfloat16, float16 or float64", TypeError)
+    require(targets.dtype == torch.int64, "targets", targets.dtype, "int64", TypeError)
+    check_vector("targets", targets, hidden.shape[:-1], hidden)
+    require(weight.device == hidden.device, "weight", f"on {weight.device}", f"{hidden.device}, the device of hidden")
+    check_vector("bias", bias, weight.shape[:1], hidden)
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):
+        compute = torch.get_autocast_dtype(device)
+    else:
+        compute = hidden.dtype
+        require(
+            weight.dtype == compute, "weight", weight.dtype, f"{compute}, the dtype of hidden (or autocast)", TypeError
+        )
+    for name, value in (("logit_scale", logit_scale), ("temperature", temperature), ("softcap", softcap)):
+        if value is not None or name != "softcap":
+            require(isinstance(value, int | float) and value > 0, name, repr(value), "a number above 0")
+    require(isinstance(ignore_index, int), "ignore_index", repr(ignore_index), "an integer", TypeError)
+    require(memory_budget is None or (isinstance(memory_budget, int) and memory_budget > 0), "memory_budget",
+             repr(memory_budget), "a positive number of bytes, or None")  # fmt: skip
+    recording = torch.is_grad_enabled()
+    needs = (
+        recording and hidden.requires_grad,
+        recording and weight.requires_grad,
+        recording and bias is not None and bias.requires_grad,
+    )
+    return Options(
+        ignore_index,
+        None if softcap is None else float(softcap),
+        float(logit_scale),
+        float(temperature),
+        memory_budget,
+        backend or "auto",
+        compute,
+        needs,
+    )
+
+
+def check_layout(hidden: Tensor, targets: Tensor, cu_seqlens: Sequence[int] | None) -> int:
+    """The number of sequences."""
+    if cu_seqlens is None:
+        require(targets.dim() == 2, "targets", f"of shape {tuple(targets.shape)} without cu_seqlens",
+                 "[S, T] (padded), or [N] with cu_seqlens (packed)")  # fmt: skip
+        return targets.shape[0]
+    require(targets.dim() == 1, "targets", f"of shape {tuple(targets.shape)} with cu_seqlens", "[N] (packed)")
+    ends = list(cu_seqlens)
+    ok = len(ends) >= 1 and ends[0] == 0 and ends[-1] == targets.shape[0] and ends == sorted(ends)
+    require(ok, "cu_seqlens", ends if len(ends) < 20 else f"{ends[:20]}...",
+             f"offsets from 0 to {targets.shape[0]} (rows of hidden), never falling")  # fmt: skip
+    return len(ends) - 1
+
+
+def check_reference(
+    loss: object, sequences: int, hidden: Tensor, targets: Tensor, ref_logps: Tensor | None, ref_hidden: Tensor | None,
+    ref_weight: Tensor | None, ref_bias: Tensor | None,
+) -> None:  # fmt: skip
+    check_vector("ref_logps", ref_logps, (sequences,), hidden)
+    if getattr(loss, "needs_reference", False) and ref_logps is None and ref_hidden is None:
+        raise ValueError(f"ref_logps is None; {loss_name(loss)} takes ref_logps [S], or ref_hidden and ref_weight")
+    require(ref_logps is None or ref_hidden is None, "ref_logps", "given beside ref_hidden", "one of the two")
+    require(
+        (ref_hidden is None) == (ref_weight is None),
+        "ref_weight",
+        "missing" if ref_weight is None else "given without ref_hidden",
+        "ref_hidden and ref_weight together",
+    )
+    require(ref_bias is None or ref_weight is not None, "ref_bias", "given without ref_weight", "ref_weight beside it")
+    if ref_hidden is None or ref_weight is None:
+        return
+    for name, x in (("ref_hidden", ref_hidden), ("ref_weight", ref_weight)):
+        require(x.dtype in _DTYPES, name, x.dtype, "float32, bfloat16, float16 or float64", TypeError)
+    check_vector("ref_hidden", ref_hidden, (*targets.shape, ref_hidden.shape[-1]), hidden)
+    require(
+        ref_weight.dim() == 2 and ref_weight.shape[1] == ref_hidden.shape[-1],
+        "ref_weight",
+        f"of shape {tuple(ref_weight.shape)}",
+        f"[V, {ref_hidden.shape[-1]}], the width of ref_hidden",
+    )
+    check_vector("ref_bias", ref_bias, ref_weight.shape[:1], hidden)
+
+
+def check_kto(
+    loss: object, sequences: int, hidden: Tensor, desirable: Tensor | None, kl_logps: Tensor | None,
+    ref_kl_logps: Tensor | None,
+) -> Tensor | None:  # fmt: skip
+    """KTO's baseline before its clamp: mean of kl_logps - ref_kl_logps."""
+    given = {"desirable": desirable, "kl_logps": kl_logps, "ref_kl_logps": ref_kl_logps}
+    for name, x in given.items():
+        if getattr(loss, "needs_kl", False):
+            takes = "bool [S]" if name == "desirable" else "[K] sequence log-probs of the mismatched pairs"
+            require(x is not None, name, "None", f"{takes}: {loss_name(loss)} needs it")
+        elif isinstance(loss, Loss):
+            require(x is None, name, f"given to {loss_name(loss)}", "None: only losses such as kto use it")
+    if desirable is not None:
+        check_vector("desirable", desirable, (sequences,), hidden)
+        require(desirable.dtype == torch.bool, "desirable", desirable.dtype, "bool", TypeError)
+    if kl_logps is None and ref_kl_logps is None:
+        return None
+    require(kl_logps is not None and ref_kl_logps is not None, "kl_logps", "given without the other",
+             "kl_logps and ref_kl_logps together")  # fmt: skip
+    assert kl_logps is not None and ref_kl_logps is not None
+    require(
+        kl_logps.dim() == 1 and kl_logps.shape[0] > 0, "kl_logps", f"of shape {tuple(kl_logps.shape)}", "[K] with K > 0"
+    )
+    check_vector("kl_logps", kl_logps, kl_logps.shape, hidden)
+    check_vector("ref_kl_logps", ref_kl_logps, kl_logps.shape, hidden)
+    return (kl_logps.detach().float() - ref_kl_logps.detach().float()).mean()

@@ -1,0 +1,535 @@
+"""The LM head fused with log-softmax and a preference loss: the `[N, V]` logits never exist.
+
+The two public functions, their autograd, and the custom ops that torch.compile sees. The work is done in walk.py, which
+walks a `Plan` (plan.py): tiles are multiplied with the head, the rows (rows/) turn logits into log-probs and residuals,
+the loss (losses.py) turns sequence log-probs into one scalar a sequence, and two more GEMMs make the gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import losses, rows
+from .arguments import check_kto, check_layout, check_reference, check_vector, loss_name, options_of, require
+from .losses import Loss, LossFunction, SequenceLogps, Totals
+from .plan import Plan, plan
+from .walk import (
+    Head,
+    Options,
+    Scored,
+    Walk,
+    check_targets,
+    gradients,
+    head_of,
+    on_device,
+    problem_of,
+    segment_sum,
+    step,
+)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Custom ops: what torch.compile sees. A loss travels as its name and options.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _three(needs: Sequence[bool]) -> tuple[bool, bool, bool]:
+    """A custom op gets its booleans as a list."""
+    return bool(needs[0]), bool(needs[1]), bool(needs[2])
+
+
+def _present(x: Tensor | None, like: Tensor) -> Tensor:
+    return like.new_empty(0) if x is None else x
+
+
+@torch.library.custom_op("fastpref::preference_step", mutates_args=())
+def _preference_step(
+    loss: str,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    cu_seqlens: Sequence[int] | None,
+    ref_logps: Tensor | None,
+    ref_hidden: Tensor | None,
+    ref_weight: Tensor | None,
+    ref_bias: Tensor | None,
+    desirable: Tensor | None,
+    kl: Tensor | None,
+    token_weights: Tensor | None,
+    totals: Tensor | None,
+    ignore_index: int,
+    softcap: float | None,
+    logit_scale: float,
+    temperature: float,
+    memory_budget: int | None,
+    backend: str,
+    compute_dtype: torch.dtype,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss, logps, ref_logps, lengths, dX, dW, db); what there is none of is empty."""
+    reference = ref_logps if ref_hidden is None or ref_weight is None else (ref_hidden, ref_weight, ref_bias)
+    value, logps, ref, lengths, dx, dw, db = step(
+        losses.from_spec(loss), hidden, weight, bias, targets, cu_seqlens, reference, desirable, kl, token_weights,
+        None if totals is None else Totals(*totals.unbind()),
+        Options(ignore_index, softcap, logit_scale, temperature, memory_budget, backend, compute_dtype, _three(needs)),
+    )  # fmt: skip
+    ref = None if ref is ref_logps else ref  # an op may not return its input
+    ref, dx, dw, db = (_present(x, logps) for x in (ref, dx, dw, db))
+    return value, logps, ref, lengths, dx, dw, db
+
+
+@_preference_step.register_fake
+def _(
+    loss, hidden, weight, bias, targets, cu_seqlens, ref_logps, ref_hidden, ref_weight, ref_bias, desirable, kl,
+    token_weights, totals, ignore_index, softcap, logit_scale, temperature, memory_budget, backend, compute_dtype,
+    needs,
+):  # fmt: skip
+    stats = rows.stats_dtype(compute_dtype)
+    sequences = targets.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+    logps = hidden.new_empty(sequences, dtype=stats)
+    return (
+        logps.new_empty(()),
+        logps,
+        logps.new_empty(sequences if ref_hidden is not None else 0),
+        logps.new_empty(sequences, dtype=torch.int64),
+        torch.empty_like(hidden, memory_format=torch.contiguous_format) if needs[0] else logps.new_empty(0),
+        torch.empty_like(weight, memory_format=torch.contiguous_format) if needs[1] else logps.new_empty(0),
+        torch.empty_like(bias) if needs[2] else logps.new_empty(0),
+    )
+
+
+class _Late(NamedTuple):
+    """A call whose scalars arrive in backward: one sequence of compact rows."""
+
+    scored: Scored
+    head: Head
+    schedule: Plan
+
+    @classmethod
+    def new(
+        cls,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        index: Tensor | None,
+        options: Options,
+    ) -> _Late:
+        count = targets.shape[0]
+        scored = Scored(hidden, index, targets, (count,), targets, None)
+        return cls(scored, head_of(weight, bias, options), _late_plan(hidden, weight, targets, index, options))
+
+
+def _late_plan(hidden: Tensor, weight: Tensor, targets: Tensor, index: Tensor | None, options: Options) -> Plan:
+    problem = problem_of((targets.shape[0],), hidden, weight, index, "batch", options, late=True)
+    return plan(problem, options.memory_budget)
+
+
+@torch.library.custom_op("fastpref::linear_logps", mutates_args=())
+def _linear_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    index: Tensor | None,
+    ignore_index: int,
+    softcap: float | None,
+    logit_scale: float,
+    temperature: float,
+    memory_budget: int | None,
+    backend: str,
+    compute_dtype: torch.dtype,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(logps, lse, scale, kept), [N] each; kept: the stash, or with a frozen head dX before its row scale."""
+    options = Options(
+        ignore_index, softcap, logit_scale, temperature, memory_budget, backend, compute_dtype, _three(needs)
+    )
+    check_targets(targets, weight.shape[0], ignore_index)
+    scored, head, schedule = _Late.new(hidden, weight, bias, targets, index, options)
+    walk = Walk(scored, head, schedule)
+    if schedule.scheme == "frozen":
+        dx, _, _ = gradients(scored, head, schedule, weight, bias, options.needs)
+        assert dx is not None
+        walk.frozen(dx)
+        return walk.logps, walk.lse, walk.scale, dx.grad
+    if schedule.scheme == "forward":
+        walk.forward_only()
+    else:
+        walk.forward(schedule.problem.whole, walk.stash)
+    return walk.logps, walk.lse, walk.scale, walk.stash
+
+
+@_linear_logps.register_fake
+def _(
+    hidden, weight, bias, targets, index, ignore_index, softcap, logit_scale, temperature, memory_budget, backend,
+    compute_dtype, needs,
+):  # fmt: skip
+    options = Options(ignore_index, softcap, logit_scale, temperature, memory_budget, backend, compute_dtype, needs)
+    schedule = _late_plan(hidden, weight, targets, index, options)
+    stats = hidden.new_empty(targets.shape, dtype=rows.stats_dtype(compute_dtype))
+    if schedule.scheme == "frozen":
+        kept = torch.empty_like(hidden, memory_format=torch.contiguous_format)
+    else:
+        kept = hidden.new_empty(schedule.stash_rows, weight.shape[0], dtype=compute_dtype)
+    return stats, torch.empty_like(stats), torch.empty_like(stats), kept
+
+
+@torch.library.custom_op("fastpref::linear_logps_backward", mutates_args=())
+def _linear_logps_backward(
+    grad: Tensor,
+    lse: Tensor,
+    scale: Tensor,
+    kept: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    index: Tensor | None,
+    ignore_index: int,
+    softcap: float | None,
+    logit_scale: float,
+    temperature: float,
+    memory_budget: int | None,
+    backend: str,
+    compute_dtype: torch.dtype,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dX, dW, db) for dL/dlogps = grad, [N]; what is not needed is empty."""
+    options = Options(
+        ignore_index, softcap, logit_scale, temperature, memory_budget, backend, compute_dtype, _three(needs)
+    )
+    scored, head, schedule = _Late.new(hidden, weight, bias, targets, index, options)
+    ga = grad.to(lse.dtype)
+    if schedule.scheme == "frozen":
+        w = ga * scale
+        if index is not None:
+            w = w.new_zeros(hidden.shape[0]).index_copy_(0, index, w)
+        return torch.mul(kept, w[:, None], out=torch.empty_like(kept)), grad.new_empty(0), grad.new_empty(0)
+    walk = Walk(scored, head, schedule, kept)
+    walk.lse = lse
+    dx, dw, db = gradients(scored, head, schedule, weight, bias, options.needs)
+    if schedule.scheme == "groups":
+        walk.backward(schedule.problem.whole, ga * scale, dx, dw, db)
+    else:
+        walk.recompute(ga * scale, ga, dx, dw, db)
+    return (
+        _present(None if dx is None else dx.grad, grad),
+        _present(None if dw is None else dw.finish(), grad),
+        _present(None if db is None or bias is None else db.to(bias.dtype), grad),
+    )
+
+
+@_linear_logps_backward.register_fake
+def _(
+    grad, lse, scale, kept, hidden, weight, bias, targets, index, ignore_index, softcap, logit_scale, temperature,
+    memory_budget, backend, compute_dtype, needs,
+):  # fmt: skip
+    return tuple(
+        torch.empty_like(x, memory_format=torch.contiguous_format) if need else grad.new_empty(0)
+        for x, need in zip((hidden, weight, bias), needs)
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Autograd
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class _LinearLogps(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets, index, options):
+        logps, lse, scale, kept = torch.ops.fastpref.linear_logps(hidden, weight, bias, targets, index, *options)
+        ctx.save_for_backward(lse, scale, kept, hidden, weight, bias, targets, index)
+        ctx.options = options
+        return logps
+
+    @staticmethod
+    def backward(ctx, grad):
+        grads = torch.ops.fastpref.linear_logps_backward(grad, *ctx.saved_tensors, *ctx.options)
+        dx, dw, db = (x if need else None for x, need in zip(grads, ctx.options.needs))
+        return dx, dw, db, None, None, None
+
+
+class _PreferenceLoss(torch.autograd.Function):
+    """The gradients are made in forward; backward multiplies them with the upstream gradient."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, loss, options, *inputs):
+        value, logps, ref_logps, lengths, *grads = _preference_step_of(loss, hidden, weight, bias, inputs, options)
+        ctx.mark_non_differentiable(logps, ref_logps, lengths)
+        ctx.needs, ctx.others = options.needs, len(inputs) + 2
+        if torch.compiler.is_compiling():
+            ctx.save_for_backward(*grads)
+        else:
+            # Not as saved tensors: those stay alive while autograd takes a gradient over, and it would copy them.
+            ctx.grads = [grad if need else None for grad, need in zip(grads, options.needs)]
+        return value, logps, ref_logps, lengths
+
+    @staticmethod
+    def backward(ctx, upstream, *_):
+        nothing = (None,) * ctx.others
+        if torch.compiler.is_compiling():
+            dx, dw, db = (g * upstream.to(g.dtype) if need else None for g, need in zip(ctx.saved_tensors, ctx.needs))
+            return dx, dw, db, *nothing
+        if ctx.grads is None:
+            raise RuntimeError("second backward through linear_preference_loss: give the first retain_graph=True")
+        grads = ctx.grads
+        if torch._C._autograd._get_current_graph_task_keep_graph():
+            return *(None if g is None else g * upstream.to(g.dtype) for g in grads), *nothing
+        ctx.grads = None
+        for grad in grads:
+            if grad is not None:
+                _scale_(grad, upstream)
+        return *grads, *nothing
+
+
+def _preference_step_of(
+    loss: Loss, hidden: Tensor, weight: Tensor, bias: Tensor | None, inputs: tuple, options: Options
+) -> tuple[Tensor, ...]:
+    """Losses of ours through the custom op; a class of the user's, which no op can carry, directly."""
+    if loss.spec is not None:
+        return torch.ops.fastpref.preference_step(loss.spec, hidden, weight, bias, *inputs, *options)
+    targets, cu_seqlens, ref_logps, ref_hidden, ref_weight, ref_bias, desirable, kl, token_weights, totals = inputs
+    reference = ref_logps if ref_hidden is None else (ref_hidden, ref_weight, ref_bias)
+    value, logps, ref, *rest = step(
+        loss, hidden, weight, bias, targets, cu_seqlens, reference, desirable, kl, token_weights,
+        None if totals is None else Totals(*totals.unbind()), options,
+    )  # fmt: skip
+    return value, logps, *(_present(x, logps) for x in (None if ref is ref_logps else ref, *rest))
+
+
+def _scale_(grad: Tensor, upstream: Tensor) -> None:
+    """grad *= upstream; no pass over grad when it is 1."""
+    if upstream.device.type != "cpu" or upstream.item() != 1.0:
+        grad.mul_(upstream.to(grad.dtype))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The two public functions
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class PreferenceOutput(NamedTuple):
+    """What `linear_preference_loss` returns."""
+
+    loss: Tensor  # scalar, differentiable with respect to hidden, weight and bias
+    logps: Tensor  # [S] sequence log-probs, nats, fp32, detached
+    ref_logps: Tensor | None  # [S] the same under the reference
+    lengths: Tensor  # [S] int64, scored tokens
+    metrics: dict[str, Tensor]  # see `fastpref.losses.metrics`
+
+
+def linear_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    temperature: float = 1.0,
+    memory_budget: int | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Token log-probs of a language-model head without its logits, differentiable:
+
+        z = softcap(logit_scale * (hidden weight^T + bias)) / temperature,    logp_i = z_i[targets_i] - logsumexp(z_i)
+
+    with softcap(u) = softcap * tanh(u / softcap). One GEMM forward; backward two, plus one more for the share of rows
+    whose residuals did not fit the budget. With a frozen `weight` two in all.
+
+    Args:
+        hidden: [..., H] hidden states; fp32, bf16, fp16 or fp64.
+        weight: [V, H] the head; the dtype of `hidden` (under autocast any: both are then used in the autocast dtype).
+        targets: [...] int64, already shifted: targets[i] is the token that hidden[i] predicts.
+        bias: [V].
+        ignore_index: targets of this value are not scored: they cost nothing and get 0.
+        softcap, logit_scale, temperature: as in the formula (Gemma 2: softcap 30).
+        memory_budget: bytes for tiles of logits and residuals (None: 2 GiB on CUDA, 256 MiB elsewhere); the residuals
+            kept for backward are part of it. See `fastpref.plan`.
+        backend: row kernels: "reference", "native", "triton", "cuda"; None chooses.
+
+    Returns:
+        The shape of `targets`, nats; fp32 (fp64 for fp64 inputs); 0 where ignored.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what it got and what it takes. On CUDA a target outside [0, V) gives
+            NaN in its row instead (FASTPREF_DEBUG=1 checks, and synchronises).
+
+    The padded form synchronises once on CUDA (to pick the scored rows), unless nothing is scored selectively under
+    torch.compile, where ignored rows cost as much as scored ones.
+    """
+    options = options_of(
+        hidden, weight, targets, bias, ignore_index, softcap, logit_scale, temperature, memory_budget, backend
+    )
+    return _token_logps(hidden, weight, bias, targets, options, pick=True)
+
+
+def linear_preference_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    loss: str | Loss | LossFunction = "dpo",
+    cu_seqlens: Sequence[int] | Tensor | None = None,
+    bias: Tensor | None = None,
+    ref_logps: Tensor | None = None,
+    ref_hidden: Tensor | None = None,
+    ref_weight: Tensor | None = None,
+    ref_bias: Tensor | None = None,
+    desirable: Tensor | None = None,
+    kl_logps: Tensor | None = None,
+    ref_kl_logps: Tensor | None = None,
+    token_weights: Tensor | None = None,
+    totals: Totals | None = None,
+    ignore_index: int = -100,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    temperature: float = 1.0,
+    memory_budget: int | None = None,
+    backend: str | None = None,
+) -> PreferenceOutput:
+    """A preference loss of a language-model head and its gradients, in one pass of three GEMMs (two if `weight` is
+    frozen, one without gradients) and without the logits:
+
+        logp_s = sum over the scored tokens of s of token_weight * log pi(token),    loss = f(logp_1 ... logp_S)
+
+    Args:
+        hidden: padded [S, T, H], or packed [N, H] with `cu_seqlens`. For pairwise losses the first half of the
+            sequences is chosen, the second rejected, pair by pair. Rows that predict nothing may be left out.
+        weight: [V, H]; bias: [V].
+        targets: [S, T] or [N] int64, already shifted; `ignore_index` where nothing is scored.
+        loss: a name ("dpo", "rpo", ...), an object of `fastpref.losses`, or any callable `SequenceLogps -> scalar`.
+        cu_seqlens: [S + 1] row offsets of the sequences of a packed input, on the host (list or CPU tensor): nothing
+            synchronises. On CUDA the ignored rows of a packed input cost as much as scored ones: leave them out.
+        ref_logps: [S] sequence log-probs of the reference; or ref_hidden (rows as hidden), ref_weight and ref_bias,
+            from which they are computed here, without gradient.
+        desirable: bool [S]; kl_logps, ref_kl_logps: [K] sequence log-probs of the mismatched pairs (KTO).
+        token_weights: the shape of targets; multiplies token log-probs (1 by default).
+        totals: what the means divide by, where this call is a part of a larger batch (see `Totals`).
+        ignore_index, softcap, logit_scale, temperature, memory_budget, backend: as in `linear_logps`.
+
+    Returns:
+        PreferenceOutput: loss (scalar fp32, differentiable w.r.t. hidden, weight and bias), logps [S], ref_logps [S] or
+        None, lengths [S], metrics (TRL's names, one value a pair or sequence).
+
+    Raises:
+        ValueError, TypeError: naming the argument, what it got and what it takes. On CUDA a target outside [0, V) gives
+            NaN in its sequence instead (FASTPREF_DEBUG=1 checks, and synchronises).
+
+    Gradients are computed in forward if autograd is recording. Not differentiable twice.
+    """
+    if isinstance(loss, str):
+        loss = losses.get_loss(loss)
+    if not callable(loss):
+        raise TypeError(f"loss is a {type(loss).__name__}; it takes a name, an object of fastpref.losses or a callable")
+    options = options_of(
+        hidden, weight, targets, bias, ignore_index, softcap, logit_scale, temperature, memory_budget, backend
+    )
+    if isinstance(cu_seqlens, Tensor):
+        require(cu_seqlens.device.type == "cpu", "cu_seqlens", f"on {cu_seqlens.device}", "a list or a CPU tensor")
+        cu_seqlens = cu_seqlens.tolist()
+    sequences = check_layout(hidden, targets, cu_seqlens)
+    pairwise = getattr(loss, "pairwise", False)
+    require(not pairwise or sequences % 2 == 0, "targets", f"of {sequences} sequences",
+             f"an even number: {loss_name(loss)} compares the first half (chosen) with the second")  # fmt: skip
+    check_vector("token_weights", token_weights, targets.shape, hidden)
+    check_reference(loss, sequences, hidden, targets, ref_logps, ref_hidden, ref_weight, ref_bias)
+    kl = check_kto(loss, sequences, hidden, desirable, kl_logps, ref_kl_logps)
+    if totals is not None and not isinstance(totals, Totals):
+        raise TypeError(f"totals is a {type(totals).__name__}; it takes a fastpref.Totals")
+
+    detached = [x.detach() if x is not None else None for x in (ref_logps, ref_hidden, ref_weight, ref_bias)]
+    ref_logps, ref_hidden, ref_weight, ref_bias = detached
+    stats = rows.stats_dtype(options.compute_dtype)
+    ref_logps = None if ref_logps is None else ref_logps.to(stats)
+    declared = isinstance(loss, Loss) and (loss.spec is not None or not torch.compiler.is_compiling())
+    if declared:
+        inputs = (
+            targets, cu_seqlens, ref_logps, ref_hidden, ref_weight, ref_bias, desirable, kl,
+            None if token_weights is None else token_weights.detach(), _totals_tensor(totals, hidden.device, stats),
+        )  # fmt: skip
+        value, logps, computed_ref, lengths = _PreferenceLoss.apply(hidden, weight, bias, loss, options, *inputs)
+        ref_logps = computed_ref if ref_hidden is not None else ref_logps
+        seq = SequenceLogps(logps, lengths, Totals(1, 1, 1), ref_logps, desirable, kl)
+    else:
+        seq, value = _free_loss(
+            loss, hidden, weight, bias, targets, cu_seqlens, ref_logps, (ref_hidden, ref_weight, ref_bias), desirable,
+            kl, token_weights, totals, options,
+        )  # fmt: skip
+    return PreferenceOutput(value, seq.logps, seq.ref_logps, seq.lengths.long(), losses.metrics(loss, seq))
+
+
+def _free_loss(
+    loss: LossFunction,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    cu_seqlens: Sequence[int] | None,
+    ref_logps: Tensor | None,
+    reference: tuple[Tensor | None, Tensor | None, Tensor | None],
+    desirable: Tensor | None,
+    kl: Tensor | None,
+    token_weights: Tensor | None,
+    totals: Totals | None,
+    options: Options,
+) -> tuple[SequenceLogps, Tensor]:
+    """A callable that says nothing of itself: ordinary autograd over the whole batch, between the log-prob ops."""
+    stats = rows.stats_dtype(options.compute_dtype)
+    sizes = None if cu_seqlens is None else tuple(b - a for a, b in zip(cu_seqlens, cu_seqlens[1:]))
+
+    def per_sequence(values: Tensor) -> Tensor:
+        if sizes is None:
+            return values.double().sum(1)
+        return segment_sum(values, on_device(sizes, values.device))
+
+    def sequence_logps(hidden: Tensor, weight: Tensor, bias: Tensor | None, options: Options) -> Tensor:
+        logps = _token_logps(hidden, weight, bias, targets, options, pick=sizes is None)
+        return per_sequence(logps if token_weights is None else logps * token_weights.detach()).to(stats)
+
+    ref_hidden, ref_weight, ref_bias = reference
+    if ref_hidden is not None and ref_weight is not None:
+        no_gradients = options._replace(needs=(False, False, False))
+        ref_logps = sequence_logps(ref_hidden, ref_weight, ref_bias, no_gradients)
+    lengths = per_sequence(targets != options.ignore_index).to(stats)
+    logps = sequence_logps(hidden, weight, bias, options)
+    if totals is None:
+        totals = Totals(lengths.shape[0], lengths.sum(), lengths.chunk(2)[0].sum())
+    seq = SequenceLogps(logps, lengths, totals, ref_logps, desirable, kl)
+    value = losses.evaluate(loss, seq)
+    return replace(seq, logps=logps.detach()), value
+
+
+def _token_logps(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: Options, *, pick: bool
+) -> Tensor:
+    """Token log-probs in the shape of targets. pick: only scored rows enter the GEMM, at a synchronisation on CUDA."""
+    flat_hidden, flat = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+    index = None
+    if (pick or flat.device.type == "cpu") and not torch.compiler.is_compiling():
+        scored = flat != options.ignore_index
+        count = int(scored.sum())
+        if count < flat.shape[0]:
+            index = torch.nonzero_static(scored, size=count)[:, 0]
+            flat = flat[index]
+    logps = _LinearLogps.apply(flat_hidden, weight, bias, flat, index, options)
+    if index is not None:
+        logps = logps.new_zeros(targets.numel()).index_copy(0, index, logps)
+    return logps.view(targets.shape)
+
+
+def _totals_tensor(totals: Totals | None, device: torch.device, dtype: torch.dtype) -> Tensor | None:
+    if totals is None:
+        return None
+    counts = (totals.sequences, totals.tokens, totals.chosen_tokens)
+    if any(isinstance(count, Tensor) for count in counts):
+        return torch.stack([torch.as_tensor(count, dtype=dtype, device=device) for count in counts])
+    return on_device(tuple(int(count) for count in counts), device).to(dtype)

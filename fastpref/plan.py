@@ -1,0 +1,313 @@
+"""From a memory budget to a schedule: which rows are multiplied with the head when, and what is kept. Pure Python.
+
+One GEMM is 2 * N * V * H floating-point operations (N scored rows, V vocabulary, H hidden size).
+
+    scheme      GEMMs   what it does
+    forward     1       logits of a few rows at a time; log-probs only
+    frozen      2       no weight gradient wanted: dX row block by row block, the loss scalar applied at the end
+    groups      3       complete groups (pairs, sequences, the batch): residuals of a group wait in a stash until its
+                        loss scalars are known, then one dX and one dW GEMM
+    recompute   4 - f   a group does not fit, or the scalars arrive in backward: a fraction f of the residuals is
+                        stashed, the others are multiplied again, one vocabulary slice after another (f = 0: two passes)
+
+The budget bounds everything that grows with rows x vocabulary or with the rows of a tile. What a gradient itself needs
+is beside it, is the same at every budget, and is reported as `accumulator_bytes`: a fp32 sum where a bf16 / fp16
+gradient is added up from more than one GEMM, and the low-precision copy of the weight under autocast.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+
+MIB = 2**20
+DEFAULT_BUDGET = {"cpu": 256 * MIB, "cuda": 2048 * MIB}
+
+# Rows of logits made at a time. CUDA: fewer than ~1024 rows leave the GEMM without enough 128 x 256 tiles to fill 132
+# SMs evenly, more only enlarge the fp32 scratch. CPU: measured, see `bench/head_cpu.py`.
+TILE_ROWS = {"cpu": 256, "cuda": 1024}
+# CPU: a low-precision dW GEMM reaches its fp32 sum through a buffer of this size.
+WEIGHT_SLICE_BYTES = 16 * MIB
+SLICE_COLS = 64  # vocabulary slices are multiples of this
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Sizes of one call. `lengths`: scored rows of each sequence, in the order of the batch."""
+
+    lengths: tuple[int, ...]
+    hidden: int
+    vocab: int
+    itemsize: int = 2  # bytes of the compute dtype: operands and stash
+    logits_itemsize: int = 4  # bytes of a logit as the GEMM writes it
+    grad_itemsize: int = 2  # bytes of the weight's gradient
+    needs_hidden_grad: bool = True
+    needs_weight_grad: bool = True
+    coupling: str = "pair"  # "pair", "sequence" or "batch": the sequences whose log-probs one loss scalar needs
+    late: bool = False  # the loss scalars arrive in backward (the stand-alone log-prob op)
+    gathered: bool = False  # scored rows are picked out of a padded input
+    device: str = "cpu"
+
+    @property
+    def rows(self) -> int:
+        return sum(self.lengths)
+
+    @property
+    def whole(self) -> Group:
+        """The batch as one group."""
+        sequences = len(self.lengths)
+        items = sequences // 2 if self.coupling == "pair" else sequences
+        return Group((0, items), ((0, sequences),), ((0, self.rows),))
+
+
+@dataclass(frozen=True)
+class Group:
+    """Sequences whose loss scalars become known together: rows `segments`, laid one after another in the stash.
+
+    Where nothing waits for a scalar (forward, frozen) a group is just a block of rows and names no sequences.
+    """
+
+    items: tuple[int, int]  # pairs, or sequences where there are no pairs: [start, end)
+    sequences: tuple[tuple[int, int], ...]  # the same as ranges of sequences: chosen and rejected, or one range
+    segments: tuple[tuple[int, int], ...]  # their rows in the order of the batch, a range for each of `sequences`
+
+    @property
+    def rows(self) -> int:
+        return sum(end - start for start, end in self.segments)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A schedule and what it costs. Bytes are beyond the inputs and the gradients returned."""
+
+    scheme: str
+    problem: Problem = field(repr=False)
+    budget: int
+    groups: tuple[Group, ...]
+    tile_rows: int  # rows of logits made at a time
+    stash_rows: int  # rows of residuals kept at a time
+    slice_cols: int  # recompute: vocabulary columns at a time
+    weight_slice: int  # rows of dW that pass through a buffer at a time; 0: the GEMM adds to the sum itself
+    tile_bytes: int
+    accumulator_bytes: int
+
+    @property
+    def bytes(self) -> int:
+        return self.tile_bytes + self.accumulator_bytes
+
+    @property
+    def gemms(self) -> float:
+        """GEMMs over all scored rows: 1, 2, 3, or 4 minus the stashed fraction."""
+        if self.scheme == "recompute":
+            backward = self.problem.needs_hidden_grad + self.problem.needs_weight_grad
+            return 2 + backward - min(self.stash_rows, self.problem.rows) / max(self.problem.rows, 1)
+        if self.scheme == "groups":
+            return 1 + self.problem.needs_hidden_grad + self.problem.needs_weight_grad
+        return {"forward": 1, "frozen": 2}[self.scheme]
+
+    @property
+    def flops(self) -> float:
+        return self.gemms * 2 * self.problem.rows * self.problem.vocab * self.problem.hidden
+
+    def __str__(self) -> str:
+        p = self.problem
+        lines = [
+            f"{self.scheme}: {p.rows} scored rows in {len(p.lengths)} sequences, hidden {p.hidden}, vocab {p.vocab}",
+            f"  GEMMs        {self.gemms:.2f} x {2 * p.rows * p.vocab * p.hidden / 1e12:.3f} TFLOP",
+            f"  groups       {len(self.groups)}, logits {self.tile_rows} rows at a time, stash {self.stash_rows} rows"
+            + (f", recompute {self.slice_cols} columns at a time" if self.slice_cols else ""),
+            f"  tiles        {self.tile_bytes / MIB:.1f} MiB (budget {self.budget / MIB:.1f})",
+            f"  accumulator  {self.accumulator_bytes / MIB:.1f} MiB",
+        ]
+        return "\n".join(lines)
+
+
+def plan(problem: Problem, memory_budget: int | None = None) -> Plan:
+    """The cheapest schedule within `memory_budget` bytes (None: 2 GiB on CUDA, 256 MiB elsewhere).
+
+    Depends on nothing but its arguments, so that results do not depend on what else is on the device.
+
+    Raises:
+        ValueError: the budget is below what any schedule needs; the message names the least that works.
+    """
+    if memory_budget is None:
+        memory_budget = DEFAULT_BUDGET.get(problem.device, DEFAULT_BUDGET["cpu"])
+    if memory_budget <= 0:
+        raise ValueError(f"memory_budget is {memory_budget}; it takes a positive number of bytes, or None")
+    return _Planner(problem, memory_budget).plan()
+
+
+class _Planner:
+    def __init__(self, problem: Problem, budget: int) -> None:
+        self.p, self.budget = problem, budget
+        device = problem.device if problem.device in TILE_ROWS else "cpu"
+        self.max_tile_rows = TILE_ROWS[device]
+        # Logits of the stash's own dtype are made in the stash and swept in place: no scratch.
+        self.scratch_itemsize = 0 if problem.logits_itemsize == problem.itemsize else problem.logits_itemsize
+        # The GEMMs themselves add up in the gradient's dtype.
+        self.direct = problem.itemsize >= 4 and problem.grad_itemsize == problem.itemsize
+        # On CUDA a GEMM adds bf16 products to a fp32 sum; elsewhere they go through a buffer, a slice at a time.
+        slice_rows = max(1, WEIGHT_SLICE_BYTES // max(1, problem.hidden * problem.itemsize))
+        self.weight_slice = 0 if device == "cuda" else min(problem.vocab, slice_rows)
+        self.starts = [0, *accumulate(problem.lengths)]
+
+    # -- sizes ---------------------------------------------------------------------------------------------------
+
+    def per_stash_row(self) -> int:
+        """Stash row, and rows of the operands that go with it: scaled x for dW, dX before it is scattered."""
+        p = self.p
+        operands = p.needs_weight_grad + p.needs_hidden_grad * p.gathered
+        return p.itemsize * (p.vocab + p.hidden * operands)
+
+    def scratch_bytes(self, rows: int) -> int:
+        p = self.p
+        return rows * (p.vocab * self.scratch_itemsize + p.gathered * p.hidden * p.itemsize)
+
+    def tile_rows_for(self, budget: int, rows: int) -> int:
+        """As many rows of logits as a quarter of the budget allows, at least one, at most what is of use."""
+        each = max(1, self.scratch_bytes(1))
+        return max(1, min(self.max_tile_rows, rows, budget // 4 // each))
+
+    def accumulator_bytes(self, stashes: int) -> int:
+        """`stashes`: how many GEMMs add up to dW."""
+        p = self.p
+        total = p.vocab * p.hidden * p.itemsize if p.grad_itemsize != p.itemsize else 0  # the weight under autocast
+        if p.needs_weight_grad and not self.direct:
+            if p.grad_itemsize < 4 and stashes > 1:
+                total += p.vocab * p.hidden * 4
+            if stashes > (p.grad_itemsize < 4):
+                total += self.weight_slice * p.hidden * p.itemsize
+        return total
+
+    # -- schedules -----------------------------------------------------------------------------------------------
+
+    def plan(self) -> Plan:
+        p = self.p
+        if not (p.needs_hidden_grad or p.needs_weight_grad):
+            return self.by_rows("forward")
+        if not p.needs_weight_grad:
+            return self.by_rows("frozen")
+        fits = self.stash_capacity(p.rows)
+        if not p.late:
+            groups = self.groups(fits)
+            if groups is not None:
+                return self.complete_groups(groups)
+        elif p.rows <= fits:
+            return self.complete_groups((self.p.whole,))
+        return self.recompute()
+
+    def by_rows(self, scheme: str) -> Plan:
+        """Row block by row block; nothing waits for anything."""
+        p = self.p
+        frozen = scheme == "frozen"
+        tile = self.tile_rows_for(self.budget if frozen else 4 * self.budget, p.rows)
+        if not frozen and not self.scratch_itemsize:
+            tile = self.max_tile_rows
+        each = p.itemsize * (p.vocab + p.hidden * p.gathered) if frozen else p.vocab * p.logits_itemsize
+        each += 0 if frozen else p.gathered * p.hidden * p.itemsize
+        fixed = self.scratch_bytes(tile) if frozen else 0
+        rows = min((self.budget - fixed) // each, 4 * tile if frozen else tile, max(p.rows, 1))
+        if rows < 1:
+            self.refuse(each + (self.scratch_bytes(1) if frozen else 0))
+        tile = min(tile, rows)
+        blocks = tuple(Group((0, 0), (), ((a, min(a + rows, p.rows)),)) for a in range(0, p.rows, rows))
+        return Plan(
+            scheme, p, self.budget, blocks, tile, rows if frozen else 0, 0, 0,
+            rows * each + (self.scratch_bytes(tile) if frozen else 0), self.accumulator_bytes(0),
+        )  # fmt: skip
+
+    def stash_capacity(self, rows: int) -> int:
+        tile = self.tile_rows_for(self.budget, rows)
+        return max(0, (self.budget - self.scratch_bytes(tile)) // self.per_stash_row())
+
+    def groups(self, capacity: int) -> tuple[Group, ...] | None:
+        """Whole items, in order, in as few groups as `capacity` rows allow, and those as equal as they can be.
+
+        Fewer groups: each costs one read and write of a fp32 dW. Equal: the largest one sets the memory.
+        """
+        p = self.p
+        if p.rows <= capacity:
+            return (self.p.whole,)
+        if p.coupling == "batch":
+            return None
+        half = len(p.lengths) // 2
+        rows = [a + b for a, b in zip(p.lengths[:half], p.lengths[half:])] if p.coupling == "pair" else p.lengths
+        if max(rows) > capacity:
+            return None
+        count = len(_fill(rows, capacity))
+        low, high = max(rows), capacity
+        while low < high:
+            middle = (low + high) // 2
+            low, high = (low, middle) if len(_fill(rows, middle)) <= count else (middle + 1, high)
+        return tuple(self.group(start, end) for start, end in _fill(rows, low))
+
+    def group(self, start: int, end: int) -> Group:
+        s = self.starts
+        half = len(self.p.lengths) // 2
+        offsets = (0, half) if self.p.coupling == "pair" else (0,)
+        sequences = tuple((start + offset, end + offset) for offset in offsets)
+        return Group((start, end), sequences, tuple((s[a], s[b]) for a, b in sequences))
+
+    def complete_groups(self, groups: tuple[Group, ...]) -> Plan:
+        stash = max(group.rows for group in groups)
+        tile = self.tile_rows_for(self.budget, max(stash, 1))
+        return Plan(
+            "groups", self.p, self.budget, groups, tile, stash, 0, 0 if self.direct else self.weight_slice,
+            stash * self.per_stash_row() + self.scratch_bytes(tile), self.accumulator_bytes(len(groups)),
+        )  # fmt: skip
+
+    def recompute(self) -> Plan:
+        """Up to half of the budget for stashed residuals, the rest for slices of recomputed ones."""
+        p = self.p
+        stash_row = p.vocab * p.itemsize
+        tile = self.tile_rows_for(self.budget, p.rows)
+        first_pass = p.vocab * p.logits_itemsize + p.gathered * p.hidden * p.itemsize  # each row of its tiles
+        tile = max(1, min(tile, self.budget // 2 // first_pass))
+        stash = max(0, self.budget // 2 - tile * first_pass) // stash_row // tile * tile
+        for kept in (stash, 0):
+            fixed, per_col = self.second_pass(kept)
+            cols = (self.budget - fixed) // per_col // SLICE_COLS * SLICE_COLS
+            if cols >= SLICE_COLS:
+                break
+        else:
+            self.refuse(max(fixed + SLICE_COLS * per_col, first_pass))
+        if self.budget < first_pass:
+            self.refuse(max(fixed + SLICE_COLS * per_col, first_pass))
+        cols = min(cols, -(-p.vocab // SLICE_COLS) * SLICE_COLS)
+        used = max(kept * stash_row + tile * first_pass, fixed + min(cols, p.vocab) * per_col)
+        return Plan("recompute", p, self.budget, (self.p.whole,), tile, kept, cols, 0, used, self.accumulator_bytes(0))
+
+    def second_pass(self, kept: int) -> tuple[int, int]:
+        """Bytes of the backward pass of `recompute`: fixed, and for each column of a slice."""
+        p = self.p
+        again, low = p.rows - kept, p.itemsize < 4
+        product = p.itemsize if low and p.device != "cuda" else 0  # no CPU GEMM adds bf16 products to a fp32 sum
+        fixed = kept * p.vocab * p.itemsize + p.gathered * again * p.hidden * p.itemsize
+        fixed += p.needs_weight_grad * p.rows * p.hidden * p.itemsize
+        fixed += p.needs_hidden_grad * again * p.hidden * (max(4, p.itemsize) + product)
+        per_col = again * (p.itemsize + self.scratch_itemsize)
+        if p.needs_weight_grad and not self.direct:
+            if kept and p.grad_itemsize < 4:
+                per_col += p.hidden * (4 + product)
+            elif kept or p.grad_itemsize >= 4:
+                per_col += p.hidden * product
+        return fixed, per_col
+
+    def refuse(self, least: int) -> None:
+        raise ValueError(
+            f"memory_budget is {self.budget} bytes; {self.p.rows} rows of hidden {self.p.hidden} and vocab "
+            f"{self.p.vocab} need at least {least}"
+        )
+
+
+def _fill(rows: Sequence[int], capacity: int) -> list[tuple[int, int]]:
+    """Consecutive items [start, end) of at most `capacity` rows each, as many as fit before the next begins."""
+    spans, start, used = [], 0, 0
+    for i, count in enumerate(rows):
+        if used + count > capacity and i > start:
+            spans.append((start, i))
+            start, used = i, 0
+        used += count
+    spans.append((start, len(rows)))
+    return spans

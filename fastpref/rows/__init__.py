@@ -1,0 +1,169 @@
+"""The row contract: sweeps over a `[rows, cols]` tile of logits. Knows no loss, no schedule and no GEMM.
+
+Every implementation (`reference`, `native`, ...) is a module with these three functions, one sweep each:
+
+    residual(logits, targets, out, *, transform, bias, ignore_index, extras) -> RowStats
+        A tile over the WHOLE vocabulary. Per row: log-prob of the target, lse, and the residual row
+        U = onehot(target) - softmax(z), written to `out` up to a late row scale:
+
+            d logp / d logits = scale[:, None] * out          (logits before bias, scale, softcap, temperature)
+
+        `out` may be None (forward only), may be `logits` itself, and may be another buffer, also of a narrower dtype
+        (bf16 stash under fp32 logits), but must not overlap `logits` in any other way.
+
+    fold(logits, targets, state, *, col_offset, transform, bias, ignore_index) -> None
+        One slice of the vocabulary, columns [col_offset, col_offset + cols): updates the running maximum, sum of
+        exponentials and target logit of `FoldState` in place. `fold_finish` turns the state into log-probs.
+
+    residual_given_lse(logits, targets, lse, out, *, col_offset, transform, bias, ignore_index) -> None
+        U of one slice of the vocabulary once lse is known:
+            d logp / d logits = transform.row_factor * out
+
+What holds for all three:
+- z = softcap(logit_scale * (logits + bias)) / temperature, softcap(u) = c tanh(u / c); `out` includes derivatives.
+- logits: [rows, cols], fp32 / bf16 / fp16 (fp64 too in `reference`), last dimension contiguous, any row stride.
+- targets: [rows] int64. A row whose target is `ignore_index` is not read at all: logp 0, lse 0, scale 0, extras 0 and
+  zeros in `out`, so that whatever lies in a padding row stays there. Any other target outside [0, vocab) gives logp NaN
+  and never an access out of bounds (in a sliced sweep: a target that no slice contains).
+- Statistics are fp32 (fp64 for fp64 logits). NaN or inf in a row shows in that row's log-prob and in no other's.
+- A column whose z is -inf has probability 0 and residual 0.
+
+The late scale is what makes one sweep enough: out holds `E - s * onehot` with E = exp(z - m), s = sum E, and
+scale = -row_factor / s, where m need not be the row's maximum, only near it (see DESIGN notes in `docs/kernels.md`).
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import warnings
+from dataclasses import dataclass
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+EXTRAS = ("entropy", "top1", "mean_logit", "log_sum_p2")
+
+
+@dataclass(frozen=True)
+class Transform:
+    """z = softcap(logit_scale * (logits + bias)) / temperature, softcap(u) = c tanh(u / c), None: no cap."""
+
+    logit_scale: float = 1.0
+    softcap: float | None = None
+    temperature: float = 1.0
+
+    @property
+    def row_factor(self) -> float:
+        """The part of dz/dlogits that is the same for every column, and so belongs to the row scale."""
+        return self.logit_scale / self.temperature
+
+
+class RowStats(NamedTuple):
+    """Per row, [rows], fp32 (fp64 for fp64 logits). What was not asked for is None."""
+
+    logp: Tensor  # z[target] - lse; 0 where ignored
+    lse: Tensor  # log sum exp z
+    scale: Tensor | None  # d logp / d logits = scale[:, None] * out; None when out is None
+    entropy: Tensor | None = None  # lse - sum p z, nats
+    top1: Tensor | None = None  # 1.0 where no column has a larger z than the target
+    mean_logit: Tensor | None = None  # mean of z over the columns
+    log_sum_p2: Tensor | None = None  # log sum p^2
+
+
+class FoldState(NamedTuple):
+    """Running statistics of a row over the slices of the vocabulary seen so far, [rows], fp32 (fp64)."""
+
+    maximum: Tensor
+    sum_exp: Tensor  # sum exp(z - maximum)
+    target: Tensor  # z[target]; NaN until its slice was seen
+
+    @classmethod
+    def new(cls, rows: int, *, dtype: torch.dtype, device: torch.device) -> FoldState:
+        def full(value: float) -> Tensor:
+            return torch.full((rows,), value, dtype=dtype, device=device)
+
+        return cls(full(-float("inf")), full(0.0), full(float("nan")))
+
+
+def fold_finish(state: FoldState, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """(logp, lse) of rows whose every column was folded; 0 where ignored."""
+    lse = state.maximum + state.sum_exp.log()
+    ignored = targets == ignore_index
+    return (state.target - lse).masked_fill_(ignored, 0.0), lse.masked_fill_(ignored, 0.0)
+
+
+def stats_dtype(logits_dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if logits_dtype == torch.float64 else torch.float32
+
+
+BACKENDS = ("reference", "native", "triton", "cuda")
+_MODULES = {"reference": "reference", "native": "native", "triton": "triton_rows", "cuda": "cuda"}
+
+
+@dataclass(frozen=True)
+class Availability:
+    backend: str
+    available: bool
+    why: str  # why not, or what it runs on
+
+
+def availability(backend: str) -> Availability:
+    """Whether a backend's module imports and works on this machine, and why not."""
+    try:
+        module = importlib.import_module(f"{__name__}.{_MODULES[backend]}")
+    except ImportError as error:
+        return Availability(backend, False, str(error))
+    return Availability(backend, *module.available())
+
+
+def choose(backend: str | None, device: torch.device, dtype: torch.dtype) -> ModuleType:
+    """The implementation for tiles on `device` with residuals of `dtype`; None or "auto" takes the fastest that works.
+
+    The environment variable FASTPREF_BACKEND names one for every call that names none.
+    """
+    backend = backend or os.environ.get("FASTPREF_BACKEND") or "auto"
+    if backend != "auto" and backend not in BACKENDS:
+        raise ValueError(f"backend is {backend!r}; it takes None, 'auto', {', '.join(map(repr, BACKENDS))}")
+    if backend == "auto":
+        if dtype == torch.float64:
+            backend = "reference"
+        elif device.type == "cpu":
+            backend = "native" if _usable("native") else _fall_back("native", device)
+        elif device.type == "cuda":
+            backend = "triton" if _usable("triton") else _fall_back("triton", device)
+        else:
+            backend = "reference"
+    else:
+        found = availability(backend)
+        if not found.available:
+            raise ValueError(f"backend {backend!r} does not work here: {found.why}")
+    module = importlib.import_module(f"{__name__}.{_MODULES[backend]}")
+    if not module.supports(device, dtype):
+        raise ValueError(
+            f"backend {backend!r} does not take {dtype} on {device.type}; backend=None chooses one that does"
+        )
+    return module
+
+
+_usable_cache: dict[str, bool] = {}
+
+
+def _usable(backend: str) -> bool:
+    if backend not in _usable_cache:
+        _usable_cache[backend] = availability(backend).available
+    return _usable_cache[backend]
+
+
+def _fall_back(wanted: str, device: torch.device) -> str:
+    key = f"told {wanted}"
+    if not _usable_cache.get(key):
+        _usable_cache[key] = True
+        warnings.warn(
+            f"fastpref: the {wanted} row kernels are not available ({availability(wanted).why}); "
+            f"using the slower reference rows on {device.type}",
+            stacklevel=3,
+        )
+    return "reference"

@@ -1,0 +1,116 @@
+"""The row contract in plain torch: any device, any floating dtype, fp64 included. To be read and compared with."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import FoldState, RowStats, Transform, stats_dtype
+
+
+def available() -> tuple[bool, str]:
+    return True, "torch, any device"
+
+
+def supports(device: torch.device, dtype: torch.dtype) -> bool:
+    return dtype.is_floating_point
+
+
+def _transformed(logits: Tensor, transform: Transform, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """z, and the part of dz/dlogits that differs between columns (None where it is 1)."""
+    z = logits.to(stats_dtype(logits.dtype), copy=True)
+    if bias is not None:
+        z += bias.to(z.dtype)
+    if transform.logit_scale != 1.0:
+        z *= transform.logit_scale
+    slope = None
+    if transform.softcap is not None:
+        z = torch.tanh_(z / transform.softcap)
+        slope = 1 - z * z
+        z *= transform.softcap
+    if transform.temperature != 1.0:
+        z /= transform.temperature
+    return z, slope
+
+
+def residual(
+    logits: Tensor,
+    targets: Tensor,
+    out: Tensor | None,
+    *,
+    transform: Transform,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    extras: tuple[str, ...] = (),
+) -> RowStats:
+    vocab = logits.shape[1]
+    ignored = targets == ignore_index
+    valid = (targets >= 0) & (targets < vocab)
+    column = targets.clamp(0, vocab - 1)[:, None]
+    z, slope = _transformed(logits, transform, bias)
+    lse = torch.logsumexp(z, dim=1)
+    z_target = z.gather(1, column)[:, 0]
+    logp = torch.where(valid, z_target - lse, torch.nan)
+    probs = torch.exp(z - lse[:, None])
+    found = {}
+    if "entropy" in extras:
+        found["entropy"] = lse - torch.where(probs > 0, probs * z, 0.0 * probs).sum(1)
+    if "top1" in extras:
+        found["top1"] = (z_target >= z.amax(1)).to(lse.dtype)
+    if "mean_logit" in extras:
+        found["mean_logit"] = z.mean(1)
+    if "log_sum_p2" in extras:
+        found["log_sum_p2"] = torch.logsumexp(2 * (z - lse[:, None]), dim=1)
+    scale = None
+    if out is not None:
+        u = probs.neg_().scatter_add_(1, column, valid[:, None].to(probs.dtype))
+        if slope is not None:
+            u *= slope
+        out.copy_(u.masked_fill_(ignored[:, None], 0.0))
+        scale = torch.full_like(lse, transform.row_factor).masked_fill_(ignored, 0.0)
+    zeroed = {name: value.masked_fill_(ignored, 0.0) for name, value in found.items()}
+    return RowStats(logp.masked_fill_(ignored, 0.0), lse.masked_fill_(ignored, 0.0), scale, **zeroed)
+
+
+def fold(
+    logits: Tensor,
+    targets: Tensor,
+    state: FoldState,
+    *,
+    col_offset: int,
+    transform: Transform,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+) -> None:
+    z, _ = _transformed(logits, transform, bias)
+    z.masked_fill_((targets == ignore_index)[:, None], 0.0)
+    column = targets - col_offset
+    inside = (column >= 0) & (column < logits.shape[1])
+    z_target = z.gather(1, column.clamp(0, logits.shape[1] - 1)[:, None])[:, 0]
+    state.target.copy_(torch.where(inside, z_target, state.target))
+    lse = torch.logsumexp(z, dim=1)
+    before = state.maximum + state.sum_exp.log()
+    # With sum_exp = 1 the pair (maximum, sum_exp) is just the running lse.
+    state.maximum.copy_(torch.logaddexp(before, lse))
+    state.sum_exp.fill_(1.0)
+
+
+def residual_given_lse(
+    logits: Tensor,
+    targets: Tensor,
+    lse: Tensor,
+    out: Tensor,
+    *,
+    col_offset: int,
+    transform: Transform,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+) -> None:
+    z, slope = _transformed(logits, transform, bias)
+    column = targets - col_offset
+    inside = (column >= 0) & (column < logits.shape[1])
+    u = torch.exp(z - lse[:, None]).neg_()
+    u.scatter_add_(1, column.clamp(0, logits.shape[1] - 1)[:, None], inside[:, None].to(u.dtype))
+    if slope is not None:
+        u *= slope
+    out.copy_(u.masked_fill_((targets == ignore_index)[:, None], 0.0))
