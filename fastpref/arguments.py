@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .losses import Loss
-from .walk import Options
+from .walk import Options, fp32_gemms
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -33,6 +33,7 @@ def check_vector(argument: str, x: Tensor | None, shape: Sequence[int], like: Te
 def options_of(
     hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, ignore_index: int, softcap: float | None,
     logit_scale: float, temperature: float, memory_budget: int | None, backend: str | None,
+    logits_dtype: str | None,
 ) -> Options:  # fmt: skip
     """Checks what both functions take, and settles the compute dtype."""
     for name, x in (("hidden", hidden), ("weight", weight), ("targets", targets)):
@@ -76,8 +77,23 @@ def options_of(
         memory_budget,
         backend or "auto",
         compute,
+        _logits_dtype(logits_dtype, compute, hidden.device),
         needs,
     )
+
+
+_LOGITS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def _logits_dtype(name: str | None, compute: torch.dtype, device: torch.device) -> torch.dtype:
+    """fp32 logits from bf16 operands wherever a GEMM writes them: bf16 logits alone cost 1e-2 nat a token."""
+    low = compute in (torch.bfloat16, torch.float16)
+    takes = [compute, torch.float32] if low and fp32_gemms(device) else [compute]
+    if name is None:
+        return takes[-1]
+    known = [key for key, dtype in _LOGITS.items() if dtype in takes]
+    require(name in known, "logits_dtype", repr(name), f"None or {' or '.join(known)} for {compute} on {device.type}")
+    return _LOGITS[name]
 
 
 def check_layout(hidden: Tensor, targets: Tensor, cu_seqlens: Sequence[int] | None) -> int:

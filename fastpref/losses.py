@@ -141,6 +141,7 @@ class Loss:
     coupling: ClassVar[Coupling] = "pair"
     needs_reference: ClassVar[bool] = True
     needs_kl: ClassVar[bool] = False  # needs `desirable` and the mismatched log-probs
+    antisymmetric: ClassVar[bool] = False  # depends on a pair only through chosen - rejected (see `coefficients`)
 
     def __init_subclass__(cls, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
@@ -149,6 +150,16 @@ class Loss:
 
     def __call__(self, seq: SequenceLogps) -> Tensor:
         raise NotImplementedError
+
+    @property
+    def scratches(self) -> int:
+        """Scalars of one item that are unknown until its last token: what a pair longer than the budget accumulates."""
+        return 2 if self.pairwise and not self.antisymmetric else 1
+
+    def coefficients(self, seq: SequenceLogps) -> Tensor:
+        """c, [S], known beforehand, with dL / dlogp_s = G c_s for one G per item (for two if it has two scratches)."""
+        ones = torch.ones_like(seq.logps)
+        return torch.cat((ones.chunk(2)[0], -ones.chunk(2)[1])) if self.antisymmetric else ones
 
     @property
     def reward_scale(self) -> float:
@@ -207,6 +218,7 @@ class DPO(Loss):
     """
 
     name = "dpo"
+    antisymmetric = True
     beta: float = 0.1
     label_smoothing: float = 0.0
 
@@ -255,6 +267,7 @@ class IPO(Loss):
     """
 
     name = "ipo"
+    antisymmetric = True
     beta: float = 0.1
     length_norm: Literal["mean", "sum"] = "mean"
 
@@ -263,9 +276,15 @@ class IPO(Loss):
         _check(self.length_norm in ("mean", "sum"), "length_norm", self.length_norm, "'mean' or 'sum'")
 
     def __call__(self, seq: SequenceLogps) -> Tensor:
-        ratios = seq.logratios / seq.lengths.clamp(min=1) if self.length_norm == "mean" else seq.logratios
+        ratios = seq.logratios * self._per_length(seq)
         chosen, rejected = ratios.chunk(2)
         return seq.pair_mean((chosen - rejected - 1 / (2 * self.beta)) ** 2)
+
+    def _per_length(self, seq: SequenceLogps) -> Tensor:
+        return 1 / seq.lengths.clamp(min=1) if self.length_norm == "mean" else torch.ones_like(seq.lengths)
+
+    def coefficients(self, seq: SequenceLogps) -> Tensor:
+        return super().coefficients(seq) * self._per_length(seq)
 
 
 @dataclass(frozen=True)
@@ -296,7 +315,7 @@ class KTO(Loss):
     def __call__(self, seq: SequenceLogps) -> Tensor:
         if seq.desirable is None or seq.kl is None:
             raise ValueError("desirable or kl is None: KTO needs the flags and the log-probs of mismatched pairs")
-        distance = self.beta * (seq.logratios - seq.kl.clamp(min=0))
+        distance = self.beta * (seq.logratios - seq.kl.detach().clamp(min=0))
         # s(-x) is 1 - s(x) without its cancellation
         desirable = self.desirable_weight * torch.sigmoid(-distance)
         undesirable = self.undesirable_weight * torch.sigmoid(distance)
@@ -330,6 +349,7 @@ class Hinge(Loss):
     """Hinge on implicit rewards (RSO, arXiv 2309.06657 eq. 9; TRL's "hinge"): mean over pairs of max(0, 1 - beta D)."""
 
     name = "hinge"
+    antisymmetric = True
     beta: float = 0.1
 
     def __post_init__(self) -> None:

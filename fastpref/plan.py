@@ -6,19 +6,20 @@ One GEMM is 2 * N * V * H floating-point operations (N scored rows, V vocabulary
     forward     1       logits of a few rows at a time; log-probs only
     frozen      2       no weight gradient wanted: dX row block by row block, the loss scalar applied at the end
     groups      3       complete groups (pairs, sequences, the batch): residuals of a group wait in a stash until its
-                        loss scalars are known, then one dX and one dW GEMM
+                        loss scalars are known, then one dX and one dW GEMM. A pair or sequence too long for the stash
+                        sends its dW, without the unknown scalar, to a fp32 scratch of its own
     recompute   4 - f   a group does not fit, or the scalars arrive in backward: a fraction f of the residuals is
                         stashed, the others are multiplied again, one vocabulary slice after another (f = 0: two passes)
 
 The budget bounds everything that grows with rows x vocabulary or with the rows of a tile. What a gradient itself needs
-is beside it, is the same at every budget, and is reported as `accumulator_bytes`: a fp32 sum where a bf16 / fp16
-gradient is added up from more than one GEMM, and the low-precision copy of the weight under autocast.
+is beside it and is reported as `accumulator_bytes`: a fp32 sum where a bf16 / fp16 gradient is added up from more than
+one GEMM, the scratches of groups that do not fit, and the low-precision copy of the weight under autocast.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 
 MIB = 2**20
@@ -27,6 +28,10 @@ DEFAULT_BUDGET = {"cpu": 256 * MIB, "cuda": 2048 * MIB}
 # Rows of logits made at a time. CUDA: fewer than ~1024 rows leave the GEMM without enough 128 x 256 tiles to fill 132
 # SMs evenly, more only enlarge the fp32 scratch. CPU: measured, see `bench/head_cpu.py`.
 TILE_ROWS = {"cpu": 256, "cuda": 1024}
+# A group that does not fit is swept through stashes of its own, each a read and write of a fp32 [V, H] scratch: 245 / C
+# of the three GEMMs for C rows on an H200 (790 TFLOP/s, 4.3 TB/s; arithmetic). Below about this many the fourth GEMM
+# of "recompute", a third of three, is cheaper.
+LEAST_STASH_ROWS = {"cpu": 128, "cuda": 768}
 # CPU: a low-precision dW GEMM reaches its fp32 sum through a buffer of this size.
 WEIGHT_SLICE_BYTES = 16 * MIB
 SLICE_COLS = 64  # vocabulary slices are multiples of this
@@ -45,6 +50,7 @@ class Problem:
     needs_hidden_grad: bool = True
     needs_weight_grad: bool = True
     coupling: str = "pair"  # "pair", "sequence" or "batch": the sequences whose log-probs one loss scalar needs
+    scratches: int = 2  # unknown scalars of one pair or sequence: 1 where the rejected one follows from the chosen one
     late: bool = False  # the loss scalars arrive in backward (the stand-alone log-prob op)
     gathered: bool = False  # scored rows are picked out of a padded input
     device: str = "cpu"
@@ -71,6 +77,7 @@ class Group:
     items: tuple[int, int]  # pairs, or sequences where there are no pairs: [start, end)
     sequences: tuple[tuple[int, int], ...]  # the same as ranges of sequences: chosen and rejected, or one range
     segments: tuple[tuple[int, int], ...]  # their rows in the order of the batch, a range for each of `sequences`
+    long: bool = False  # one pair or sequence, longer than the stash
 
     @property
     def rows(self) -> int:
@@ -112,11 +119,13 @@ class Plan:
 
     def __str__(self) -> str:
         p = self.problem
+        long = sum(group.long for group in self.groups)
         lines = [
             f"{self.scheme}: {p.rows} scored rows in {len(p.lengths)} sequences, hidden {p.hidden}, vocab {p.vocab}",
             f"  GEMMs        {self.gemms:.2f} x {2 * p.rows * p.vocab * p.hidden / 1e12:.3f} TFLOP",
-            f"  groups       {len(self.groups)}, logits {self.tile_rows} rows at a time, stash {self.stash_rows} rows"
-            + (f", recompute {self.slice_cols} columns at a time" if self.slice_cols else ""),
+            f"  groups       {len(self.groups)}" + (f", {long} of them longer than the stash" if long else ""),
+            f"  at a time    {self.tile_rows} rows of logits, {self.stash_rows} rows of residuals"
+            + (f", {self.slice_cols} columns of the others" if self.slice_cols else ""),
             f"  tiles        {self.tile_bytes / MIB:.1f} MiB (budget {self.budget / MIB:.1f})",
             f"  accumulator  {self.accumulator_bytes / MIB:.1f} MiB",
         ]
@@ -142,7 +151,7 @@ class _Planner:
     def __init__(self, problem: Problem, budget: int) -> None:
         self.p, self.budget = problem, budget
         device = problem.device if problem.device in TILE_ROWS else "cpu"
-        self.max_tile_rows = TILE_ROWS[device]
+        self.max_tile_rows, self.least_stash_rows = TILE_ROWS[device], LEAST_STASH_ROWS[device]
         # Logits of the stash's own dtype are made in the stash and swept in place: no scratch.
         self.scratch_itemsize = 0 if problem.logits_itemsize == problem.itemsize else problem.logits_itemsize
         # The GEMMs themselves add up in the gradient's dtype.
@@ -169,16 +178,21 @@ class _Planner:
         each = max(1, self.scratch_bytes(1))
         return max(1, min(self.max_tile_rows, rows, budget // 4 // each))
 
-    def accumulator_bytes(self, stashes: int) -> int:
-        """`stashes`: how many GEMMs add up to dW."""
+    def accumulator_bytes(self, stashes: int, scratches: int = 0) -> int:
+        """`stashes`: how many GEMMs add up to dW; `scratches`: fp32 sums of groups that do not fit."""
         p = self.p
+        scratch = scratches * p.vocab * p.hidden * max(4, p.itemsize)
+        if scratches and self.direct:
+            return scratch
+        if scratches:
+            stashes = max(stashes, 2)
         total = p.vocab * p.hidden * p.itemsize if p.grad_itemsize != p.itemsize else 0  # the weight under autocast
         if p.needs_weight_grad and not self.direct:
             if p.grad_itemsize < 4 and stashes > 1:
                 total += p.vocab * p.hidden * 4
             if stashes > (p.grad_itemsize < 4):
                 total += self.weight_slice * p.hidden * p.itemsize
-        return total
+        return total + scratch
 
     # -- schedules -----------------------------------------------------------------------------------------------
 
@@ -229,32 +243,40 @@ class _Planner:
         p = self.p
         if p.rows <= capacity:
             return (self.p.whole,)
-        if p.coupling == "batch":
+        if p.coupling == "batch" or (p.late and p.rows > capacity):
             return None
         half = len(p.lengths) // 2
         rows = [a + b for a, b in zip(p.lengths[:half], p.lengths[half:])] if p.coupling == "pair" else p.lengths
-        if max(rows) > capacity:
+        if max(rows) > capacity and capacity < self.least_stash_rows:
             return None
         count = len(_fill(rows, capacity))
-        low, high = max(rows), capacity
+        low, high = min(max(rows), capacity), capacity
         while low < high:
             middle = (low + high) // 2
             low, high = (low, middle) if len(_fill(rows, middle)) <= count else (middle + 1, high)
-        return tuple(self.group(start, end) for start, end in _fill(rows, low))
+        return tuple(self.group(start, end, low) for start, end in _fill(rows, low))
 
-    def group(self, start: int, end: int) -> Group:
+    def group(self, start: int, end: int, capacity: int) -> Group:
         s = self.starts
         half = len(self.p.lengths) // 2
         offsets = (0, half) if self.p.coupling == "pair" else (0,)
         sequences = tuple((start + offset, end + offset) for offset in offsets)
-        return Group((start, end), sequences, tuple((s[a], s[b]) for a, b in sequences))
+        found = Group((start, end), sequences, tuple((s[a], s[b]) for a, b in sequences))
+        return replace(found, long=found.rows > capacity)
 
     def complete_groups(self, groups: tuple[Group, ...]) -> Plan:
-        stash = max(group.rows for group in groups)
+        long = [group for group in groups if group.long]
+        stash = max((group.rows for group in groups if not group.long), default=0)
+        if long:
+            # As few stashes as the capacity allows for the longest sequence, and those of equal size.
+            capacity = self.stash_capacity(self.p.rows)
+            longest = max(end - start for group in long for start, end in group.segments)
+            stash = max(stash, -(-longest // -(-longest // capacity)))
         tile = self.tile_rows_for(self.budget, max(stash, 1))
         return Plan(
             "groups", self.p, self.budget, groups, tile, stash, 0, 0 if self.direct else self.weight_slice,
-            stash * self.per_stash_row() + self.scratch_bytes(tile), self.accumulator_bytes(len(groups)),
+            stash * self.per_stash_row() + self.scratch_bytes(tile),
+            self.accumulator_bytes(len(groups), self.p.scratches if long else 0),
         )  # fmt: skip
 
     def recompute(self) -> Plan:
@@ -302,7 +324,7 @@ class _Planner:
 
 
 def _fill(rows: Sequence[int], capacity: int) -> list[tuple[int, int]]:
-    """Consecutive items [start, end) of at most `capacity` rows each, as many as fit before the next begins."""
+    """Consecutive items [start, end) of at most `capacity` rows each, as many as fit; an item above it stands alone."""
     spans, start, used = [], 0, 0
     for i, count in enumerate(rows):
         if used + count > capacity and i > start:

@@ -62,6 +62,7 @@ class Options(NamedTuple):
     memory_budget: int | None
     backend: str
     compute_dtype: torch.dtype  # of the GEMMs' operands and the stash
+    logits_dtype: torch.dtype  # what the first GEMM writes
     needs: tuple[bool, bool, bool]  # gradients wanted: hidden, weight, bias
 
 
@@ -140,6 +141,11 @@ def sequence_logps_of(logps: Tensor, weights: Tensor | None, counts: Tensor) -> 
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def fp32_gemms(device: torch.device) -> bool:
+    """Whether GEMMs on this device write, and add to, fp32 from low-precision operands ("meta": a dry run of CUDA)."""
+    return device.type in ("cuda", "meta")
+
+
 def _mm(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
     if a.dtype == out.dtype:
         return torch.mm(a, b, out=out)
@@ -159,27 +165,44 @@ def _add_mm(total: Tensor, a: Tensor, b: Tensor, begun: bool, product: Tensor | 
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
 
 
-class _WeightGrad:
-    """dW = sum of A^T B over GEMMs: added up in fp32 and rounded once, the same way every time."""
+class _Sum:
+    """A sum of A^T B over GEMMs in a [V, H] buffer, always in the same order."""
 
-    def __init__(self, weight: Tensor, compute_dtype: torch.dtype, gemms: int, slice_rows: int) -> None:
-        self.grad = torch.empty_like(weight, memory_format=torch.contiguous_format)
-        self.compute_dtype, self.slice_rows = compute_dtype, slice_rows
-        self.wide = torch.promote_types(weight.dtype, torch.float32)
-        self.sum = torch.empty_like(self.grad, dtype=self.wide) if gemms > 1 else self.grad
-        self.begun = False
+    def __init__(self, total: Tensor, compute_dtype: torch.dtype, slice_rows: int, *, begun: bool = False) -> None:
+        self.total, self.compute_dtype, self.slice_rows, self.begun = total, compute_dtype, slice_rows, begun
 
     def add(self, residuals_CV: Tensor, scaled_CH: Tensor) -> None:
-        if self.sum.device.type == "cuda" or self.compute_dtype == self.sum.dtype:
-            _add_mm(self.sum, residuals_CV.t(), scaled_CH, self.begun, None)
+        if fp32_gemms(self.total.device) or self.compute_dtype == self.total.dtype:
+            _add_mm(self.total, residuals_CV.t(), scaled_CH, self.begun, None)
         else:
-            vocab, width = self.sum.shape
-            buffer = torch.empty(self.slice_rows, width, dtype=self.compute_dtype)
+            vocab, width = self.total.shape
+            buffer = self.total.new_empty(self.slice_rows, width, dtype=self.compute_dtype)
             for start in range(0, vocab, self.slice_rows):
                 end = min(start + self.slice_rows, vocab)
                 residuals = residuals_CV[:, start:end].t()
-                _add_mm(self.sum[start:end], residuals, scaled_CH, self.begun, buffer[: end - start])
+                _add_mm(self.total[start:end], residuals, scaled_CH, self.begun, buffer[: end - start])
         self.begun = True
+
+    def add_scaled(self, other: _Sum, scale: Tensor) -> None:
+        """total += scale * other, and other begins anew."""
+        if not other.begun:
+            return
+        if self.begun:
+            self.total.addcmul_(other.total, scale)
+        else:
+            torch.mul(other.total, scale, out=self.total)
+        self.begun, other.begun = True, False
+
+
+class _WeightGrad(_Sum):
+    """dW: added up in fp32 and rounded once."""
+
+    def __init__(self, weight: Tensor, compute_dtype: torch.dtype, schedule: Plan) -> None:
+        self.grad = torch.empty_like(weight, memory_format=torch.contiguous_format)
+        self.wide = torch.promote_types(weight.dtype, torch.float32)
+        several = len(schedule.groups) > 1 or any(group.long for group in schedule.groups)
+        total = torch.empty_like(self.grad, dtype=self.wide) if several else self.grad
+        super().__init__(total, compute_dtype, schedule.weight_slice)
 
     def set_slice(self, start: int, end: int, parts: list[tuple[Tensor, Tensor]]) -> None:
         """dW[start:end] = sum of A^T B over `parts`, the whole of it."""
@@ -188,7 +211,7 @@ class _WeightGrad:
         if len(parts) > 1 and target.dtype != self.wide:
             total = torch.empty_like(target, dtype=self.wide)
         product = None
-        if total.device.type != "cuda" and total.dtype != self.compute_dtype:
+        if not fp32_gemms(total.device) and total.dtype != self.compute_dtype:
             product = torch.empty_like(target, dtype=self.compute_dtype)
         for i, (residuals_CV, scaled_CH) in enumerate(parts):
             _add_mm(total, residuals_CV.t(), scaled_CH, i > 0, product)
@@ -199,7 +222,7 @@ class _WeightGrad:
     def finish(self) -> Tensor:
         if not self.begun:
             return self.grad.zero_()
-        return self.grad if self.sum is self.grad else self.grad.copy_(self.sum)
+        return self.grad if self.total is self.grad else self.grad.copy_(self.total)
 
 
 class _HiddenGrad:
@@ -226,6 +249,14 @@ class _HiddenGrad:
         if self.index is not None:
             scale = scale.new_zeros(self.grad.shape[0]).index_copy_(0, self.index, scale)
         self.grad.mul_(scale[:, None])
+
+    def scale_range(self, start: int, end: int, scale: Tensor) -> None:
+        """Scored rows [start, end) times one late scalar."""
+        if self.index is None:
+            self.grad[start:end].mul_(scale)
+        else:
+            rows_CH = self.grad.index_select(0, self.index[start:end]).mul_(scale)
+            self.grad.index_copy_(0, self.index[start:end], rows_CH)
 
     def put_rows(self, start: int, rows_CH: Tensor) -> None:
         end = start + rows_CH.shape[0]
@@ -320,6 +351,34 @@ class Walk:
         if dw is not None and scaled is not None:
             dw.add(self.stash[: group.rows], scaled)
 
+    def backward_long(
+        self,
+        group: Group,
+        coefficients: Tensor,
+        weights: Tensor | None,
+        dx: _HiddenGrad | None,
+        scratches: list[_Sum],
+        db: list[Tensor],
+    ) -> None:
+        """Gradients of a group longer than the stash, up to its unknown scalars: dX in place, dW and db in scratches.
+
+        coefficients: [2] or [1], what each sequence of the group multiplies its scalar with; weights: a, [N].
+        """
+        for i, (start, stop) in enumerate(group.segments):
+            for first in range(start, stop, self.plan.stash_rows):
+                end = min(first + self.plan.stash_rows, stop)
+                self.forward(Group((0, 0), (), ((first, end),)), self.stash)
+                stash = self.stash[: end - first]
+                w = self.scale[first:end] * coefficients[i]
+                w = w if weights is None else w * weights[first:end]
+                if dx is not None:
+                    dx.put(first, stash, self.head.weight, w)
+                if scratches:
+                    scaled = self.empty(end - first, self.plan.problem.hidden)
+                    scratches[min(i, len(scratches) - 1)].add(stash, self.scaled_rows(first, end, w, scaled))
+                if db:
+                    db[min(i, len(db) - 1)] += torch.mv(stash.t(), w.to(stash.dtype))
+
     def recompute(
         self, w: Tensor, ga: Tensor, dx: _HiddenGrad | None, dw: _WeightGrad | None, db: Tensor | None
     ) -> None:
@@ -337,8 +396,8 @@ class Walk:
         scaled = self.scaled_rows(0, p.rows, factor, self.empty(p.rows, p.hidden)) if dw is not None else None
         x = self.scored.rows(kept, p.rows, self.empty(again, p.hidden) if p.gathered else None)
         dx_sum = x.new_empty(x.shape, dtype=rows.stats_dtype(x.dtype)) if dx is not None else None
-        low_cpu = x.device.type != "cuda" and dx_sum is not None and dx_sum.dtype != x.dtype
-        product = torch.empty_like(x) if low_cpu else None
+        buffered = not fp32_gemms(x.device) and dx_sum is not None and dx_sum.dtype != x.dtype
+        product = torch.empty_like(x) if buffered else None
         tile = self.empty(again * cols)
         scratch = tile if self.swept_in_place else self.empty(again * cols, dtype=head.logits_dtype)
         for start in range(0, p.vocab, cols):
@@ -377,28 +436,23 @@ class Walk:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def logits_dtype_of(options: Options, device: torch.device) -> torch.dtype:
-    """fp32 logits from bf16 operands where a GEMM writes them (cuBLAS): bf16 logits alone cost 1e-2 nat a token."""
-    low = options.compute_dtype in (torch.bfloat16, torch.float16)
-    return torch.float32 if low and device.type == "cuda" else options.compute_dtype
-
-
 def head_of(weight: Tensor, bias: Tensor | None, options: Options) -> Head:
     kernels = rows.choose(options.backend, weight.device, options.compute_dtype)
     transform = rows.Transform(options.logit_scale, options.softcap, options.temperature)
     compute = weight.to(options.compute_dtype).contiguous()
-    return Head(compute, bias, transform, kernels, options.ignore_index, logits_dtype_of(options, weight.device))
+    return Head(compute, bias, transform, kernels, options.ignore_index, options.logits_dtype)
 
 
 def problem_of(
     counts: tuple[int, ...], hidden: Tensor, weight: Tensor, index: Tensor | None, coupling: str, options: Options,
-    *, late: bool = False,
+    *, late: bool = False, scratches: int = 2,
 ) -> Problem:  # fmt: skip
     compute, needs = options.compute_dtype, options.needs
     return Problem(
-        counts, weight.shape[1], weight.shape[0], compute.itemsize, logits_dtype_of(options, weight.device).itemsize,
+        counts, weight.shape[1], weight.shape[0], compute.itemsize, options.logits_dtype.itemsize,
         weight.dtype.itemsize, needs_hidden_grad=needs[0], needs_weight_grad=needs[1] or needs[2], coupling=coupling,
-        late=late, gathered=index is not None or hidden.dtype != compute, device=weight.device.type,
+        scratches=scratches, late=late, gathered=index is not None or hidden.dtype != compute,
+        device="cuda" if fp32_gemms(weight.device) else "cpu",
     )  # fmt: skip
 
 
@@ -410,9 +464,18 @@ def gradients(
     if p.gathered:
         buffer = head.weight.new_empty(max(schedule.stash_rows, schedule.tile_rows), p.hidden)
     dx = _HiddenGrad(scored, buffer) if needs[0] else None
-    dw = _WeightGrad(weight, head.weight.dtype, len(schedule.groups), schedule.weight_slice) if needs[1] else None
+    dw = _WeightGrad(weight, head.weight.dtype, schedule) if needs[1] else None
     db = torch.zeros_like(bias, dtype=rows.stats_dtype(head.weight.dtype)) if needs[2] and bias is not None else None
     return dx, dw, db
+
+
+def _scratches(count: int, head: Head, schedule: Plan) -> list[_Sum]:
+    """fp32 [V, H] sums for groups longer than the stash."""
+    if not any(group.long for group in schedule.groups):
+        return []
+    wide, dtype = rows.stats_dtype(head.weight.dtype), head.weight.dtype
+    totals = (torch.empty_like(head.weight, dtype=wide) for _ in range(count))
+    return [_Sum(total, dtype, schedule.weight_slice) for total in totals]
 
 
 def step(
@@ -433,7 +496,7 @@ def step(
     check_targets(targets, weight.shape[0], options.ignore_index)
     scored = score(hidden, targets, cu_seqlens, options.ignore_index, token_weights)
     head = head_of(weight, bias, options)
-    problem = problem_of(scored.counts, hidden, weight, scored.index, loss.coupling, options)
+    problem = problem_of(scored.counts, hidden, weight, scored.index, loss.coupling, options, scratches=loss.scratches)
     schedule = plan(problem, options.memory_budget)
     counts = on_device(scored.counts, hidden.device)
 
@@ -458,26 +521,46 @@ def step(
     batch = SequenceLogps(logps, lengths, totals, ref_logps, desirable, kl)
 
     def loss_of(group: Group) -> tuple[Tensor, Tensor]:
-        """L of a group whose rows have been swept, and g a for every row, [N] (0 in other groups)."""
+        """L of a group whose rows have been swept, and g of its sequences."""
         for (s0, s1), (r0, r1) in zip(group.sequences, group.segments):
             weights = None if scored.weights is None else scored.weights[r0:r1]
             logps[s0:s1] = sequence_logps_of(walk.logps[r0:r1], weights, counts[s0:s1])
-        part = batch.select(*group.items, pairs=loss.coupling == "pair")
-        value, g = losses.loss_and_gradient(loss, part)
+        return losses.loss_and_gradient(loss, batch.select(*group.items, pairs=loss.coupling == "pair"))
+
+    def rows_of(group: Group, g: Tensor) -> Tensor:
+        """g a of every row, [N]; 0 in other groups."""
         ga, place = torch.zeros_like(walk.logps), 0
         for (s0, s1), (r0, r1) in zip(group.sequences, group.segments):
             of_rows = torch.repeat_interleave(g[place : place + s1 - s0], counts[s0:s1], output_size=r1 - r0)
             ga[r0:r1] = of_rows if scored.weights is None else of_rows * scored.weights[r0:r1]
             place += s1 - s0
-        return value, ga
+        return ga
 
     if schedule.scheme == "groups":
         total = logps.new_zeros(())
+        scratches = _scratches(loss.scratches, head, schedule) if dw is not None else []
+        bias_scratches = [] if db is None else [torch.zeros_like(db) for _ in range(loss.scratches)]
         for group in schedule.groups:
-            walk.forward(group, walk.stash)
-            value, ga = loss_of(group)
+            if group.long:
+                known = loss.coefficients(batch.select(*group.items, pairs=loss.coupling == "pair"))
+                walk.backward_long(group, known, scored.weights, dx, scratches, bias_scratches)
+                value, g = loss_of(group)
+                late = g / known
+                for i, (start, end) in enumerate(group.segments):
+                    if dx is not None:
+                        dx.scale_range(start, end, late[i])
+                for scalar, scratch in zip(late, scratches):
+                    if dw is not None:
+                        dw.add_scaled(scratch, scalar)
+                for scalar, bias_scratch in zip(late, bias_scratches):
+                    if db is not None:
+                        db.addcmul_(bias_scratch, scalar)
+                        bias_scratch.zero_()
+            else:
+                walk.forward(group, walk.stash)
+                value, g = loss_of(group)
+                walk.backward(group, rows_of(group, g) * walk.scale, dx, dw, db)
             total = total + value
-            walk.backward(group, ga * walk.scale, dx, dw, db)
     else:
         if schedule.scheme == "frozen" and dx is not None:
             walk.frozen(dx)
@@ -485,7 +568,8 @@ def step(
             walk.forward_only()
         else:
             walk.forward(schedule.problem.whole, walk.stash)
-        total, ga = loss_of(schedule.problem.whole)
+        total, g = loss_of(schedule.problem.whole)
+        ga = rows_of(schedule.problem.whole, g)
         if schedule.scheme == "frozen" and dx is not None:
             dx.scale_rows(ga * walk.scale)
         elif schedule.scheme == "recompute":
