@@ -8,6 +8,21 @@ from .plan import Plan, Problem, plan
 __version__ = "0.1.0"
 
 __all__ = [
-    "DPO", "IPO", "KTO", "RPO", "SFT", "Hinge", "Plan", "PreferenceOutput", "Problem", "SLiC", "SequenceLogps", "Totals",
-    "get_loss", "linear_logps", "linear_preference_loss", "losses", "plan",
-]  # fmt: skip
+    "DPO",
+    "IPO",
+    "KTO",
+    "RPO",
+    "SFT",
+    "Hinge",
+    "Plan",
+    "PreferenceOutput",
+    "Problem",
+    "SLiC",
+    "SequenceLogps",
+    "Totals",
+    "get_loss",
+    "linear_logps",
+    "linear_preference_loss",
+    "losses",
+    "plan",
+]

@@ -165,3 +165,14 @@ def check_kto(
     check_vector("kl_logps", kl_logps, kl_logps.shape, hidden)
     check_vector("ref_kl_logps", ref_kl_logps, kl_logps.shape, hidden)
     return (kl_logps.detach().float() - ref_kl_logps.detach().float()).mean()
+
+
+def check_accumulate_into(buffer: Tensor | None, weight: Tensor, possible: bool) -> None:
+    if buffer is None:
+        return
+    require(possible, "accumulate_into", "given for a free callable or under torch.compile",
+            "None there, or a loss object of fastpref.losses in eager mode")  # fmt: skip
+    check_vector("accumulate_into", buffer, weight.shape, weight)
+    require(buffer.dtype == torch.float32, "accumulate_into", buffer.dtype, "float32", TypeError)
+    require(buffer.is_contiguous(), "accumulate_into", "not contiguous", "a contiguous buffer")
+    require(not buffer.requires_grad, "accumulate_into", "a tensor that requires grad", "a plain buffer")

@@ -15,7 +15,16 @@ import torch
 from torch import Tensor
 
 from . import losses, rows
-from .arguments import check_kto, check_layout, check_reference, check_vector, loss_name, options_of, require
+from .arguments import (
+    check_accumulate_into,
+    check_kto,
+    check_layout,
+    check_reference,
+    check_vector,
+    loss_name,
+    options_of,
+    require,
+)
 from .losses import Loss, LossFunction, SequenceLogps, Totals
 from .plan import Plan, plan
 from .walk import (
@@ -24,6 +33,7 @@ from .walk import (
     Scored,
     Walk,
     check_targets,
+    debugging,
     gradients,
     head_of,
     on_device,
@@ -284,10 +294,12 @@ class _PreferenceLoss(torch.autograd.Function):
     """The gradients are made in forward; backward multiplies them with the upstream gradient."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, loss, options, *inputs):
-        value, logps, ref_logps, lengths, *grads = _preference_step_of(loss, hidden, weight, bias, inputs, options)
+    def forward(ctx, hidden, weight, bias, loss, options, accumulate_into, *inputs):
+        value, logps, ref_logps, lengths, *grads = _preference_step_of(
+            loss, hidden, weight, bias, inputs, options, accumulate_into
+        )
         ctx.mark_non_differentiable(logps, ref_logps, lengths)
-        ctx.needs, ctx.others = options.needs, len(inputs) + 2
+        ctx.needs, ctx.others, ctx.accumulates = options.needs, len(inputs) + 3, accumulate_into is not None
         if torch.compiler.is_compiling():
             ctx.save_for_backward(*grads)
         else:
@@ -304,34 +316,46 @@ class _PreferenceLoss(torch.autograd.Function):
         if ctx.grads is None:
             raise RuntimeError("second backward through linear_preference_loss: give the first retain_graph=True")
         grads = ctx.grads
+        if ctx.accumulates:
+            _check_upstream(upstream)
+            grads[1] = None
         if torch._C._autograd._get_current_graph_task_keep_graph():
             return *(None if g is None else g * upstream.to(g.dtype) for g in grads), *nothing
         ctx.grads = None
         for grad in grads:
             if grad is not None:
-                _scale_(grad, upstream)
+                rows.scale_unless_one_(grad, upstream)
         return *grads, *nothing
 
 
 def _preference_step_of(
-    loss: Loss, hidden: Tensor, weight: Tensor, bias: Tensor | None, inputs: tuple, options: Options
+    loss: Loss,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    inputs: tuple,
+    options: Options,
+    accumulate_into: Tensor | None,
 ) -> tuple[Tensor, ...]:
-    """Losses of ours through the custom op; a class of the user's, which no op can carry, directly."""
-    if loss.spec is not None:
+    """Losses of ours through the custom op; directly what no op carries: a class or a buffer of the user's."""
+    if loss.spec is not None and accumulate_into is None:
         return torch.ops.fastpref.preference_step(loss.spec, hidden, weight, bias, *inputs, *options)
     targets, cu_seqlens, ref_logps, ref_hidden, ref_weight, ref_bias, desirable, kl, token_weights, totals = inputs
     reference = ref_logps if ref_hidden is None else (ref_hidden, ref_weight, ref_bias)
     value, logps, ref, *rest = step(
         loss, hidden, weight, bias, targets, cu_seqlens, reference, desirable, kl, token_weights,
-        None if totals is None else Totals(*totals.unbind()), options,
+        None if totals is None else Totals(*totals.unbind()), options, accumulate_into,
     )  # fmt: skip
     return value, logps, *(_present(x, logps) for x in (None if ref is ref_logps else ref, *rest))
 
 
-def _scale_(grad: Tensor, upstream: Tensor) -> None:
-    """grad *= upstream; no pass over grad when it is 1."""
-    if upstream.device.type != "cpu" or upstream.item() != 1.0:
-        grad.mul_(upstream.to(grad.dtype))
+def _check_upstream(upstream: Tensor) -> None:
+    """What was added to `accumulate_into` in forward cannot be scaled any more."""
+    if (upstream.device.type == "cpu" or debugging()) and upstream.item() != 1.0:
+        raise RuntimeError(
+            f"the gradient of the loss is {upstream.item()}; accumulate_into takes only 1: give `totals` instead of "
+            "scaling the loss"
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -425,6 +449,7 @@ def linear_preference_loss(
     memory_budget: int | None = None,
     backend: str | None = None,
     logits_dtype: str | None = None,
+    accumulate_into: Tensor | None = None,
 ) -> PreferenceOutput:
     """A preference loss of a language-model head and its gradients, in one pass of three GEMMs (two if `weight` is
     frozen, one without gradients) and without the logits:
@@ -445,6 +470,8 @@ def linear_preference_loss(
         token_weights: the shape of targets; multiplies token log-probs (1 by default).
         totals: what the means divide by, where this call is a part of a larger batch (see `Totals`).
         ignore_index, softcap, logit_scale, temperature, memory_budget, backend, logits_dtype: as in `linear_logps`.
+        accumulate_into: fp32 [V, H], to which the weight's gradient is added in forward (a "main grad"); autograd then
+            brings none for `weight`. For an upstream gradient of 1: normalise with `totals`, not by scaling the loss.
 
     Returns:
         PreferenceOutput: loss (scalar fp32, differentiable w.r.t. hidden, weight and bias), logps [S], ref_logps [S] or
@@ -482,12 +509,17 @@ def linear_preference_loss(
     stats = rows.stats_dtype(options.compute_dtype)
     ref_logps = None if ref_logps is None else ref_logps.to(stats)
     declared = isinstance(loss, Loss) and (loss.spec is not None or not torch.compiler.is_compiling())
+    check_accumulate_into(accumulate_into, weight, declared and not torch.compiler.is_compiling())
     if declared:
+        if accumulate_into is not None:
+            options = options._replace(needs=(options.needs[0], torch.is_grad_enabled(), options.needs[2]))
         inputs = (
             targets, cu_seqlens, ref_logps, ref_hidden, ref_weight, ref_bias, desirable, kl,
             None if token_weights is None else token_weights.detach(), _totals_tensor(totals, hidden.device, stats),
         )  # fmt: skip
-        value, logps, computed_ref, lengths = _PreferenceLoss.apply(hidden, weight, bias, loss, options, *inputs)
+        value, logps, computed_ref, lengths = _PreferenceLoss.apply(
+            hidden, weight, bias, loss, options, accumulate_into, *inputs
+        )
         ref_logps = computed_ref if ref_hidden is not None else ref_logps
         seq = SequenceLogps(logps, lengths, Totals(1, 1, 1), ref_logps, desirable, kl)
     else:

@@ -52,6 +52,7 @@ class Problem:
     coupling: str = "pair"  # "pair", "sequence" or "batch": the sequences whose log-probs one loss scalar needs
     scratches: int = 2  # unknown scalars of one pair or sequence: 1 where the rejected one follows from the chosen one
     late: bool = False  # the loss scalars arrive in backward (the stand-alone log-prob op)
+    cast_weight: bool = False  # the weight has another dtype than the GEMMs (autocast)
     gathered: bool = False  # scored rows are picked out of a padded input
     device: str = "cpu"
 
@@ -186,7 +187,7 @@ class _Planner:
             return scratch
         if scratches:
             stashes = max(stashes, 2)
-        total = p.vocab * p.hidden * p.itemsize if p.grad_itemsize != p.itemsize else 0  # the weight under autocast
+        total = p.cast_weight * p.vocab * p.hidden * p.itemsize
         if p.needs_weight_grad and not self.direct:
             if p.grad_itemsize < 4 and stashes > 1:
                 total += p.vocab * p.hidden * 4

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from . import losses, rows
 from .losses import Loss, SequenceLogps, Totals
-from .plan import Group, Plan, Problem, plan
+from .plan import MIB, Group, Plan, Problem, plan
+from .rows import native
 
 # ---------------------------------------------------------------------------------------------------------------------
 # One call, laid out: which rows are scored, and the head they are multiplied with
@@ -109,9 +110,13 @@ def score(
     return Scored(hidden, index, flat[index], counts, lengths, weights)
 
 
+def debugging() -> bool:
+    return os.environ.get("FASTPREF_DEBUG", "0") not in ("", "0")
+
+
 def check_targets(targets: Tensor, vocab: int, ignore_index: int) -> None:
     """On the CPU always; on a device only under FASTPREF_DEBUG=1, for it synchronises."""
-    if targets.device.type != "cpu" and os.environ.get("FASTPREF_DEBUG", "0") in ("", "0"):
+    if targets.device.type == "meta" or (targets.device.type != "cpu" and not debugging()):
         return
     wrong = (targets != ignore_index) & ((targets < 0) | (targets >= vocab))
     if wrong.any():
@@ -144,6 +149,13 @@ def sequence_logps_of(logps: Tensor, weights: Tensor | None, counts: Tensor) -> 
 def fp32_gemms(device: torch.device) -> bool:
     """Whether GEMMs on this device write, and add to, fp32 from low-precision operands ("meta": a dry run of CUDA)."""
     return device.type in ("cuda", "meta")
+
+
+def _fresh(tensor: Tensor) -> Tensor:
+    """A buffer just allocated. On the CPU its pages, 4 KiB each, cost more than writing them: asks for huge ones."""
+    if tensor.device.type == "cpu" and tensor.nbytes >= 4 * MIB:
+        native.advise_huge(tensor)
+    return tensor
 
 
 def _mm(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
@@ -195,14 +207,18 @@ class _Sum:
 
 
 class _WeightGrad(_Sum):
-    """dW: added up in fp32 and rounded once."""
+    """dW: added up in fp32 and rounded once; or added to a buffer of the caller's."""
 
-    def __init__(self, weight: Tensor, compute_dtype: torch.dtype, schedule: Plan) -> None:
-        self.grad = torch.empty_like(weight, memory_format=torch.contiguous_format)
-        self.wide = torch.promote_types(weight.dtype, torch.float32)
+    def __init__(self, weight: Tensor, compute_dtype: torch.dtype, schedule: Plan, into: Tensor | None) -> None:
+        self.into = into is not None
+        self.grad = (
+            into if into is not None else _fresh(torch.empty_like(weight, memory_format=torch.contiguous_format))
+        )
+        self.wide = torch.promote_types(self.grad.dtype, torch.float32)
         several = len(schedule.groups) > 1 or any(group.long for group in schedule.groups)
-        total = torch.empty_like(self.grad, dtype=self.wide) if several else self.grad
-        super().__init__(total, compute_dtype, schedule.weight_slice)
+        apart = several and self.wide != self.grad.dtype
+        total = _fresh(torch.empty_like(self.grad, dtype=self.wide)) if apart else self.grad
+        super().__init__(total, compute_dtype, schedule.weight_slice, begun=self.into)
 
     def set_slice(self, start: int, end: int, parts: list[tuple[Tensor, Tensor]]) -> None:
         """dW[start:end] = sum of A^T B over `parts`, the whole of it."""
@@ -214,7 +230,7 @@ class _WeightGrad(_Sum):
         if not fp32_gemms(total.device) and total.dtype != self.compute_dtype:
             product = torch.empty_like(target, dtype=self.compute_dtype)
         for i, (residuals_CV, scaled_CH) in enumerate(parts):
-            _add_mm(total, residuals_CV.t(), scaled_CH, i > 0, product)
+            _add_mm(total, residuals_CV.t(), scaled_CH, i > 0 or self.into, product)
         if total is not target:
             target.copy_(total)
         self.begun = True
@@ -294,7 +310,7 @@ class Walk:
         self.scratch: Tensor | None = None
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        return self.head.weight.new_empty(shape, dtype=dtype)
+        return _fresh(self.head.weight.new_empty(shape, dtype=dtype))
 
     @property
     def swept_in_place(self) -> bool:
@@ -425,10 +441,7 @@ class Walk:
     def scaled_rows(self, start: int, end: int, w: Tensor, out: Tensor) -> Tensor:
         """w * x in the compute dtype, rounded once; zero for an ignored row, whatever its hidden state holds."""
         x = self.scored.hidden[start:end] if self.scored.index is None else self.scored.rows(start, end, out)
-        torch.mul(x, w[:, None], out=out)
-        if out.device.type != "cpu":  # on the CPU ignored rows never come this far
-            out.masked_fill_((self.scored.targets[start:end] == self.head.ignore_index)[:, None], 0.0)
-        return out
+        return rows.scale_rows(x, w, out)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -445,26 +458,34 @@ def head_of(weight: Tensor, bias: Tensor | None, options: Options) -> Head:
 
 def problem_of(
     counts: tuple[int, ...], hidden: Tensor, weight: Tensor, index: Tensor | None, coupling: str, options: Options,
-    *, late: bool = False, scratches: int = 2,
+    *, late: bool = False, scratches: int = 2, accumulate_into: Tensor | None = None,
 ) -> Problem:  # fmt: skip
     compute, needs = options.compute_dtype, options.needs
+    grad = weight.dtype if accumulate_into is None else accumulate_into.dtype
     return Problem(
         counts, weight.shape[1], weight.shape[0], compute.itemsize, options.logits_dtype.itemsize,
-        weight.dtype.itemsize, needs_hidden_grad=needs[0], needs_weight_grad=needs[1] or needs[2], coupling=coupling,
-        scratches=scratches, late=late, gathered=index is not None or hidden.dtype != compute,
+        grad.itemsize, needs_hidden_grad=needs[0], needs_weight_grad=needs[1] or needs[2], coupling=coupling,
+        scratches=scratches, late=late, cast_weight=weight.dtype != compute,
+        gathered=index is not None or hidden.dtype != compute,
         device="cuda" if fp32_gemms(weight.device) else "cpu",
     )  # fmt: skip
 
 
 def gradients(
-    scored: Scored, head: Head, schedule: Plan, weight: Tensor, bias: Tensor | None, needs: Sequence[bool]
+    scored: Scored,
+    head: Head,
+    schedule: Plan,
+    weight: Tensor,
+    bias: Tensor | None,
+    needs: Sequence[bool],
+    accumulate_into: Tensor | None = None,
 ) -> tuple[_HiddenGrad | None, _WeightGrad | None, Tensor | None]:
     p = schedule.problem
     buffer = None
     if p.gathered:
         buffer = head.weight.new_empty(max(schedule.stash_rows, schedule.tile_rows), p.hidden)
     dx = _HiddenGrad(scored, buffer) if needs[0] else None
-    dw = _WeightGrad(weight, head.weight.dtype, schedule) if needs[1] else None
+    dw = _WeightGrad(weight, head.weight.dtype, schedule, accumulate_into) if needs[1] else None
     db = torch.zeros_like(bias, dtype=rows.stats_dtype(head.weight.dtype)) if needs[2] and bias is not None else None
     return dx, dw, db
 
@@ -474,7 +495,7 @@ def _scratches(count: int, head: Head, schedule: Plan) -> list[_Sum]:
     if not any(group.long for group in schedule.groups):
         return []
     wide, dtype = rows.stats_dtype(head.weight.dtype), head.weight.dtype
-    totals = (torch.empty_like(head.weight, dtype=wide) for _ in range(count))
+    totals = (_fresh(torch.empty_like(head.weight, dtype=wide)) for _ in range(count))
     return [_Sum(total, dtype, schedule.weight_slice) for total in totals]
 
 
@@ -491,12 +512,14 @@ def step(
     token_weights: Tensor | None,
     totals: Totals | None,
     options: Options,
+    accumulate_into: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """(loss, logps, ref_logps, lengths, dX, dW, db)."""
     check_targets(targets, weight.shape[0], options.ignore_index)
     scored = score(hidden, targets, cu_seqlens, options.ignore_index, token_weights)
     head = head_of(weight, bias, options)
-    problem = problem_of(scored.counts, hidden, weight, scored.index, loss.coupling, options, scratches=loss.scratches)
+    problem = problem_of(scored.counts, hidden, weight, scored.index, loss.coupling, options, scratches=loss.scratches,
+                         accumulate_into=accumulate_into)  # fmt: skip
     schedule = plan(problem, options.memory_budget)
     counts = on_device(scored.counts, hidden.device)
 
@@ -513,7 +536,7 @@ def step(
         del ref_walk
 
     walk = Walk(scored, head, schedule)
-    dx, dw, db = gradients(scored, head, schedule, weight, bias, options.needs)
+    dx, dw, db = gradients(scored, head, schedule, weight, bias, options.needs, accumulate_into)
     lengths = scored.lengths.to(walk.logps.dtype)
     if totals is None:
         totals = Totals(len(scored.counts), lengths.sum(), lengths.chunk(2)[0].sum())

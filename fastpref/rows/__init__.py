@@ -167,3 +167,25 @@ def _fall_back(wanted: str, device: torch.device) -> str:
             stacklevel=3,
         )
     return "reference"
+
+
+def scale_rows(x: Tensor, w: Tensor, out: Tensor) -> Tensor:
+    """out = x * w[:, None], [rows, width], in fp32 and rounded once; where w is 0 exactly 0, whatever x holds."""
+    if x.device.type == "cuda" and _usable("triton"):
+        from . import triton_rows
+
+        if all(tensor.dtype in triton_rows.DTYPES for tensor in (x, out)):
+            return triton_rows.scale_rows_(x, w, out)
+    torch.mul(x, w[:, None], out=out)
+    return out if x.device.type == "cpu" else out.masked_fill_((w == 0)[:, None], 0.0)
+
+
+def scale_unless_one_(tensor: Tensor, factor: Tensor) -> Tensor:
+    """tensor *= factor (one float on its device): no pass over `tensor` where it is 1, no synchronisation to know."""
+    if tensor.device.type == "cpu":
+        return tensor if factor.item() == 1.0 else tensor.mul_(factor.to(tensor.dtype))
+    if tensor.device.type == "cuda" and _usable("triton"):
+        from . import triton_rows
+
+        return triton_rows.scale_unless_one_(tensor, factor)
+    return tensor.mul_(factor.to(tensor.dtype))
