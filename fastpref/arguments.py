@@ -50,7 +50,7 @@ def options_of(
     require(weight.device == hidden.device, "weight", f"on {weight.device}", f"{hidden.device}, the device of hidden")
     check_vector("bias", bias, weight.shape[:1], hidden)
     device = hidden.device.type
-    if torch.is_autocast_enabled(device):
+    if device != "meta" and torch.is_autocast_enabled(device):
         compute = torch.get_autocast_dtype(device)
     else:
         compute = hidden.dtype
