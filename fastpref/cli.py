@@ -20,19 +20,29 @@ EXAMPLES = """examples:
   fastpref train dpo.yaml learning_rate=5e-7 stages.rpo.beta=0.05 output_dir=runs/second
   fastpref train dpo.yaml --resume
   fastpref eval runs/second
+  fastpref plan --pairs 8 --length 512 --hidden 4096 --vocab 128256
 """
+EXTRAS = {
+    "peft": "LoRA (use_peft)",
+    "datasets": "data sets by name",
+    "pyarrow": "Parquet files",
+    "tensorboard": "report_to: tensorboard",
+    "wandb": "report_to: wandb",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit code."""
     options = _parser().parse_args(arguments)
     # Loading transformers takes seconds; --help and a mistyped option should not.
+    import torch
+    from transformers.utils import logging
+
     from .train.checkpoint import SaveError
     from .train.loop import Stopped, TrainingError
 
+    logging.disable_progress_bar()  # a bar for every save and load would break ours
     try:
-        import torch
-
         options.run(options)
         return 0
     except Stopped as stopped:
@@ -83,9 +93,11 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=_info)
 
     command = commands.add_parser("plan", help="how a step of the fused head would run in a memory budget")
-    command.add_argument("--rows", type=int, required=True, help="scored tokens of a micro-batch")
+    command.add_argument("--pairs", type=int, default=1, help="pairs in a micro-batch; default 1")
+    command.add_argument("--length", type=int, required=True, help="scored tokens of a response")
     command.add_argument("--hidden", type=int, required=True)
     command.add_argument("--vocab", type=int, required=True)
+    command.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
     command.add_argument("--budget-mib", type=int, default=2048, help="workspace; default 2048")
     command.add_argument("--frozen-head", action="store_true", help="no gradient for the LM head's weight (LoRA)")
     command.set_defaults(run=_plan)
@@ -100,16 +112,60 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _eval(options: argparse.Namespace) -> None:
-    from .train.standalone import evaluate_run
+    from .train.held_out import evaluate_run
 
     evaluate_run(options.source, options.overrides)
 
 
 def _info(options: argparse.Namespace) -> None:
-    from .info import show
+    import importlib.util
 
-    show()
+    import torch
+    from rich.console import Console
+    from rich.table import Table
+
+    from . import rows
+    from .train.metrics import device_name, versions
+
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column()
+    table.add_column(overflow="fold")
+    for package, number in versions().items():
+        table.add_row(package, number, "")
+    table.add_row("CPU", "yes", device_name(torch.device("cpu")))
+    if torch.cuda.is_available():
+        for i in range(torch.cuda.device_count()):
+            found = torch.cuda.get_device_properties(i)
+            capability = f"sm_{found.major}{found.minor}"
+            table.add_row(f"GPU {i}", "yes", f"{found.name}, {found.total_memory / 2**30:.0f} GiB, {capability}")
+    else:
+        why = "this torch is built without CUDA" if torch.version.cuda is None else "no CUDA device or driver found"
+        table.add_row("GPU", "no", why)
+    for backend in rows.BACKENDS:
+        state = rows.availability(backend)
+        table.add_row(f"rows: {backend}", "yes" if state.available else "no", state.why)
+    for package, use in EXTRAS.items():
+        installed = importlib.util.find_spec(package) is not None
+        table.add_row(package, "yes" if installed else "no", use if installed else f"{use}: not installed")
+    console = Console(highlight=False)
+    console.print(table, soft_wrap=not console.is_terminal)
 
 
 def _plan(options: argparse.Namespace) -> None:
-    raise NotImplementedError
+    from .plan import MIB, Problem, plan
+
+    for name in ("pairs", "length", "hidden", "vocab", "budget_mib"):
+        if getattr(options, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} is {getattr(options, name)}; it takes at least 1")
+    size = 2 if options.dtype == "bf16" else 4
+    problem = Problem(
+        lengths=(options.length,) * (2 * options.pairs),
+        hidden=options.hidden,
+        vocab=options.vocab,
+        itemsize=size,
+        grad_itemsize=size,
+        needs_weight_grad=not options.frozen_head,
+        device="cuda",
+    )
+    print(plan(problem, options.budget_mib * MIB))

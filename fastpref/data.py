@@ -252,17 +252,14 @@ def _one_form(where: str, prompt: Any, responses: dict[str, Any]) -> tuple[list[
             if not any(message.get("content") == prompt for message in head):
                 raise ValueError(f"{where}: field 'prompt' is not among the first messages of '{next(iter(messages))}'")
             prompt = head
-    repeats = [text[: len(prompt)] == prompt for text in messages.values()]
-    if all(repeats):
+    if all(text[: len(prompt)] == prompt for text in messages.values()):
         messages = {key: text[len(prompt) :] for key, text in messages.items()}
-    for (key, text), repeat in zip(messages.items(), repeats, strict=True):
+    for key, text in messages.items():
         if not text:
             raise ValueError(f"{where}: field '{key}' has no message after the prompt's")
-        if text[0]["role"] != "assistant":
+        if (role := text[0]["role"]) != "assistant":
             raise ValueError(
-                f"{where}: field '{key}' starts with role '{text[0]['role']}'"
-                f"{' and' if not repeat else ' after the prompt,'} expected 'assistant'"
-                f"{' or the messages of the prompt' if not repeat else ''}"
+                f"{where}: field '{key}' starts with role '{role}', expected 'assistant' or the prompt's messages"
             )
     return list(messages.values()), prompt
 

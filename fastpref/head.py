@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from . import losses, rows
 from .arguments import (
@@ -56,7 +56,7 @@ def _present(x: Tensor | None, like: Tensor) -> Tensor:
     return like.new_empty(0) if x is None else x
 
 
-@torch.library.custom_op("fastpref::preference_step", mutates_args=())
+@library.custom_op("fastpref::preference_step", mutates_args=())
 def _preference_step(
     loss: str,
     hidden: Tensor,
@@ -144,7 +144,7 @@ def _late_plan(hidden: Tensor, weight: Tensor, targets: Tensor, index: Tensor | 
     return plan(problem, options.memory_budget)
 
 
-@torch.library.custom_op("fastpref::linear_logps", mutates_args=())
+@library.custom_op("fastpref::linear_logps", mutates_args=())
 def _linear_logps(
     hidden: Tensor,
     weight: Tensor,
@@ -205,7 +205,7 @@ def _(
     return stats, torch.empty_like(stats), torch.empty_like(stats), kept
 
 
-@torch.library.custom_op("fastpref::linear_logps_backward", mutates_args=())
+@library.custom_op("fastpref::linear_logps_backward", mutates_args=())
 def _linear_logps_backward(
     grad: Tensor,
     lse: Tensor,

@@ -1,0 +1,1 @@
+"""Microbenchmarks. Protocol: README.md; `python -m bench.head_cpu`, `python -m bench.head_gpu`."""

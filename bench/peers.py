@@ -1,0 +1,293 @@
+"""Every implementation that is measured, at its best documented use, behind one call: batch and loss name -> Result.
+
+Peers that only make token log-probs are completed with the loss maths of problem.py. All of them are handed hidden,
+weight and targets and do forward; the harness calls backward. None is charged a reference forward: log-probs of the
+reference are given.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import fastpref as fp
+from fastpref import rows
+from fastpref.plan import DEFAULT_BUDGET
+
+from .problem import BETA, ETA, IGNORE, LOSSES, Batch, Shape
+
+MIB = 2**20
+OPS = ("step", "frozen", "forward")  # gradients of hidden and weight; of hidden; none
+
+
+class Result(NamedTuple):
+    loss: Tensor
+    logps: Tensor  # [S] sequence log-probs
+    token_logps: Tensor | None = None  # [N], where the implementation shows them
+
+
+@dataclass(frozen=True)
+class Implementation:
+    name: str
+    version: str
+    run: Callable[[Batch, str], Result]
+    gemms: Callable[[Shape, str], float]  # GEMMs over the N scored rows that it does, by shape and op; for context
+    losses: tuple[str, ...] = tuple(LOSSES)
+    references: bool = True  # False: its loss takes none; it is checked against the truth without them
+    tokens: Callable[[Batch], Tensor] | None = None  # token log-probs [N], where the Result has none
+    plan: Callable[[Shape, str, str, torch.dtype, str], fp.Plan] | None = None  # (shape, op, loss, dtype, device type)
+    logits_dtype: Callable[[torch.dtype, str], str] | None = None  # (dtype, device type); None: the inputs' own
+    backend: str | None = None
+    budget: int | None = None  # bytes
+
+    @property
+    def label(self) -> str:
+        parts = [self.name, self.backend or "", f"{self.budget / MIB:.4g} MiB" if self.budget else ""]
+        return " ".join(part for part in parts if part)
+
+
+class Missing(NamedTuple):
+    """A peer that cannot run here, and why: a named gap in the table."""
+
+    name: str
+    why: str
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# fastpref
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def fastpref_loss(name: str) -> fp.losses.Loss:
+    return fp.get_loss(name, beta=BETA, **({"eta": ETA} if name == "rpo" else {}))
+
+
+def fastpref(backend: str | None = None, budget: int | None = None, logits: str | None = None) -> Implementation:
+    """logits: "bf16" for tiles of logits in bf16 where fp32 is the default (CUDA)."""
+    def arguments(batch: Batch) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        given = dict(softcap=batch.shape.softcap, memory_budget=budget, backend=backend, logits_dtype=logits)
+        if batch.shape.prompt_share:
+            return batch.hidden, batch.targets, given
+        return batch.rows(), batch.scored_targets, given
+
+    def run(batch: Batch, loss: str) -> Result:
+        hidden, targets, given = arguments(batch)
+        if not batch.shape.prompt_share:
+            given["cu_seqlens"] = list(range(0, batch.shape.rows + 1, batch.shape.scored_length))
+        if loss == "kto":
+            given |= dict(desirable=batch.desirable, kl_logps=batch.kl_logps, ref_kl_logps=batch.ref_kl_logps)
+        out = fp.linear_preference_loss(
+            hidden, batch.weight, targets, loss=fastpref_loss(loss), ref_logps=batch.ref_logps, **given
+        )
+        return Result(out.loss, out.logps)
+
+    def tokens(batch: Batch) -> Tensor:
+        hidden, targets, given = arguments(batch)
+        return fp.linear_logps(hidden, batch.weight, targets, **given)[targets != IGNORE]
+
+    def logits_dtype(dtype: torch.dtype, device: str) -> str:
+        name = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
+        return logits or ("fp32" if device == "cuda" else name)
+
+    def schedule(shape: Shape, op: str, loss: str, dtype: torch.dtype, device: str) -> fp.Plan:
+        kind = fastpref_loss(loss)
+        problem = fp.Problem(
+            (shape.scored_length,) * shape.sequences, shape.hidden, shape.vocab, dtype.itemsize,
+            4 if logits_dtype(dtype, device) == "fp32" else 2, dtype.itemsize,
+            needs_hidden_grad=op != "forward", needs_weight_grad=op == "step", coupling=kind.coupling,
+            scratches=kind.scratches, gathered=shape.prompt_share > 0, device=device,
+        )  # fmt: skip
+        return fp.plan(problem, budget)
+
+    def gemms(shape: Shape, op: str) -> float:
+        return {"forward": 1.0, "frozen": 2.0, "step": 3.0}[op]
+
+    return Implementation(
+        "fastpref", fp.__version__, run, gemms, tokens=tokens, plan=schedule, logits_dtype=logits_dtype,
+        backend=backend, budget=budget,
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Peers
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _version(package: str) -> str | None:
+    """None: not installed."""
+    try:
+        return importlib.metadata.version(package) if importlib.util.find_spec(package) else None
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _from_tokens(name: str, version: str, token_logps: Callable[[Batch], Tensor], gemms: int) -> Implementation:
+    """An implementation of token log-probs over the scored rows. gemms: of its step."""
+
+    def run(batch: Batch, loss: str) -> Result:
+        tokens = token_logps(batch)
+        logps = batch.sequence_logps(tokens.float())
+        return Result(LOSSES[loss](logps, batch), logps, tokens)
+
+    def passes(shape: Shape, op: str) -> float:
+        return {"forward": 1.0, "frozen": gemms - 1.0, "step": float(gemms)}[op]
+
+    return Implementation(name, version, run, passes)
+
+
+def _capped(logits: Tensor, cap: float | None) -> Tensor:
+    return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+def _full_logits_logps(rows_NH: Tensor, weight: Tensor, targets: Tensor, cap: float | None) -> Tensor:
+    """Logits in the inputs' dtype, everything after them in fp32: what trainers without a fused head do."""
+    logits = _capped((rows_NH @ weight.t()).float(), cap)
+    return -F.cross_entropy(logits, targets, reduction="none", ignore_index=IGNORE)
+
+
+def naive() -> Implementation:
+    def tokens(batch: Batch) -> Tensor:
+        return _full_logits_logps(batch.rows(), batch.weight, batch.scored_targets, batch.shape.softcap)
+
+    return _from_tokens("naive", torch.__version__, tokens, 3)
+
+
+def naive_all() -> Implementation:
+    """As `naive`, over every row of the padded input: what most trainers do."""
+
+    def run(batch: Batch, loss: str) -> Result:
+        hidden, targets = batch.hidden.flatten(0, 1), batch.targets.flatten()
+        tokens = _full_logits_logps(hidden, batch.weight, targets, batch.shape.softcap)
+        logps = tokens.view(batch.targets.shape).sum(1)
+        return Result(LOSSES[loss](logps, batch), logps, tokens[batch.index])
+
+    def gemms(shape: Shape, op: str) -> float:
+        return {"forward": 1, "frozen": 2, "step": 3}[op] * shape.padded_length / shape.scored_length
+
+    return Implementation("naive_all", torch.__version__, run, gemms)
+
+
+def naive_compiled() -> Implementation:
+    compiled = torch.compile(_full_logits_logps, dynamic=False)
+
+    def tokens(batch: Batch) -> Tensor:
+        return compiled(batch.rows(), batch.weight, batch.scored_targets, batch.shape.softcap)
+
+    return _from_tokens("naive_compiled", torch.__version__, tokens, 3)
+
+
+def torch_lce(device: str) -> Implementation | Missing:
+    """`F.linear_cross_entropy`, chunked, no reduction. Its default chunks are 32 to 128 rows at the shapes of these
+    benchmarks and several times slower: it gets as many rows, a power of two, as fp32 logits fit fastpref's budget.
+    """
+    if not hasattr(F, "linear_cross_entropy"):
+        return Missing("torch_lce", f"torch {torch.__version__} has no F.linear_cross_entropy (2.13 has)")
+
+    def tokens(batch: Batch) -> Tensor:
+        if batch.shape.softcap is not None:
+            raise NotImplementedError("F.linear_cross_entropy has no softcap")
+        rows = DEFAULT_BUDGET[device] // (4 * batch.shape.vocab)
+        options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=1 << (max(1, rows).bit_length() - 1))
+        return -F.linear_cross_entropy(
+            batch.rows(), batch.weight, batch.scored_targets, reduction="none", options=options
+        )
+
+    return _from_tokens("torch_lce", torch.__version__, tokens, 4)
+
+
+def trl() -> Implementation | Missing:
+    """The kernel of TRL's DPO trainer, with its tile width, asked for log-probs only (the trainer asks for more)."""
+    version = _version("trl")
+    if version is None:
+        return Missing("trl", "not installed")
+    try:
+        from trl.kernels import ChunkedLogProbFunction
+        from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
+    except ImportError as error:
+        return Missing("trl", f"{version}: {error}")
+
+    def tokens(batch: Batch) -> Tensor:
+        return ChunkedLogProbFunction.apply(
+            batch.rows(), batch.weight, None, batch.scored_targets, 1.0, _CHUNKED_LOGPROB_CHUNK_SIZE,
+            batch.shape.softcap, 1.0, ("log_probs",),
+        )[0]  # fmt: skip
+
+    return _from_tokens("trl", version, tokens, 4)
+
+
+def liger(device: str) -> Implementation | Missing:
+    """Its chunked DPO loss without a reference model, which takes no reference log-probs: they are 0 in its formula."""
+    version = _version("liger_kernel")
+    if version is None:
+        return Missing("liger", "not installed")
+    try:
+        from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
+    except ImportError as error:
+        return Missing("liger", f"{version}: {error}")
+    # Its default, compiled, on a GPU; on a CPU it is run as its own tests do.
+    module = LigerFusedLinearDPOLoss(
+        ignore_index=IGNORE, beta=BETA, compiled=device == "cuda", use_ref_model=False, average_log_prob=False
+    )
+
+    def run(batch: Batch, loss: str) -> Result:
+        if batch.shape.softcap is not None:
+            raise NotImplementedError("Liger's chunked losses have no softcap")
+        value, (chosen, rejected, *_) = module(batch.weight, batch.hidden, batch.targets)
+        return Result(value, torch.cat((chosen, rejected)))
+
+    def gemms(shape: Shape, op: str) -> float:
+        return {"forward": 1, "frozen": 2, "step": 3}[op] * shape.padded_length / shape.scored_length
+
+    return Implementation("liger", version, run, gemms, losses=("dpo",), references=False)
+
+
+def cce(device: str) -> Implementation | Missing:
+    """Cut Cross-Entropy with its default gradient filter."""
+    version = _version("cut_cross_entropy")
+    if version is None:
+        return Missing("cce", "not installed")
+    if device != "cuda":
+        return Missing("cce", f"{version} runs on CUDA only")
+    try:
+        from cut_cross_entropy import linear_cross_entropy
+    except ImportError as error:
+        return Missing("cce", f"{version}: {error}")
+
+    def tokens(batch: Batch) -> Tensor:
+        return -linear_cross_entropy(
+            batch.rows(), batch.weight, batch.scored_targets, softcap=batch.shape.softcap, reduction="none"
+        )
+
+    return _from_tokens("cce", version, tokens, 4)
+
+
+def peer(name: str, device: str) -> Implementation | Missing:
+    """The peer called `name` (see `PEERS`)."""
+    if name not in PEERS:
+        raise ValueError(f"implementation is {name!r}; it takes {', '.join(PEERS)}")
+    return PEERS[name](device)
+
+
+PEERS: dict[str, Callable[[str], Implementation | Missing]] = {
+    "naive": lambda device: naive(),
+    "naive_all": lambda device: naive_all(),
+    "naive_compiled": lambda device: naive_compiled(),
+    "torch_lce": torch_lce,
+    "trl": lambda device: trl(),
+    "liger": liger,
+    "cce": cce,
+}
+
+
+def fastpref_backends(device: torch.device, dtype: torch.dtype) -> list[str]:
+    """The row kernels that work here: the one that is used by default first, then other compiled ones."""
+    default = rows.choose(None, device, dtype).__name__.rpartition(".")[2].removesuffix("_rows")
+    others = ("triton", "cuda") if device.type == "cuda" else ("native",)
+    return [default, *(name for name in others if name != default and rows.availability(name).available)]

@@ -1,0 +1,282 @@
+"""The inputs of the head benchmarks, and the fp64 truth their results are checked against. Nothing from fastpref.
+
+Logits like a trained model's, without one: rows of W and the base of a hidden row are Gaussian, so that the logits of a
+token are normal with standard deviation 3; then the hidden row moves along the target's row of W until the target's
+log-prob is -e, e drawn from an exponential distribution of mean 2 nats. That is many tokens the model is sure of, a
+long tail of surprises and -2 nats on average, which is what chat models give on responses. All sequences are equally
+long: padding is then free, to the advantage of implementations that project it.
+
+Shape suffixes: N scored rows, H hidden size, V vocabulary, S sequences, T padded length.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+IGNORE = -100
+BETA, ETA = 0.1, 0.005
+LOGITS_STD = 3.0
+MEAN_NLL = 2.0  # nats a token
+WEIGHT_STD = 0.02  # what most models initialise their head with
+REFERENCE_STD = 5.0  # nats a sequence between policy and reference
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Shape:
+    rows: int  # N, scored rows
+    hidden: int  # H
+    vocab: int  # V
+    pairs: int = 8
+    prompt_share: float = 0.0  # of the padded input's rows, not scored
+    softcap: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.rows <= 0 or self.rows % (2 * self.pairs):
+            raise ValueError(f"rows is {self.rows}; it takes a multiple of the {2 * self.pairs} sequences")
+        if not 0 <= self.prompt_share < 1:
+            raise ValueError(f"prompt_share is {self.prompt_share}; it takes a number in [0, 1)")
+
+    @property
+    def sequences(self) -> int:
+        return 2 * self.pairs
+
+    @property
+    def scored_length(self) -> int:
+        return self.rows // self.sequences
+
+    @property
+    def padded_length(self) -> int:
+        return round(self.scored_length / (1 - self.prompt_share))
+
+    def __str__(self) -> str:
+        extra = f", softcap {self.softcap:g}" if self.softcap else ""
+        extra += f", {self.prompt_share:.0%} prompt" if self.prompt_share else ""
+        return f"N {self.rows}, H {self.hidden}, V {self.vocab}{extra}"
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """What every implementation is given. hidden and weight are leaves; gradients wanted are switched per run."""
+
+    shape: Shape
+    hidden: Tensor  # [S, T, H]
+    weight: Tensor  # [V, H]
+    targets: Tensor  # [S, T]; the prompt's rows are IGNORE
+    index: Tensor  # [N] scored rows among the S * T
+    scored_targets: Tensor  # [N]
+    ref_logps: Tensor  # [S] fp32
+    desirable: Tensor  # [S] bool
+    kl_logps: Tensor  # [S] fp32, KTO's mismatched pairs
+    ref_kl_logps: Tensor  # [S] fp32
+
+    @property
+    def device(self) -> torch.device:
+        return self.weight.device
+
+    def rows(self) -> Tensor:
+        """[N, H] scored rows, differentiable; a view where every row is scored."""
+        flat = self.hidden.flatten(0, 1)
+        return flat if not self.shape.prompt_share else flat.index_select(0, self.index)
+
+    def sequence_logps(self, token_logps_N: Tensor) -> Tensor:
+        return token_logps_N.view(self.shape.sequences, -1).sum(1)
+
+    def without_references(self) -> Batch:
+        return replace(self, ref_logps=torch.zeros_like(self.ref_logps))
+
+
+def make_batch(shape: Shape, dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0) -> Batch:
+    """The same numbers for the same arguments on the same kind of device."""
+    gen = torch.Generator(device=device).manual_seed(seed)
+    sequences, length, prompt = shape.sequences, shape.padded_length, shape.padded_length - shape.scored_length
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(size, generator=gen, device=device)
+
+    weight = normal(shape.vocab, shape.hidden).mul_(WEIGHT_STD)
+    hidden = normal(sequences * length, shape.hidden).mul_(LOGITS_STD / (WEIGHT_STD * math.sqrt(shape.hidden)))
+    targets = torch.randint(0, shape.vocab, (sequences, length), generator=gen, device=device)
+    picked = weight[targets.flatten()]
+    nll = -MEAN_NLL * torch.rand(sequences * length, generator=gen, device=device).clamp_(1e-4).log_()
+    # The logits of the other tokens are normal, so their log-sum-exp is log V + variance / 2; the variance grows with
+    # the shift, hence the few rounds.
+    base = (picked * hidden).sum(1)
+    wanted = base
+    for _ in range(4):
+        shifted = hidden + picked * ((wanted - base) / picked.square().sum(1))[:, None]
+        variance = (WEIGHT_STD * shifted.norm(dim=1)).square()
+        wanted = math.log(shape.vocab) + variance / 2 - torch.expm1(nll).log()
+        if shape.softcap is not None:
+            wanted = shape.softcap * torch.atanh((wanted / shape.softcap).clamp(-0.95, 0.95))
+    hidden = shifted.view(sequences, length, shape.hidden)
+    targets[:, :prompt] = IGNORE
+    index = (targets.flatten() != IGNORE).nonzero()[:, 0]
+
+    # References near the policy's log-probs; mismatched pairs a little less likely than under the reference.
+    expected = -nll.view(sequences, length)[:, prompt:].sum(1)
+    kl_logps = -5.0 * shape.scored_length + normal(sequences)
+    return Batch(
+        shape, hidden.to(dtype), weight.to(dtype), targets, index, targets.flatten()[index],
+        ref_logps=expected + REFERENCE_STD * normal(sequences),
+        desirable=torch.arange(sequences, device=device) % 2 == 0,
+        kl_logps=kl_logps, ref_kl_logps=kl_logps - 1.5 + normal(sequences),
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Losses on sequence log-probs, written from the papers: what implementations that only make log-probs are completed
+# with, and what the truth is made of. Means over pairs (KTO: sequences).
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _ratios(logps: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    chosen, rejected = (logps - batch.ref_logps).chunk(2)
+    return chosen, rejected
+
+
+def dpo(logps: Tensor, batch: Batch) -> Tensor:
+    chosen, rejected = _ratios(logps, batch)
+    return -F.logsigmoid(BETA * (chosen - rejected)).mean()
+
+
+def rpo(logps: Tensor, batch: Batch) -> Tensor:
+    return dpo(logps, batch) - ETA * BETA * logps.chunk(2)[0].mean()
+
+
+def ipo(logps: Tensor, batch: Batch) -> Tensor:
+    chosen, rejected = _ratios(logps, batch)
+    return ((chosen - rejected) / batch.shape.scored_length - 1 / (2 * BETA)).square().mean()
+
+
+def kto(logps: Tensor, batch: Batch) -> Tensor:
+    baseline = (batch.kl_logps - batch.ref_kl_logps).mean().clamp(min=0)
+    distance = BETA * (logps - batch.ref_logps - baseline)
+    return torch.sigmoid(torch.where(batch.desirable, -distance, distance)).mean()
+
+
+LOSSES: dict[str, Callable[[Tensor, Batch], Tensor]] = {"dpo": dpo, "rpo": rpo, "ipo": ipo, "kto": kto}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Truth
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Gradients(NamedTuple):
+    loss: Tensor
+    logps: Tensor  # [S], of the loss
+    hidden: Tensor  # [sampled rows, H]
+    weight: Tensor  # [sampled vocab rows, H]
+
+
+@dataclass(frozen=True, eq=False)
+class Truth:
+    """fp64 log-probs of every token; gradients of sampled rows of hidden and weight, the first and last among them."""
+
+    batch: Batch
+    sampled_rows: int = 64
+    sampled_vocab: int = 256
+    slice_cols: int = field(default=8192, repr=False)
+
+    @cached_property
+    def _hidden(self) -> Tensor:
+        return self.batch.hidden.detach().flatten(0, 1)[self.batch.index]
+
+    @cached_property
+    def rows(self) -> Tensor:
+        """Sampled scored rows, [<= sampled_rows]."""
+        count = self.batch.shape.rows
+        return torch.linspace(0, count - 1, min(count, self.sampled_rows), device=self.batch.device).round().long()
+
+    @cached_property
+    def vocab(self) -> Tensor:
+        """Sampled rows of weight: half of them targets, where dW is largest."""
+        size, spread = self.batch.shape.vocab, self.sampled_vocab // 2
+        if size <= self.sampled_vocab:
+            return torch.arange(size, device=self.batch.device)
+        evenly = torch.linspace(0, size - 1, spread, device=self.batch.device).round().long()
+        return torch.cat((evenly, self.batch.scored_targets[:: max(1, self.batch.shape.rows // spread)])).unique()
+
+    def _slices(self, hidden: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """(first column, W, z) of each slice of the vocabulary, fp64."""
+        x = hidden.double()
+        for start in range(0, self.batch.shape.vocab, self.slice_cols):
+            weight = self.batch.weight.detach()[start : start + self.slice_cols].double()
+            yield start, weight, self._cap(x @ weight.t())
+
+    def _cap(self, u: Tensor) -> Tensor:
+        cap = self.batch.shape.softcap
+        return u if cap is None else cap * torch.tanh(u / cap)
+
+    def _slope(self, z: Tensor) -> Tensor | float:
+        cap = self.batch.shape.softcap
+        return 1.0 if cap is None else 1 - (z / cap).square()
+
+    @cached_property
+    def _pass(self) -> tuple[Tensor, Tensor, float]:
+        """(token log-probs, lse, mean standard deviation of a token's logits)."""
+        targets = self.batch.scored_targets
+        lse = torch.full(targets.shape, -math.inf, dtype=torch.float64, device=self.batch.device)
+        picked, total, squares = (torch.zeros_like(lse) for _ in range(3))
+        for start, weight, z in self._slices(self._hidden):
+            lse = torch.logaddexp(lse, z.logsumexp(1))
+            total, squares = total + z.sum(1), squares + z.square().sum(1)
+            local = targets - start
+            inside = (local >= 0) & (local < weight.shape[0])
+            found = z.gather(1, local.clamp(0, weight.shape[0] - 1)[:, None])[:, 0]
+            picked = torch.where(inside, found, picked)
+        size = self.batch.shape.vocab
+        deviation = (squares / size - (total / size).square()).clamp(min=0).sqrt().mean()
+        return picked - lse, lse, float(deviation)
+
+    @property
+    def token_logps(self) -> Tensor:
+        """[N]"""
+        return self._pass[0]
+
+    @property
+    def logps(self) -> Tensor:
+        """[S]"""
+        return self.batch.sequence_logps(self.token_logps)
+
+    @property
+    def logits_std(self) -> float:
+        return self._pass[2]
+
+    @cached_property
+    def _directions(self) -> tuple[Tensor, Tensor]:
+        """dX of the sampled rows, and U of the sampled vocabulary, both without the loss scalar."""
+        hidden, targets, lse = self._hidden[self.rows], self.batch.scored_targets[self.rows], self._pass[1]
+        dx = torch.zeros(hidden.shape, dtype=torch.float64, device=self.batch.device)
+        for start, weight, z in self._slices(hidden):
+            columns = torch.arange(start, start + weight.shape[0], device=z.device)
+            hit = (columns == targets[:, None]).double()
+            dx += ((hit - (z - lse[self.rows, None]).exp()) * self._slope(z)) @ weight
+        z = self._cap(self._hidden.double() @ self.batch.weight.detach()[self.vocab].double().t())
+        hit = (self.batch.scored_targets[:, None] == self.vocab).double()
+        return dx, (hit - (z - lse[:, None]).exp()) * self._slope(z)
+
+    def gradients(self, loss: str, batch: Batch) -> Gradients:
+        """batch: this truth's own, or the same without references."""
+        logps = self.logps.requires_grad_()
+        value = LOSSES[loss](logps, batch)
+        (g,) = torch.autograd.grad(value, logps)
+        g_N = g.repeat_interleave(self.batch.shape.scored_length)[:, None]
+        dx, u = self._directions
+        return Gradients(value.detach(), g, g_N[self.rows] * dx, u.t() @ (g_N * self._hidden.double()))
+
+
+def relative(got: Tensor, truth: Tensor) -> float:
+    """Relative Frobenius error; NaN counts as infinitely wrong."""
+    error = float((got.double() - truth).norm() / truth.norm().clamp(min=1e-300))
+    return error if error == error else math.inf

@@ -1,0 +1,380 @@
+// The row kernels on the CPU: one sweep over each row, whatever it holds. CMake compiles this file once per instruction
+// set with -DFASTPREF_KERNELS=kernels_<name>, -DFASTPREF_NAME="<name>"; dispatch.cpp picks one at run time.
+//
+// A row is walked in blocks that stay in the L1 cache. Pass 1 over a block turns logits into z and finds its maximum; pass
+// 2 writes E = exp(z - m) (times the softcap's slope) and adds up s = sum E. m is the maximum of the row's FIRST block and
+// stays so while later blocks exceed it by less than a limit that keeps E in range. A block that exceeds it moves m up to
+// its own maximum, and what this row has written so far is multiplied by exp(m_old - m_new): the logits are never needed
+// twice, so `out` may be `logits` itself. At the end E - s is stored at the target, and -row_factor / s goes to the scale.
+#include "isa.h"
+#include "vec.h"
+
+namespace {
+
+using namespace fastpref;
+
+// 2048 columns: 8 KiB of z, and 8 of slopes, beside the block of logits in 32 KiB of L1.
+constexpr int64_t kBlock = 2048;
+constexpr float kLargest = 3.4028234664e38f;
+constexpr float kInf = __builtin_inff();
+constexpr float kNaN = __builtin_nanf("");
+
+struct None {};  // the dtype of an `out` that is not wanted
+template <class T>
+constexpr bool kWanted = true;
+template <>
+constexpr bool kWanted<None> = false;
+
+// How far z may lie above m before m moves. Sums reach cols * e^limit, which fp32 and bf16 hold for any vocabulary; in
+// fp16 a limit of 8 keeps E below 65504, and the sum must fit too, because E - s is stored at the target: m moves up where
+// it grows past kLargestSum, so far that the sum becomes kSmallSum.
+template <class T>
+constexpr float kLimit = 30.0f;
+template <>
+constexpr float kLimit<f16> = 8.0f;
+template <class T>
+constexpr double kLargestSum = kLargest;
+template <>
+constexpr double kLargestSum<f16> = 32768.0;
+constexpr double kSmallSum = 128.0;
+
+struct Block {
+  alignas(64) float z[kBlock];
+  alignas(64) float slope[kBlock];  // of the softcap; untouched without one
+};
+
+enum class Map { plain, affine, softcap };
+
+// ---- pass 1: logits -> z ----------------------------------------------------------------------------------------------
+
+template <class T, Map kMap, bool kBias>
+struct Load {
+  const T* logits;
+  const float* bias;
+  float scale, cap;  // affine: logit_scale / temperature; softcap: logit_scale / softcap and softcap / temperature
+
+  FASTPREF_INLINE vf z(vf x, vf b, float* slope) const {
+    if constexpr (kBias) x += b;
+    if constexpr (kMap == Map::affine) return x * scale;
+    if constexpr (kMap == Map::softcap) {
+      const Tanh t = tanh_vec(x * scale);
+      store(slope, t.slope);
+      return t.value * cap;
+    }
+    return x;
+  }
+
+  FASTPREF_INLINE vf whole(int64_t i, Block& block) const {
+    const vf v = z(load(logits + i), kBias ? load(bias + i) : vf{}, block.slope + i);
+    store(block.z + i, v);
+    return v;
+  }
+
+  // Fills block.z up to a whole vector (with -inf, whose exp is 0) and returns the maximum of what is not NaN.
+  float run(int64_t n, Block& block) const {
+    vf top[4];
+    for (vf& t : top) t = splat(-kInf);
+    int64_t i = 0;
+    for (; i + 4 * kLanes <= n; i += 4 * kLanes)
+      for (int j = 0; j < 4; ++j) top[j] = max_or_second(whole(i + j * kLanes, block), top[j]);
+    for (; i + kLanes <= n; i += kLanes) top[0] = max_or_second(whole(i, block), top[0]);
+    if (i < n) {
+      const vf x = load_first(logits + i, n - i);
+      const vf v = keep_first(z(x, kBias ? load_first(bias + i, n - i) : vf{}, block.slope + i), n - i, -kInf);
+      store(block.z + i, v);
+      top[0] = max_or_second(v, top[0]);
+    }
+    for (int j = 1; j < 4; ++j) top[0] = max_or_second(top[j], top[0]);
+    return max_lanes(top[0]);
+  }
+};
+
+typedef float (*LoadBlock)(const Tile&, int64_t row, int64_t column, int64_t n, Block&);
+
+template <class T, Map kMap, bool kBias>
+float load_block(const Tile& tile, int64_t row, int64_t column, int64_t n, Block& block) {
+  const T* logits = static_cast<const T*>(tile.logits) + row * tile.row_stride + column;
+  const float* bias = kBias ? tile.bias + column : nullptr;
+  const bool capped = kMap == Map::softcap;
+  const float scale = tile.logit_scale / (capped ? tile.softcap : tile.temperature);
+  return Load<T, kMap, kBias>{logits, bias, scale, capped ? tile.softcap / tile.temperature : 0.0f}.run(n, block);
+}
+
+template <class T>
+LoadBlock choose_load(const Tile& tile) {
+  const bool bias = tile.bias != nullptr;
+  if (tile.softcap != 0) return bias ? load_block<T, Map::softcap, true> : load_block<T, Map::softcap, false>;
+  if (bias) return load_block<T, Map::affine, true>;
+  if (tile.logit_scale != 1 || tile.temperature != 1) return load_block<T, Map::affine, false>;
+  return load_block<T, Map::plain, false>;
+}
+
+LoadBlock choose_load(const Tile& tile) {
+  switch (tile.dtype) {
+    case DType::bf16: return choose_load<bf16>(tile);
+    case DType::f16: return choose_load<f16>(tile);
+    default: return choose_load<float>(tile);
+  }
+}
+
+// ---- pass 2: z -> E and its sums ----------------------------------------------------------------------------------------
+
+struct Sums {
+  float m = 0;           // E = exp(z - m)
+  double e = 0;          // sum E
+  float top = -kInf;     // max z
+  float target = kNaN;   // z and the softcap's slope at the target
+  float target_slope = 1;
+  double ez = 0;         // extras: sum E (z - m)
+  double e2 = 0;         // sum E^2
+  double z = 0;          // sum z
+};
+
+// Lanes are added up in fp32 within a block (at most kBlock / kLanes terms each) and blocks in double, so that the error of
+// a sum over 512k columns is that of one block.
+template <class T, bool kSlope, bool kExtras>
+FASTPREF_INLINE void exp_block(const Block& block, int64_t n, T* out, Sums& sums) {
+  const vf m = splat(sums.m);
+  vf e[2] = {}, ez = {}, e2 = {};
+  const auto one = [&](int64_t i, vf& sum) -> vf {
+    const vf d = load(block.z + i) - m;
+    const vf x = exp_vec(d);
+    sum += x;
+    if constexpr (kExtras) {
+      ez += x > 0.0f ? x * d : vf{};  // a probability of 0 contributes 0, also where d is -inf
+      e2 += x * x;
+    }
+    if constexpr (kSlope) return x * load(block.slope + i);
+    return x;
+  };
+  const auto put = [&](int64_t i, vf x) {
+    if constexpr (kWanted<T>) store(out + i, x);
+  };
+  int64_t i = 0;
+  for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
+    put(i, one(i, e[0]));
+    put(i + kLanes, one(i + kLanes, e[1]));
+  }
+  if (i + kLanes <= n) {
+    put(i, one(i, e[0]));
+    i += kLanes;
+  }
+  if (i < n) {
+    const vf x = one(i, e[1]);
+    if constexpr (kWanted<T>) store_first(out + i, x, n - i);
+  }
+  sums.e += sum_lanes(e[0]) + sum_lanes(e[1]);
+  if constexpr (kExtras) {
+    sums.ez += sum_lanes(ez);
+    sums.e2 += sum_lanes(e2);
+    vf z = {};
+    for (i = 0; i + kLanes <= n; i += kLanes) z += load(block.z + i);
+    sums.z += sum_lanes(z);
+    for (; i < n; ++i) sums.z += block.z[i];
+  }
+}
+
+// Moves m, and what was summed and written with the old one. Rare, and then 4 ns per 64 columns.
+template <class T>
+__attribute__((noinline)) void move_m(float m, T* out, int64_t written, Sums& sums) {
+  const double shift = double(sums.m) - double(m);
+  const double factor = __builtin_exp(shift);
+  if (factor > 0) {
+    sums.ez = factor * (sums.ez + shift * sums.e);
+    sums.e2 *= factor * factor;
+    sums.e *= factor;
+  } else if (sums.e == sums.e) {  // a NaN stays
+    sums.ez = sums.e2 = sums.e = 0;
+  }
+  sums.m = m;
+  if constexpr (kWanted<T>) {
+    const vf f = splat(float(factor));
+    int64_t i = 0;
+    for (; i + kLanes <= written; i += kLanes) store(out + i, load(out + i) * f);
+    if (i < written) store_first(out + i, load_first(out + i, written - i) * f, written - i);
+  }
+}
+
+FASTPREF_INLINE float finite(float x) { return x > kLargest ? kLargest : x < -kLargest ? -kLargest : x; }
+
+template <class T, bool kSlope, bool kExtras>
+Sums sweep(const Tile& tile, LoadBlock load_z, int64_t row, T* out, Block& block) {
+  Sums sums;
+  const int64_t target = tile.targets[row] - tile.col_offset;
+  for (int64_t c = 0; c < tile.cols; c += kBlock) {
+    const int64_t n = tile.cols - c < kBlock ? tile.cols - c : kBlock;
+    const float top = load_z(tile, row, c, n, block);
+    if (top > sums.top) sums.top = top;
+    if (c == 0) sums.m = finite(top);
+    else if (top > sums.m + kLimit<T>) move_m(finite(top), out, c, sums);
+    if (target >= c && target < c + n) {
+      sums.target = block.z[target - c];
+      if constexpr (kSlope) sums.target_slope = block.slope[target - c];
+    }
+    exp_block<T, kSlope, kExtras>(block, n, out + c, sums);
+    if constexpr (kLargestSum<T> < kLargest) {
+      if (sums.e > kLargestSum<T> && sums.e < kLargest)
+        move_m(float(sums.m + __builtin_log(sums.e / kSmallSum)), out, c + n, sums);
+    }
+  }
+  return sums;
+}
+
+// ---- the contract's three functions -------------------------------------------------------------------------------------
+
+template <class T>
+void store_one(T* p, float x) {
+  store_first(p, splat(x), 1);
+}
+
+template <class T, bool kSlope, bool kExtras>
+void residual_rows(const Tile& tile, const Out& out, const Stats& stats, int64_t begin, int64_t end) {
+    const LoadBlock load_z = choose_load(tile);
+  const double row_factor = double(tile.logit_scale) / tile.temperature;
+  Block block;
+  for (int64_t row = begin; row < end; ++row) {
+    T* u = kWanted<T> ? static_cast<T*>(out.data) + row * out.row_stride : nullptr;
+    const auto put = [&](float* where, double value) {
+      if (where) where[row] = float(value);
+    };
+    const int64_t target = tile.targets[row];
+    if (target == tile.ignore_index) {
+      float* const all[] = {stats.logp, stats.lse,        stats.scale,     stats.entropy,
+                            stats.top1, stats.mean_logit, stats.log_sum_p2};
+      for (float* where : all) put(where, 0);
+      if constexpr (kWanted<T>) __builtin_memset(u, 0, tile.cols * sizeof(T));
+      continue;
+    }
+    const Sums sums = sweep<T, kSlope, kExtras>(tile, load_z, row, u, block);
+    const double log_e = sums.e < double(kInf) ? __builtin_log(sums.e) : double(kNaN);  // NaN, or inf from a logit of +inf
+    put(stats.logp, double(sums.target) - sums.m - log_e);
+    put(stats.lse, sums.m + log_e);
+    if constexpr (kWanted<T>) {
+      put(stats.scale, -row_factor / sums.e);
+      if (target >= 0 && target < tile.cols) {
+        const float e = exp_vec(splat(sums.target - sums.m))[0];
+        store_one(u + target, float((e - sums.e) * sums.target_slope));
+      }
+    }
+    if constexpr (kExtras) {
+      put(stats.entropy, log_e - sums.ez / sums.e);
+      put(stats.top1, sums.target >= sums.top && sums.e == sums.e);
+      put(stats.mean_logit, sums.z / double(tile.cols));
+      put(stats.log_sum_p2, __builtin_log(sums.e2) - 2 * log_e);
+    }
+  }
+}
+
+template <class T>
+void residual_out(const Tile& tile, const Out& out, const Stats& stats, int64_t begin, int64_t end) {
+  const bool extras = stats.entropy || stats.top1 || stats.mean_logit || stats.log_sum_p2;
+  if (kWanted<T> && tile.softcap != 0) {
+    if (extras) residual_rows<T, true, true>(tile, out, stats, begin, end);
+    else residual_rows<T, true, false>(tile, out, stats, begin, end);
+  } else {
+    if (extras) residual_rows<T, false, true>(tile, out, stats, begin, end);
+    else residual_rows<T, false, false>(tile, out, stats, begin, end);
+  }
+}
+
+void residual(const Tile& tile, const Out& out, const Stats& stats, int64_t begin, int64_t end) {
+  if (!out.data) return residual_out<None>(tile, out, stats, begin, end);
+  switch (out.dtype) {
+    case DType::bf16: return residual_out<bf16>(tile, out, stats, begin, end);
+    case DType::f16: return residual_out<f16>(tile, out, stats, begin, end);
+    default: return residual_out<float>(tile, out, stats, begin, end);
+  }
+}
+
+void fold(const Tile& tile, const FoldState& state, int64_t begin, int64_t end) {
+  const LoadBlock load_z = choose_load(tile);
+  Block block;
+  for (int64_t row = begin; row < end; ++row) {
+    if (tile.targets[row] == tile.ignore_index) continue;
+    const Sums slice = sweep<None, false, false>(tile, load_z, row, nullptr, block);
+    const int64_t column = tile.targets[row] - tile.col_offset;
+    if (column >= 0 && column < tile.cols) state.target[row] = slice.target;
+    if (!(slice.e < double(kInf))) {
+      state.sum_exp[row] = kNaN;
+      continue;
+    }
+    const float before_m = state.maximum[row];
+    const double before = state.sum_exp[row];
+    const float m = before == 0 || slice.m > before_m ? slice.m : before_m;
+    if (slice.e == 0) continue;
+    const double kept = before == 0 ? 0 : before * __builtin_exp(double(before_m) - m);
+    state.maximum[row] = m;
+    state.sum_exp[row] = float(kept + slice.e * __builtin_exp(double(slice.m) - m));
+  }
+}
+
+template <class T, bool kSlope>
+void given_lse_rows(const Tile& tile, const float* lse, const Out& out, int64_t begin, int64_t end) {
+  const LoadBlock load_z = choose_load(tile);
+  Block block;
+  for (int64_t row = begin; row < end; ++row) {
+    T* u = static_cast<T*>(out.data) + row * out.row_stride;
+    if (tile.targets[row] == tile.ignore_index) {
+      __builtin_memset(u, 0, tile.cols * sizeof(T));
+      continue;
+    }
+    const int64_t target = tile.targets[row] - tile.col_offset;
+    const vf norm = splat(lse[row]);
+    for (int64_t c = 0; c < tile.cols; c += kBlock) {
+      const int64_t n = tile.cols - c < kBlock ? tile.cols - c : kBlock;
+      load_z(tile, row, c, n, block);
+      const auto one = [&](int64_t i) -> vf {
+        const vf p = exp_vec(load(block.z + i) - norm);
+        if constexpr (kSlope) return -p * load(block.slope + i);
+        return -p;
+      };
+      int64_t i = 0;
+      for (; i + kLanes <= n; i += kLanes) store(u + c + i, one(i));
+      if (i < n) store_first(u + c + i, one(i), n - i);
+      if (target >= c && target < c + n) {
+        const float p = exp_vec(splat(block.z[target - c]) - norm)[0];
+        store_one(u + target, (1.0f - p) * (kSlope ? block.slope[target - c] : 1.0f));
+      }
+    }
+  }
+}
+
+template <class T>
+void given_lse_out(const Tile& tile, const float* lse, const Out& out, int64_t begin, int64_t end) {
+  if (tile.softcap != 0) given_lse_rows<T, true>(tile, lse, out, begin, end);
+  else given_lse_rows<T, false>(tile, lse, out, begin, end);
+}
+
+void residual_given_lse(const Tile& tile, const float* lse, const Out& out, int64_t begin, int64_t end) {
+  switch (out.dtype) {
+    case DType::bf16: return given_lse_out<bf16>(tile, lse, out, begin, end);
+    case DType::f16: return given_lse_out<f16>(tile, lse, out, begin, end);
+    default: return given_lse_out<float>(tile, lse, out, begin, end);
+  }
+}
+
+// ---- test hooks ---------------------------------------------------------------------------------------------------------
+
+void exp_in_place(float* x, int64_t n) {
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const int64_t left = n - i < kLanes ? n - i : kLanes;
+    store_first(x + i, exp_vec(load_first(x + i, left)), left);
+  }
+}
+
+void tanh_in_place(float* x, float* slope, int64_t n) {
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const int64_t left = n - i < kLanes ? n - i : kLanes;
+    const Tanh t = tanh_vec(load_first(x + i, left));
+    store_first(x + i, t.value, left);
+    store_first(slope + i, t.slope, left);
+  }
+}
+
+}  // namespace
+
+namespace fastpref::cpu {
+
+extern const Kernels FASTPREF_KERNELS = {FASTPREF_NAME, residual, fold, residual_given_lse, exp_in_place, tanh_in_place};
+
+}  // namespace fastpref::cpu

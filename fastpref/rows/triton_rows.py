@@ -1,0 +1,692 @@
+"""The row contract in Triton: CUDA (sm_80 and newer), ROCm, and CPU tensors under TRITON_INTERPRET=1 in tests.
+
+One program sweeps one row, once: E = exp(z - m) goes to `out` unnormalised, with m near the row's maximum, while the
+sums run in fp32. The target's own column is left out of both: the sweep stores 0 there, s_other is the sum of E over
+the other columns, and last of all -s_other is stored at the target. That is E[y] - s without its cancellation, so a
+row whose target has probability 1 - 1e-9 still gets the right residual.
+
+m starts at the first block's maximum. A block whose maximum lies more than `limit` above m moves m: what the row
+already wrote is multiplied by exp(m_old - m_new), and so are the sums. The logits are not read again, which is why
+`out` may be `logits` itself, and why a narrower `out` may also lie over its own fp32 rows (see `_sweep`).
+
+How wide a block is (ARITHMETIC for an H200 with 132 SMs of 65536 registers and 4.3 TB/s, not a measurement):
+- fp32 logits to a bf16 stash are 6 bytes a logit: [1024, 128256] takes 183 us at full bandwidth (fp32 in place 245,
+  bf16 in place 122).
+- An SM owes 4.3e12 / 132 = 33 GB/s, 22 of them reads; at 0.8 us of loaded latency that is 17 KiB of reads in flight.
+  128 threads x 16 fp32 logits = 8 KiB a program, and 64 registers a thread let 8 programs share an SM: 64 KiB. If
+  reduction, exp and stores are half of an iteration, twice what is needed stays in flight without prefetching.
+- 8 x 132 = 1056 programs run at once: 1024 rows are one wave. With 72 to 96 registers (softcap, some extras) they are
+  two, and a row alone on an SM takes about 63 blocks x 1.1 us = 70 us: such tiles want some 600 rows, or 2000.
+- About 12 instructions a logit use 30 % of the issue slots, softcap's 3 exp and rcp a logit 60 % of the special
+  function units.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import EXTRAS, FoldState, RowStats, Transform
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError as error:  # the module still imports: available() says why it does not work
+    triton, _import_error = None, str(error)
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def available() -> tuple[bool, str]:
+    if triton is None:
+        return False, f"triton does not import: {_import_error}"
+    if _INTERPRETED:
+        return True, f"triton {triton.__version__}, interpreted on the CPU"
+    if not torch.cuda.is_available():
+        return False, "there is no CUDA device"
+    if torch.version.hip is None:
+        capability = min(torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count()))
+        if capability < (8, 0):
+            return False, "it needs compute capability 8.0, and there is a device of {}.{}".format(*capability)
+    return True, f"triton {triton.__version__}"
+
+
+def supports(device: torch.device, dtype: torch.dtype) -> bool:
+    return dtype in DTYPES and (device.type == "cuda" or (_INTERPRETED and device.type == "cpu"))
+
+
+class Config(NamedTuple):
+    """Columns a program takes at a time, and its warps (see the arithmetic above).
+
+    At least 8 columns (16 bytes of bf16) for each lane of a warp (64 lanes on AMD) keep every column in exactly one
+    thread, which working in place needs.
+    """
+
+    block: int
+    num_warps: int
+
+
+ALIGNED = Config(2048, 4)
+UNALIGNED = Config(1024, 4)  # rows that start anywhere: a load an element, each with its own address and predicate
+
+
+def configs() -> dict[str, tuple[Config, ...]]:
+    """Every configuration in which each kernel can be launched."""
+    rows = ("_residual_kernel", "_fold_kernel", "_residual_given_lse_kernel", "_scale_rows_kernel")
+    return dict.fromkeys(rows, (ALIGNED, UNALIGNED)) | {"_scale_unless_one_kernel": (ALIGNED,)}
+
+
+if triton is not None:
+    _LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
+    _LINEAR = tl.constexpr(1)
+    _SOFTCAP = tl.constexpr(2)
+
+    @triton.jit
+    def _transform(x, pre, post, TRANSFORM: tl.constexpr):
+        """z of x = logits + bias, and the part of dz/dlogits that differs between columns (1.0 without a softcap)."""
+        slope = 1.0
+        if TRANSFORM != 0:
+            x = x * pre
+        if TRANSFORM == _SOFTCAP:
+            # tanh u = (1 - e) / (1 + e) and 1 - tanh^2 u = 4 e / (1 + e)^2, e = exp(-2 |u|): nothing overflows, and the
+            # derivative keeps its relative precision where the cap saturates.
+            e = tl.exp(-2.0 * tl.abs(x))
+            r = 1.0 / (1.0 + e)
+            tanh = (1.0 - e) * r
+            x = tl.where(x < 0, -tanh, tanh) * post
+            slope = 4.0 * e * r * r
+        return x, slope
+
+    @triton.jit
+    def _load_z(row_ptr, bias_ptr, c, width, pre, post, TRANSFORM: tl.constexpr, MASKED: tl.constexpr):
+        if MASKED:
+            x = tl.load(row_ptr + c, mask=c < width, other=0.0).to(tl.float32)
+        else:
+            x = tl.load(row_ptr + c).to(tl.float32)
+        if bias_ptr is not None:
+            if MASKED:
+                x += tl.load(bias_ptr + c, mask=c < width, other=0.0).to(tl.float32)
+            else:
+                x += tl.load(bias_ptr + c).to(tl.float32)
+        z, slope = _transform(x, pre, post, TRANSFORM)
+        if MASKED:
+            z = tl.where(c < width, z, -float("inf"))
+        return z, slope
+
+    @triton.jit
+    def _store(ptr, c, width, value, MASKED: tl.constexpr):
+        if MASKED:
+            tl.store(ptr + c, value.to(ptr.dtype.element_ty), mask=c < width)
+        else:
+            tl.store(ptr + c, value.to(ptr.dtype.element_ty))
+
+    @triton.jit
+    def _store_zeros(ptr, width, BLOCK: tl.constexpr):
+        zeros = tl.zeros([BLOCK], tl.float32)
+        whole = width // BLOCK * BLOCK
+        for start in range(0, whole, BLOCK):
+            _store(ptr, start + tl.arange(0, BLOCK), width, zeros, False)
+        if whole < width:
+            _store(ptr, whole + tl.arange(0, BLOCK), width, zeros, True)
+
+    @triton.jit
+    def _sum4(x, BLOCK: tl.constexpr):
+        """Four neighbours, which one thread holds, into one: a quarter of the registers for every running sum."""
+        return tl.sum(tl.reshape(x, [BLOCK // 4, 4]), 1)
+
+    @triton.jit
+    def _sweep(
+        row_ptr, bias_ptr, out_ptr, start, width, y, pre, post, limit, lift, m, s, ez, sz, p2, top,
+        TRANSFORM: tl.constexpr, ENTROPY: tl.constexpr, TOP1: tl.constexpr, MEAN: tl.constexpr, P2: tl.constexpr,
+        MASKED: tl.constexpr, BLOCK: tl.constexpr,
+    ):  # fmt: skip
+        """One block of a row. s, ez, p2: sums of E, E (z - m), E^2 without the target; sz: sum of z; top: maximum of z.
+
+        All threads' loads of a block come before any thread's stores of it: the stores wait for m, which waits for the
+        block's maximum, a reduction across the program. So a store may hit the bytes of any logit in this block or an
+        earlier one. That covers a row over itself, and a narrower row over the same memory: column c of half the size
+        starts at byte 2c, at or before its own logit at byte 4c.
+        """
+        c = start + tl.arange(0, BLOCK)
+        z, slope = _load_z(row_ptr, bias_ptr, c, width, pre, post, TRANSFORM, MASKED)
+        highest = tl.max(z, 0)
+        if highest > m + limit:
+            m_new = highest + lift
+            factor = tl.exp(m - m_new)
+            if ENTROPY:
+                # The bound only matters for the first block, where s is 0 and must not meet an infinite distance.
+                ez = factor * (ez + tl.maximum(m - m_new, _LOWEST) * s)
+            if P2:
+                p2 *= factor * factor
+            s *= factor
+            if out_ptr is not None:
+                for before in range(0, start, BLOCK):
+                    # Other threads may have stored what this one now rescales. Inside the loop it also keeps ptxas from
+                    # unrolling it, which takes 12 more registers from the whole kernel.
+                    tl.debug_barrier()
+                    b = before + tl.arange(0, BLOCK)
+                    _store(out_ptr, b, width, tl.load(out_ptr + b).to(tl.float32) * factor, False)
+            m = m_new
+        e = tl.where(c == y, 0.0, tl.exp(z - m))
+        if out_ptr is not None:
+            if TRANSFORM == _SOFTCAP:
+                _store(out_ptr, c, width, e * slope, MASKED)
+            else:
+                _store(out_ptr, c, width, e, MASKED)
+        s += _sum4(e, BLOCK)
+        if ENTROPY:
+            # Where e is 0, z may be -inf; where e is NaN, s shows it.
+            ez += _sum4(tl.where(e > 0, e * (z - m), 0.0), BLOCK)
+        if P2:
+            p2 += _sum4(e * e, BLOCK)
+        if MEAN:
+            if MASKED:
+                z = tl.where(c < width, z, 0.0)
+            sz += _sum4(z, BLOCK)
+        if TOP1:
+            top = tl.maximum(top, highest)
+        return m, s, ez, sz, p2, top
+
+    @triton.jit(do_not_specialize=["logits_stride", "out_stride", "ignore_index"])
+    def _residual_kernel(
+        logits_ptr,  # [rows, width], fp32 / bf16 / fp16
+        logits_stride,  # in units of LOGITS_UNIT elements
+        targets_ptr,  # [rows] int64
+        bias_ptr,  # [width] or None
+        out_ptr,  # [rows, width] or None
+        out_stride,  # in units of OUT_UNIT elements
+        logp_ptr,  # [rows] fp32, as all that follow; None where not asked for
+        lse_ptr,
+        scale_ptr,
+        entropy_ptr,
+        top1_ptr,
+        mean_logit_ptr,
+        log_sum_p2_ptr,
+        width,
+        ignore_index,
+        pre,
+        post,
+        row_factor,
+        limit,
+        lift,
+        TRANSFORM: tl.constexpr,
+        LOGITS_UNIT: tl.constexpr,
+        OUT_UNIT: tl.constexpr,
+        BLOCK: tl.constexpr,
+    ):
+        ENTROPY: tl.constexpr = entropy_ptr is not None
+        TOP1: tl.constexpr = top1_ptr is not None
+        MEAN: tl.constexpr = mean_logit_ptr is not None
+        P2: tl.constexpr = log_sum_p2_ptr is not None
+        row = tl.program_id(0).to(tl.int64)
+        target = tl.load(targets_ptr + row)
+        if out_ptr is not None:
+            # The constant factor tells the compiler that rows are 16-byte aligned, also where the stride is no
+            # multiple of 16 elements.
+            out_ptr += row * out_stride * OUT_UNIT
+        if target == ignore_index:
+            if out_ptr is not None:
+                _store_zeros(out_ptr, width, BLOCK)
+                tl.store(scale_ptr + row, 0.0)
+            tl.store(logp_ptr + row, 0.0)
+            tl.store(lse_ptr + row, 0.0)
+            if ENTROPY:
+                tl.store(entropy_ptr + row, 0.0)
+            if TOP1:
+                tl.store(top1_ptr + row, 0.0)
+            if MEAN:
+                tl.store(mean_logit_ptr + row, 0.0)
+            if P2:
+                tl.store(log_sum_p2_ptr + row, 0.0)
+        else:
+            row_ptr = logits_ptr + row * logits_stride * LOGITS_UNIT
+            valid = (target >= 0) & (target < width)
+            y = tl.where(valid, target, -1).to(tl.int32)
+            x_y = tl.load(row_ptr + y, mask=valid, other=0.0).to(tl.float32)
+            if bias_ptr is not None:
+                x_y += tl.load(bias_ptr + y, mask=valid, other=0.0).to(tl.float32)
+            z_y, slope_y = _transform(x_y, pre, post, TRANSFORM)
+            z_y = tl.where(valid, z_y, float("nan"))
+            # The columns past the last multiple of 16 are stored last, as the target is: no mask then cuts through 16
+            # bytes, whatever the width, and the tail takes 20 registers less. Here they only have a say in m.
+            even = width // 16 * 16
+            rest = even + tl.arange(0, 16)
+            z_r, _ = _load_z(row_ptr, bias_ptr, rest, width, pre, post, TRANSFORM, True)
+            if out_ptr is not None:
+                tl.debug_barrier()  # in place, no thread may store over these logits before all have read them
+
+            m = tl.maximum(tl.max(z_r, 0) + lift, _LOWEST)
+            s = tl.zeros([BLOCK // 4], tl.float32)
+            ez, sz, p2, top = 0.0, 0.0, 0.0, 0.0
+            if ENTROPY:
+                ez = tl.zeros([BLOCK // 4], tl.float32)
+            if MEAN:
+                sz = tl.zeros([BLOCK // 4], tl.float32)
+            if P2:
+                p2 = tl.zeros([BLOCK // 4], tl.float32)
+            if TOP1:
+                top = tl.cast(-float("inf"), tl.float32)
+            # No mask on whole blocks: accesses stay 16 bytes wide for every width, not only for multiples of 16.
+            whole = width // BLOCK * BLOCK
+            for start in range(0, whole, BLOCK):
+                m, s, ez, sz, p2, top = _sweep(
+                    row_ptr, bias_ptr, out_ptr, start, even, y, pre, post, limit, lift, m, s, ez, sz, p2, top,
+                    TRANSFORM, ENTROPY, TOP1, MEAN, P2, False, BLOCK,
+                )  # fmt: skip
+            if whole < even:
+                m, s, ez, sz, p2, top = _sweep(
+                    row_ptr, bias_ptr, out_ptr, whole, even, y, pre, post, limit, lift, m, s, ez, sz, p2, top,
+                    TRANSFORM, ENTROPY, TOP1, MEAN, P2, True, BLOCK,
+                )  # fmt: skip
+
+            # As a scheduling fence: without it ptxas moves these loads up, and then spills.
+            tl.debug_barrier()
+            z_r, slope_r = _load_z(row_ptr, bias_ptr, rest, width, pre, post, TRANSFORM, True)
+            e_r = tl.where(rest == y, 0.0, tl.exp(z_r - m))
+            s_other = tl.sum(s, 0) + tl.sum(e_r, 0)
+            e_y = tl.where(valid, tl.exp(z_y - m), 0.0)
+            total = s_other + e_y
+            log_total = tl.log(total)
+            tl.store(lse_ptr + row, m + log_total)
+            tl.store(logp_ptr + row, (z_y - m) - log_total)  # not z_y - lse: at logits of 1e4 an ulp of lse is 1e-3 nat
+            if out_ptr is not None:
+                tl.store(scale_ptr + row, -row_factor / total)
+                # Another thread may have stored the 0 that the target's value replaces, or not have read z_r yet.
+                tl.debug_barrier()
+                at_target = -s_other
+                if TRANSFORM == _SOFTCAP:
+                    at_target *= slope_y
+                tl.store(out_ptr + y, at_target.to(out_ptr.dtype.element_ty), mask=valid)
+                u_r = e_r * slope_r
+                tl.store(out_ptr + rest, u_r.to(out_ptr.dtype.element_ty), mask=(rest < width) & (rest != y))
+            if ENTROPY:
+                ez_y = tl.where(e_y > 0, e_y * (z_y - m), 0.0)
+                ez_r = tl.sum(tl.where(e_r > 0, e_r * (z_r - m), 0.0), 0)
+                tl.store(entropy_ptr + row, log_total - (tl.sum(ez, 0) + ez_r + ez_y) / total)
+            if TOP1:
+                hit = (z_y >= tl.maximum(top, tl.max(z_r, 0))) & (total == total)  # max skips NaN; a sum does not
+                tl.store(top1_ptr + row, tl.where(hit, 1.0, 0.0))
+            if MEAN:
+                tl.store(mean_logit_ptr + row, (tl.sum(sz, 0) + tl.sum(tl.where(rest < width, z_r, 0.0), 0)) / width)
+            if P2:
+                p2_sum = tl.sum(p2, 0) + tl.sum(e_r * e_r, 0) + e_y * e_y
+                tl.store(log_sum_p2_ptr + row, tl.log(p2_sum) - 2.0 * log_total)
+
+    @triton.jit(do_not_specialize=["logits_stride", "col_offset", "ignore_index"])
+    def _fold_kernel(
+        logits_ptr,  # [rows, width]
+        logits_stride,  # in units of LOGITS_UNIT elements
+        targets_ptr,  # [rows] int64
+        bias_ptr,  # [width] or None
+        maximum_ptr,  # [rows] fp32: the three parts of FoldState
+        sum_exp_ptr,
+        target_ptr,
+        width,
+        col_offset,
+        ignore_index,
+        pre,
+        post,
+        limit,
+        TRANSFORM: tl.constexpr,
+        LOGITS_UNIT: tl.constexpr,
+        BLOCK: tl.constexpr,
+    ):
+        row = tl.program_id(0).to(tl.int64)
+        target = tl.load(targets_ptr + row)
+        if target != ignore_index:
+            row_ptr = logits_ptr + row * logits_stride * LOGITS_UNIT
+            column = target - col_offset
+            inside = (column >= 0) & (column < width)
+            y = tl.where(inside, column, -1).to(tl.int32)
+            x_y = tl.load(row_ptr + y, mask=inside, other=0.0).to(tl.float32)
+            if bias_ptr is not None:
+                x_y += tl.load(bias_ptr + y, mask=inside, other=0.0).to(tl.float32)
+            z_y, _ = _transform(x_y, pre, post, TRANSFORM)
+            tl.store(target_ptr + row, z_y, mask=inside)
+
+            m = tl.maximum(tl.load(maximum_ptr + row), _LOWEST)
+            s_before = tl.load(sum_exp_ptr + row)
+            m_before = m
+            s = tl.zeros([BLOCK // 4], tl.float32)
+            whole = width // BLOCK * BLOCK
+            for start in range(0, whole, BLOCK):
+                m, s, _, _, _, _ = _sweep(
+                    row_ptr, bias_ptr, None, start, width, -1, pre, post, limit, 0.0, m, s, 0.0, 0.0, 0.0, 0.0,
+                    TRANSFORM, False, False, False, False, False, BLOCK,
+                )  # fmt: skip
+            if whole < width:
+                m, s, _, _, _, _ = _sweep(
+                    row_ptr, bias_ptr, None, whole, width, -1, pre, post, limit, 0.0, m, s, 0.0, 0.0, 0.0, 0.0,
+                    TRANSFORM, False, False, False, False, True, BLOCK,
+                )  # fmt: skip
+            tl.store(maximum_ptr + row, m)
+            tl.store(sum_exp_ptr + row, s_before * tl.exp(m_before - m) + tl.sum(s, 0))
+
+    @triton.jit
+    def _given_lse(
+        row_ptr, bias_ptr, out_ptr, start, width, y, lse, pre, post,
+        TRANSFORM: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr,
+    ):  # fmt: skip
+        c = start + tl.arange(0, BLOCK)
+        z, slope = _load_z(row_ptr, bias_ptr, c, width, pre, post, TRANSFORM, MASKED)
+        p = tl.exp(z - lse)
+        u = tl.where(c == y, 1.0 - p, -p)
+        if TRANSFORM == _SOFTCAP:
+            u *= slope
+        _store(out_ptr, c, width, u, MASKED)
+
+    @triton.jit(do_not_specialize=["logits_stride", "out_stride", "col_offset", "ignore_index"])
+    def _residual_given_lse_kernel(
+        logits_ptr,  # [rows, width]
+        logits_stride,  # in units of LOGITS_UNIT elements
+        targets_ptr,  # [rows] int64
+        bias_ptr,  # [width] or None
+        lse_ptr,  # [rows] fp32
+        out_ptr,  # [rows, width]
+        out_stride,  # in units of OUT_UNIT elements
+        width,
+        col_offset,
+        ignore_index,
+        pre,
+        post,
+        TRANSFORM: tl.constexpr,
+        LOGITS_UNIT: tl.constexpr,
+        OUT_UNIT: tl.constexpr,
+        BLOCK: tl.constexpr,
+    ):
+        row = tl.program_id(0).to(tl.int64)
+        target = tl.load(targets_ptr + row)
+        out_ptr += row * out_stride * OUT_UNIT
+        if target == ignore_index:
+            _store_zeros(out_ptr, width, BLOCK)
+        else:
+            row_ptr = logits_ptr + row * logits_stride * LOGITS_UNIT
+            column = target - col_offset
+            y = tl.where((column >= 0) & (column < width), column, -1).to(tl.int32)
+            lse = tl.load(lse_ptr + row)
+            whole = width // BLOCK * BLOCK
+            for start in range(0, whole, BLOCK):
+                _given_lse(row_ptr, bias_ptr, out_ptr, start, width, y, lse, pre, post, TRANSFORM, False, BLOCK)
+            if whole < width:
+                _given_lse(row_ptr, bias_ptr, out_ptr, whole, width, y, lse, pre, post, TRANSFORM, True, BLOCK)
+
+    @triton.jit
+    def _scale_row_block(x_ptr, out_ptr, w, start, width, MASKED: tl.constexpr, BLOCK: tl.constexpr):
+        c = start + tl.arange(0, BLOCK)
+        if MASKED:
+            x = tl.load(x_ptr + c, mask=c < width, other=0.0).to(tl.float32)
+        else:
+            x = tl.load(x_ptr + c).to(tl.float32)
+        _store(out_ptr, c, width, x * w, MASKED)
+
+    @triton.jit(do_not_specialize=["x_stride", "out_stride"])
+    def _scale_rows_kernel(
+        x_ptr,  # [rows, width]
+        x_stride,  # in units of X_UNIT elements
+        w_ptr,  # [rows] fp32
+        out_ptr,  # [rows, width]
+        out_stride,  # in units of OUT_UNIT elements
+        width,
+        X_UNIT: tl.constexpr,
+        OUT_UNIT: tl.constexpr,
+        BLOCK: tl.constexpr,
+    ):
+        row = tl.program_id(0).to(tl.int64)
+        w = tl.load(w_ptr + row)
+        x_ptr += row * x_stride * X_UNIT
+        out_ptr += row * out_stride * OUT_UNIT
+        if w == 0:
+            _store_zeros(out_ptr, width, BLOCK)
+        else:
+            whole = width // BLOCK * BLOCK
+            for start in range(0, whole, BLOCK):
+                _scale_row_block(x_ptr, out_ptr, w, start, width, False, BLOCK)
+            if whole < width:
+                _scale_row_block(x_ptr, out_ptr, w, whole, width, True, BLOCK)
+
+    @triton.jit(do_not_specialize=["size"])
+    def _scale_unless_one_kernel(
+        x_ptr,  # [size]
+        factor_ptr,  # one float
+        size,
+        BLOCK: tl.constexpr,
+    ):
+        factor = tl.load(factor_ptr).to(tl.float32)
+        if factor != 1:
+            programs = tl.num_programs(0)
+            whole = size // BLOCK
+            c = tl.arange(0, BLOCK)
+            for block in range(tl.program_id(0), whole, programs):
+                ptr = x_ptr + tl.cast(block, tl.int64) * BLOCK
+                _store(ptr, c, BLOCK, tl.load(ptr + c).to(tl.float32) * factor, False)
+            if tl.program_id(0) == programs - 1:
+                ptr = x_ptr + tl.cast(whole, tl.int64) * BLOCK
+                rest = tl.cast(size - whole * BLOCK, tl.int32)
+                x = tl.load(ptr + c, mask=c < rest, other=0.0).to(tl.float32)
+                _store(ptr, c, rest, x * factor, True)
+
+
+# TRITON_INTERPRET is read when a kernel is decorated, so the kernels know best.
+_INTERPRETED = triton is not None and not isinstance(_residual_kernel, triton.JITFunction)
+
+
+def _launch(kernel: Any, programs: int, device: torch.device, args: tuple, config: Config, **constants: int) -> None:
+    # Triton launches on the current device's current stream, which is the caller's only if the device is.
+    on_device = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    with on_device:
+        kernel[(programs,)](*args, **constants, BLOCK=config.block, num_warps=config.num_warps)
+
+
+def _transform_args(transform: Transform) -> tuple[int, float, float]:
+    """(TRANSFORM, pre, post) of `_transform`."""
+    if transform.softcap is not None:
+        return 2, transform.logit_scale / transform.softcap, transform.softcap / transform.temperature
+    return int(transform.row_factor != 1.0), transform.row_factor, 1.0
+
+
+def _check_tile(name: str, tile: Tensor, shape: tuple[int, ...] | None = None) -> None:
+    if tile.ndim != 2 or (shape is not None and tuple(tile.shape) != shape):
+        raise ValueError(f"{name} has shape {tuple(tile.shape)}; it takes {shape or '[rows, columns]'}")
+    if tile.dtype not in DTYPES:
+        raise TypeError(f"{name} is {tile.dtype}; the triton rows take float32, bfloat16 and float16")
+    if tile.shape[1] > 1 and tile.stride(1) != 1:
+        raise ValueError(f"{name} has strides {tile.stride()}; its last dimension must be contiguous")
+
+
+def _check_vector(name: str, vector: Tensor, size: int, device: torch.device, dtype: torch.dtype | None = None) -> None:
+    if tuple(vector.shape) != (size,) or vector.device != device:
+        raise ValueError(f"{name} is {tuple(vector.shape)} on {vector.device}; it takes ({size},) on {device}")
+    if dtype is not None and vector.dtype != dtype:
+        raise TypeError(f"{name} is {vector.dtype}; it takes {dtype}")
+
+
+def _check(
+    logits: Tensor, targets: Tensor, bias: Tensor | None, out: Tensor | None, narrower_in_place: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """Raises on what the kernels cannot take; contiguous (targets, bias)."""
+    _check_tile("logits", logits)
+    _check_vector("targets", targets, logits.shape[0], logits.device, torch.int64)
+    if bias is not None:
+        _check_vector("bias", bias, logits.shape[1], logits.device)
+        bias = bias.contiguous()
+    if out is not None:
+        _check_tile("out", out, tuple(logits.shape))
+        if out.device != logits.device:
+            raise ValueError(f"out is on {out.device}; logits are on {logits.device}")
+        if not _apart(logits, out) and not (
+            out.data_ptr() == logits.data_ptr()
+            and out.stride(0) * out.element_size() == logits.stride(0) * logits.element_size()
+            and (out.dtype == logits.dtype or (narrower_in_place and out.element_size() < logits.element_size()))
+        ):
+            raise ValueError("out overlaps logits; it takes logits itself or memory of its own")
+    return targets.contiguous(), bias
+
+
+def _apart(a: Tensor, b: Tensor) -> bool:
+    """Whether the bytes from first to last element of two tiles are disjoint."""
+    if not a.numel():
+        return True
+    (a_first, a_end), (b_first, b_end) = (
+        (t.data_ptr(), t.data_ptr() + t.element_size() * ((t.shape[0] - 1) * t.stride(0) + t.shape[1])) for t in (a, b)
+    )
+    return a_end <= b_first or b_end <= a_first
+
+
+def _alignment(*tiles: Tensor | None) -> tuple[Config, list[int]]:
+    """The configuration, and what each tile's row stride is sure to be a multiple of: the elements in 16 bytes if every
+    row of every tile starts on a 16-byte boundary, else 1."""
+    units = [1 if tile is None else 16 // tile.element_size() for tile in tiles]
+    for tile, unit in zip(tiles, units, strict=True):
+        if tile is not None and (tile.stride(0) % unit or tile.data_ptr() % 16):
+            return UNALIGNED, [1] * len(tiles)
+    return ALIGNED, units
+
+
+# 30 nats above m is far from what fp32 sums and bf16 or fp32 stores hold (512k e^30 = 6e18), and rare enough to make
+# rescaling free: 25 nats were seen between a first block and its row on logits of standard deviation 12.
+_LIMIT = 30.0
+
+
+def _limit_and_lift(out: Tensor | None, width: int) -> tuple[float, float]:
+    """How far a block's maximum may lie above m, and how far above it m is put when it does.
+
+    fp16 holds nothing above 65504, and s_other <= width * exp(maximum - m) is the largest thing stored: in wide rows m
+    is lifted above the maximum, which leaves it 3 nats to grow before the next rescaling.
+    """
+    if out is None or out.dtype != torch.float16:
+        return _LIMIT, 0.0
+    limit = math.log(60000.0 / max(width, 1))
+    return min(limit, 3.0), max(3.0 - limit, 0.0)
+
+
+def residual(
+    logits: Tensor,
+    targets: Tensor,
+    out: Tensor | None,
+    *,
+    transform: Transform,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    extras: tuple[str, ...] = (),
+) -> RowStats:
+    """The contract in `fastpref.rows`. A narrower `out` may also lie over its own rows: logits.view(bf16)[:, :cols]."""
+    targets, bias = _check(logits, targets, bias, out, narrower_in_place=True)
+    unknown = set(extras) - set(EXTRAS)
+    if unknown:
+        raise ValueError(f"extras has {sorted(unknown)}; it takes {EXTRAS}")
+    rows, width = logits.shape
+    wanted = ("logp", "lse", *(["scale"] if out is not None else []), *extras)
+    stats = {name: torch.empty(rows, dtype=torch.float32, device=logits.device) for name in wanted}
+    if rows:
+        kind, pre, post = _transform_args(transform)
+        config, (logits_unit, out_unit) = _alignment(logits, out)
+        _launch(
+            _residual_kernel, rows, logits.device,
+            (
+                logits, logits.stride(0) // logits_unit, targets, bias,
+                out, 0 if out is None else out.stride(0) // out_unit,
+                *(stats.get(name) for name in RowStats._fields),
+                width, ignore_index, pre, post, transform.row_factor, *_limit_and_lift(out, width),
+            ),
+            config, TRANSFORM=kind, LOGITS_UNIT=logits_unit, OUT_UNIT=out_unit,
+        )  # fmt: skip
+    return RowStats(stats["logp"], stats["lse"], stats.get("scale"), *(stats.get(name) for name in EXTRAS))
+
+
+def fold(
+    logits: Tensor,
+    targets: Tensor,
+    state: FoldState,
+    *,
+    col_offset: int,
+    transform: Transform,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+) -> None:
+    targets, bias = _check(logits, targets, bias, None)
+    rows, width = logits.shape
+    for name, vector in zip(FoldState._fields, state, strict=True):
+        _check_vector(f"state.{name}", vector, rows, logits.device, torch.float32)
+        if not vector.is_contiguous():
+            raise ValueError(f"state.{name} has stride {vector.stride(0)}; it must be contiguous")
+    if rows:
+        kind, pre, post = _transform_args(transform)
+        config, (unit,) = _alignment(logits)
+        _launch(
+            _fold_kernel, rows, logits.device,
+            (
+                logits, logits.stride(0) // unit, targets, bias, *state,
+                width, col_offset, ignore_index, pre, post, _LIMIT,
+            ),
+            config, TRANSFORM=kind, LOGITS_UNIT=unit,
+        )  # fmt: skip
+
+
+def residual_given_lse(
+    logits: Tensor,
+    targets: Tensor,
+    lse: Tensor,
+    out: Tensor,
+    *,
+    col_offset: int,
+    transform: Transform,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+) -> None:
+    targets, bias = _check(logits, targets, bias, out)
+    rows, width = logits.shape
+    _check_vector("lse", lse, rows, logits.device, torch.float32)
+    if rows:
+        kind, pre, post = _transform_args(transform)
+        config, (logits_unit, out_unit) = _alignment(logits, out)
+        _launch(
+            _residual_given_lse_kernel, rows, logits.device,
+            (
+                logits, logits.stride(0) // logits_unit, targets, bias, lse.contiguous(),
+                out, out.stride(0) // out_unit, width, col_offset, ignore_index, pre, post,
+            ),
+            config, TRANSFORM=kind, LOGITS_UNIT=logits_unit, OUT_UNIT=out_unit,
+        )  # fmt: skip
+
+
+def scale_rows_(x: Tensor, w: Tensor, out: Tensor | None = None) -> Tensor:
+    """out = x * w[:, None], computed in fp32 and rounded once; in place where `out` is None.
+
+    x: [rows, width], w: [rows] fp32. Where w is 0 the row becomes exactly 0 and x is not read: a row that does not
+    count brings in no NaN or inf.
+    """
+    out = x if out is None else out
+    _check_tile("x", x)
+    _check_tile("out", out, tuple(x.shape))
+    rows, width = x.shape
+    _check_vector("w", w, rows, x.device, torch.float32)
+    if rows:
+        config, (x_unit, out_unit) = _alignment(x, out)
+        _launch(
+            _scale_rows_kernel, rows, x.device,
+            (x, x.stride(0) // x_unit, w.contiguous(), out, out.stride(0) // out_unit, width),
+            config, X_UNIT=x_unit, OUT_UNIT=out_unit,
+        )  # fmt: skip
+    return out
+
+
+def scale_unless_one_(tensor: Tensor, factor: Tensor) -> Tensor:
+    """tensor *= factor, one float on the same device. If it is 1 nothing else is read or written, and the host does not
+    wait to know."""
+    if factor.numel() != 1 or factor.device != tensor.device:
+        raise ValueError(f"factor is {tuple(factor.shape)} on {factor.device}; it takes one float on {tensor.device}")
+    if not tensor.is_contiguous() or tensor.dtype not in DTYPES:
+        return tensor.mul_(factor.reshape(()))
+    if tensor.numel():
+        # As many programs as fit at once (16 of 128 threads an SM): if the factor is 1 they are gone in microseconds.
+        programs = min(triton.cdiv(tensor.numel(), ALIGNED.block), 16 * _multiprocessors(tensor.device))
+        _launch(_scale_unless_one_kernel, programs, tensor.device, (tensor, factor, tensor.numel()), ALIGNED)
+    return tensor
+
+
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

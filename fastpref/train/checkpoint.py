@@ -1,0 +1,217 @@
+"""Checkpoints that a kill, a full disk or a power cut cannot spoil.
+
+    run/checkpoints/01-rpo-00000500/     stage 1 "rpo" after 500 steps
+        config.json, model.safetensors, tokenizer files     what from_pretrained loads (the adapter's with LoRA)
+        optimizer.pt                     optimiser state and random number generators; torch.load(weights_only=True)
+        state.json                       where the run stands
+
+A folder with such a name is complete: it was written beside, forced to the disk, and only then renamed. The one with
+step 0 holds the weights a stage starts from, which are its reference: it stays while the run lasts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from safetensors import SafetensorError
+
+from .config import UserError
+
+NAME = re.compile(r"(\d+)-([\w.-]+)-(\d{8})")
+PARTIAL = ".partial-"  # before the name of a folder or file that is being written, or removed
+
+
+class SaveError(RuntimeError):
+    """A save that failed; what was saved before is untouched. Its text is the one line shown."""
+
+
+@dataclass
+class State:
+    """Where a run stands between two steps; all of it plain JSON."""
+
+    stage: int = 0
+    step: int = 0  # optimiser steps done in this stage, skipped ones included
+    global_step: int = 0  # of all stages
+    evaluated: int = -1  # the last step that was evaluated
+    num_tokens: int = 0  # tokens the trunk has read in this stage
+    seconds: float = 0.0  # spent in this stage's steps
+    skipped: int = 0  # steps with NaN or inf gradients
+    skipped_in_a_row: int = 0
+    window: dict[str, list[float]] = field(default_factory=dict)  # since the last logged line: name -> [sum, count]
+    history: dict[str, Any] = field(default_factory=dict)  # stage name -> what the summary says of it
+    generated: list[str] = field(default_factory=list)  # texts of the latest greedy generation, the first few
+    metrics_bytes: int = 0  # length of metrics.jsonl
+    data: str = ""  # identity of this stage's training examples
+    reference: str | None = None  # identity of this stage's reference weights
+
+
+def folder_name(stage: int, name: str, step: int) -> str:
+    return f"{stage:02d}-{name}-{step:08d}"
+
+
+def checkpoints(run_dir: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    folder = run_dir / "checkpoints"
+    found = [path for path in folder.iterdir() if NAME.fullmatch(path.name)] if folder.is_dir() else []
+    return sorted(found, key=_place)
+
+
+def _place(path: Path) -> tuple[int, int]:
+    stage, _, step = NAME.fullmatch(path.name).groups()  # type: ignore[union-attr]
+    return int(stage), int(step)
+
+
+def save(path: Path, write: Callable[[Path], None]) -> None:
+    """Makes the folder `path` with what `write(folder)` puts there: at every instant it is absent or complete.
+
+    Raises SaveError if writing fails; nothing of the attempt stays. An existing folder is replaced.
+    """
+    partial = path.with_name(PARTIAL + path.name)
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        write(partial)
+        for folder, _, files in os.walk(partial):
+            for name in files:
+                _to_disk(Path(folder, name))
+            _to_disk(Path(folder))
+        if path.exists():
+            remove(path)
+        os.rename(partial, path)
+        _to_disk(path.parent)
+    except (OSError, SafetensorError, RuntimeError) as error:  # the latter two: how their writers report a full disk
+        shutil.rmtree(partial, ignore_errors=True)
+        raise SaveError(f"could not save {path}: {_reason(error, path)}") from error
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _reason(error: Exception, path: Path) -> str:
+    free = shutil.disk_usage(_existing(path)).free
+    line = next(iter(str(error).splitlines()), type(error).__name__)
+    return f"{getattr(error, 'strerror', None) or line} ({free / 2**20:,.0f} MiB free on that disk)"
+
+
+def _existing(path: Path) -> Path:
+    return path if path.exists() else _existing(path.parent)
+
+
+def remove(path: Path) -> None:
+    """Removes a folder; a kill in the middle leaves no half of it under its name."""
+    doomed = path.with_name(PARTIAL + "old-" + path.name)
+    shutil.rmtree(doomed, ignore_errors=True)
+    os.rename(path, doomed)
+    shutil.rmtree(doomed)
+
+
+def clean_up(run_dir: Path) -> None:
+    """Removes what a killed process left half written or half removed."""
+    for folder in (run_dir, run_dir / "checkpoints", run_dir / "reference"):
+        for path in folder.glob(PARTIAL + "*"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def remove_old(run_dir: Path, limit: int | None) -> None:
+    """Leaves the newest `limit` checkpoints, and those that hold a stage's starting weights."""
+    removable = [path for path in checkpoints(run_dir) if _place(path)[1] > 0]
+    for path in removable[: -limit if limit else None] if limit else []:
+        remove(path)
+
+
+def write_file(path: Path, text: str) -> None:
+    """Writes a small text file; at every instant it has its old or its new content."""
+    partial = path.with_name(PARTIAL + path.name)
+    try:
+        partial.write_text(text, encoding="utf-8")
+        _to_disk(partial)
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise SaveError(f"could not write {path}: {_reason(error, path)}") from error
+
+
+def _to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_state(folder: Path, state: State, config: dict[str, Any], optimizer: torch.optim.Optimizer | None) -> None:
+    """The part of a checkpoint that is not the model. optimizer: None at the start of a stage, where it is new."""
+    content = {"format": 1, "config": config, **asdict(state)}
+    (folder / "state.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    tensors = {"random": random_state(), "optimizer": None if optimizer is None else optimizer.state_dict()}
+    torch.save(tensors, folder / "optimizer.pt")
+
+
+def read_state(folder: Path) -> tuple[State, dict[str, Any]]:
+    """State and the configuration it was written under. Raises UserError for a checkpoint that is not one of ours."""
+    try:
+        content = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        config = content.pop("config")
+        if content.pop("format") != 1:
+            raise ValueError("written by another version of fastpref")
+        return State(**content), config
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder}: not a checkpoint that can be read ({error})") from None
+
+
+def read_tensors(folder: Path, device: torch.device) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = torch.load(folder / "optimizer.pt", map_location=device, weights_only=True)
+        return found
+    except Exception as error:  # a damaged zip, pickle, or file
+        line = next(iter(str(error).splitlines()), "")
+        raise UserError(f"{folder}/optimizer.pt: cannot be read ({line})") from error
+
+
+def random_state() -> dict[str, Any]:
+    """Of every generator a step may draw from, in types that torch.load(weights_only=True) takes."""
+    of_numpy = dict(numpy.random.get_state(legacy=False))
+    of_numpy["state"] = {"key": of_numpy["state"]["key"].tolist(), "pos": of_numpy["state"]["pos"]}
+    version, internal, gauss = random.getstate()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "numpy": of_numpy,
+        "python": [version, list(internal), gauss],
+    }
+
+
+def restore_random_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"].cpu())
+    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all([part.cpu() for part in state["cuda"]])
+    of_numpy = state["numpy"]
+    key = numpy.array(of_numpy["state"]["key"], dtype=numpy.uint32)
+    numpy.random.set_state({**of_numpy, "state": {"key": key, "pos": of_numpy["state"]["pos"]}})
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+
+
+@contextmanager
+def lock(run_dir: Path) -> Iterator[None]:
+    """Holds the run's folder: two processes that write one run would spoil it. Given up by the system on any death."""
+    import fcntl
+
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with (run_dir / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"output_dir {run_dir}: another process is training there") from None
+        yield

@@ -1,0 +1,402 @@
+"""The configuration of a run: one YAML file plus `key=value` overrides. Names are TRL's where TRL has one.
+
+A run is one stage or several, one after the other, each starting from the weights the former ended with:
+
+    model_name_or_path: meta-llama/Llama-3.1-8B
+    train_dataset: pairs.jsonl
+    learning_rate: 5e-7                  # holds for every stage that does not set its own
+    stages:
+      - {name: sft, loss: sft, learning_rate: 1e-5}
+      - {name: rpo, loss: rpo, beta: 0.05, eta: 0.005}
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import types
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from fastpref import losses
+from fastpref.data import Kind
+
+
+class UserError(ValueError):
+    """Something the user can put right; its text is the one line shown."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Every key of a configuration file, with its default. Lengths are in tokens; a step is an optimiser step.
+
+    A loss's own options (beta, eta, label_smoothing, ...) are keys too and end up in `loss_options`; one that no
+    stage's loss takes is an error. What may be left to the program is `None` by default.
+    """
+
+    # model: the same for every stage
+    model_name_or_path: str  # hub id, or a local folder
+    model_revision: str = "main"  # of a hub id: branch, tag or commit
+    tokenizer_name_or_path: str | None = None  # None: the model's
+    init_from_config: bool = False  # random weights from the folder's config.json instead of its weights
+    trust_remote_code: bool = False  # run Python code that comes with the model
+    use_peft: bool = False  # train a LoRA adapter; the weights stay as they are
+    lora_r: int = 16
+    lora_alpha: int = 32
+    lora_dropout: float = 0.05
+    lora_target_modules: tuple[str, ...] | None = None  # None: every linear layer but the LM head
+    bf16: bool | None = None  # autocast over fp32 weights; None: on a GPU that has it
+    gradient_checkpointing: bool = False  # recompute activations in the backward pass
+
+    # run
+    output_dir: str = field(kw_only=True)
+    overwrite_output_dir: bool = False  # start over in a folder that holds a run
+    seed: int = 42
+    report_to: tuple[str, ...] = ()  # "tensorboard", "wandb"
+    logging_steps: int = 10
+    save_steps: int = 500  # 0: only where a stage ends, and when stopped
+    save_total_limit: int | None = 2  # older checkpoints are removed; None: all stay
+
+    # data
+    train_dataset: Any = field(kw_only=True)  # what data.load_records takes: a file, a data set, a list of them
+    eval_dataset: Any = None
+    max_length: int = 1024  # prompt + longest response
+    max_prompt_length: int | None = None
+    truncation_mode: Literal["keep_start", "keep_end"] = "keep_end"  # of a prompt that is too long
+    overlong_response: Literal["error", "drop", "truncate"] = "error"
+
+    # stage
+    name: str | None = None  # None: the loss's
+    loss: str = "dpo"
+    loss_options: Mapping[str, Any] = field(default_factory=dict)
+    ref_model_name_or_path: str | None = None  # None: the policy as the stage found it
+    per_device_train_batch_size: int = 8  # examples (pairs) a micro-batch
+    gradient_accumulation_steps: int = 1
+    num_train_epochs: float = 1.0
+    max_steps: int = -1  # above 0: so many, whatever the epochs
+    learning_rate: float = 1e-6
+    lr_scheduler_type: Literal["linear", "cosine", "constant"] = "linear"  # after the warm-up
+    warmup_steps: int = 0
+    warmup_ratio: float = 0.0  # of the stage's steps; warmup_steps comes first
+    weight_decay: float = 0.0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_epsilon: float = 1e-8
+    max_grad_norm: float = 1.0  # 0: no clipping
+    max_skipped_steps: int = 5  # so many steps in a row with NaN or inf gradients end the run
+    memory_budget: int | None = None  # bytes of workspace for the LM head; None: its own default
+
+    # evaluation, at the stage's start, its end, and every eval_steps
+    eval_steps: int | None = None
+    per_device_eval_batch_size: int = 8
+    eval_generate: bool = False  # exact match of greedy generations, at the stage's start and end
+    eval_max_new_tokens: int = 128
+    eval_generate_samples: int | None = None  # the first so many held-out prompts; None: all
+
+    stages: tuple[Mapping[str, Any], ...] = ()
+
+    def __post_init__(self) -> None:
+        for key, value, ok, takes in (
+            *((k, getattr(self, k), getattr(self, k) >= 1, "at least 1") for k in _AT_LEAST_1),
+            *((k, getattr(self, k), getattr(self, k) >= 0, "at least 0") for k in _AT_LEAST_0),
+            *((k, v, v is None or v >= 1, "at least 1") for k in _NONE_OR_1 for v in (getattr(self, k),)),
+            ("max_length", self.max_length, self.max_length >= 2, "at least 2"),
+            ("num_train_epochs", self.num_train_epochs, self.num_train_epochs > 0, "above 0"),
+            ("max_steps", self.max_steps, self.max_steps == -1 or self.max_steps >= 1, "-1 or at least 1"),
+            ("warmup_ratio", self.warmup_ratio, 0 <= self.warmup_ratio <= 1, "0 to 1"),
+            ("adam_beta1", self.adam_beta1, 0 <= self.adam_beta1 < 1, "0 to below 1"),
+            ("adam_beta2", self.adam_beta2, 0 <= self.adam_beta2 < 1, "0 to below 1"),
+            ("lora_dropout", self.lora_dropout, 0 <= self.lora_dropout < 1, "0 to below 1"),
+        ):
+            if not ok:
+                raise UserError(f"{key} is {value!r}; it takes {takes}")
+        for target in self.report_to:
+            if target not in ("tensorboard", "wandb"):
+                raise UserError(f"report_to is {target!r}; it takes tensorboard, wandb or none")
+        if self.use_peft and self.init_from_config:
+            raise UserError("use_peft adapts pretrained weights; init_from_config makes random ones: set one of them")
+
+    @property
+    def loss_fn(self) -> losses.Loss:
+        return losses.get_loss(self.loss, **self.loss_options)
+
+    @property
+    def kind(self) -> Kind:
+        """What the loss trains on: pairs, labelled completions, or completions."""
+        loss = self.loss_fn
+        return "kto" if loss.needs_kl else "pair" if loss.pairwise else "sft"
+
+    def stage_configs(self) -> list[TrainConfig]:
+        """One flat configuration a stage, in order, each with its name."""
+        sections = self.stages or ({},)
+        made = []
+        for section in sections:
+            own = {k: v for k, v in section.items() if k in _FIELDS}
+            loss = own.get("loss", self.loss)
+            inherited = {k: v for k, v in self.loss_options.items() if k in _options_of(loss)}
+            options = inherited | {k: v for k, v in section.items() if k not in _FIELDS}
+            name = own.get("name") or (self.name if not self.stages else None) or loss
+            made.append(dataclasses.replace(self, **own | {"stages": (), "loss_options": options, "name": name}))
+        return made
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values only, in the form a configuration file has: loss options among the other keys."""
+        found = {key: _plain(getattr(self, key)) for key in _FIELDS if key != "stages"}
+        found |= _plain(self.loss_options)
+        if self.stages:
+            found["stages"] = _plain(self.stages)
+        return found
+
+
+_AT_LEAST_1 = (
+    "per_device_train_batch_size", "gradient_accumulation_steps", "per_device_eval_batch_size", "logging_steps",
+    "eval_max_new_tokens", "max_skipped_steps", "lora_r", "lora_alpha",
+)  # fmt: skip
+_AT_LEAST_0 = (
+    "learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm", "warmup_steps", "save_steps", "seed",
+)  # fmt: skip
+_NONE_OR_1 = ("eval_steps", "save_total_limit", "eval_generate_samples", "max_prompt_length", "memory_budget")
+
+# What a stage cannot have for itself: there is one model and one output folder.
+_RUN_KEYS = (
+    "model_name_or_path", "model_revision", "tokenizer_name_or_path", "init_from_config", "trust_remote_code",
+    "use_peft", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "bf16", "gradient_checkpointing",
+    "output_dir", "overwrite_output_dir", "seed", "report_to", "save_total_limit", "stages",
+)  # fmt: skip
+# What may differ between a checkpoint and the run that goes on from it: nothing here changes a weight.
+MAY_DIFFER = (
+    "output_dir", "overwrite_output_dir", "report_to", "logging_steps", "save_steps", "save_total_limit",
+    "eval_dataset", "eval_steps", "per_device_eval_batch_size", "eval_generate", "eval_max_new_tokens",
+    "eval_generate_samples", "memory_budget", "max_skipped_steps",
+)  # fmt: skip
+
+_FIELDS = {f.name: f for f in fields(TrainConfig) if f.name != "loss_options"}
+_TYPES = get_type_hints(TrainConfig)
+
+
+def _loss_classes() -> dict[str, type[losses.Loss]]:
+    return {cls.name: cls for cls in losses.Loss.__subclasses__() if cls.__module__ == losses.__name__}
+
+
+def _options_of(loss: str) -> dict[str, Any]:
+    """Option name -> type of the loss called `loss`."""
+    if loss not in _loss_classes():
+        near = difflib.get_close_matches(str(loss), _loss_classes(), n=1)
+        raise UserError(
+            f"loss is {loss!r}{f' (did you mean {near[0]!r}?)' if near else ''}; "
+            f"it takes {', '.join(sorted(_loss_classes()))}"
+        )
+    cls = _loss_classes()[loss]
+    hints = get_type_hints(cls)
+    return {f.name: hints[f.name] for f in fields(cls)}
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
+    """Reads a YAML file and applies `key=value` overrides; dots reach into stages and mappings.
+
+    `learning_rate=1e-6`, `stages.rpo.beta=0.1` (a stage by its name), `stages.0.max_steps=100` (or by its place).
+
+    Raises UserError, one line, for a file that cannot be read, an unknown key (naming the nearest known one), a value
+    of another type, an option that no stage's loss takes, and an override that would have no effect.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        values = yaml.safe_load(text)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not UTF-8") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f":{mark.line + 1}" if mark else ""
+        raise UserError(f"{path}{where}: not valid YAML ({getattr(error, 'problem', None) or error})") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected keys and values, got {type(values).__name__ if values else 'an empty file'}")
+    for override in overrides:
+        _apply(values, override)
+    return config_from_dict(values, str(path))
+
+
+def config_from_dict(values: Mapping[str, Any], where: str = "config") -> TrainConfig:
+    """Checks names and types; `where` begins the messages. Errors as `load_config`."""
+    try:
+        sections = values.get("stages") or ()
+        if not isinstance(sections, Sequence) or isinstance(sections, str):
+            raise UserError(f"stages is {sections!r}; it takes a list of sections")
+        checked = []
+        for i, section in enumerate(sections):
+            if not isinstance(section, Mapping):
+                raise UserError(f"stages.{i} is {section!r}; it takes keys and values")
+            for key in section:
+                if key in _RUN_KEYS:
+                    raise UserError(f"stages.{i}.{key}: is the same for the whole run; set it outside stages")
+            checked.append(_checked(section, f"stages.{i}."))
+        top = _checked({key: value for key, value in values.items() if key != "stages"}, "")
+        for key in ("model_name_or_path", "train_dataset", "output_dir"):
+            given = key in top or (checked and all(key in section for section in checked))
+            if not given:
+                raise UserError(f"{key} is missing")
+        top.setdefault("train_dataset", None)
+        own = {key: value for key, value in top.items() if key in _FIELDS}
+        options = {key: value for key, value in top.items() if key not in _FIELDS}
+        config = TrainConfig(**own, loss_options=options, stages=tuple(checked))
+        _check_stages(config)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    return config
+
+
+def _check_stages(config: TrainConfig) -> None:
+    stages = config.stage_configs()
+    for i, (stage, section) in enumerate(zip(stages, config.stages or ({},), strict=True)):
+        allowed = _options_of(stage.loss)
+        for key in section:
+            if key not in _FIELDS and key not in allowed:
+                raise UserError(f"stages.{i}.{key}: loss {stage.loss!r} takes {', '.join(allowed) or 'no options'}")
+        try:
+            loss = stage.loss_fn
+        except ValueError as error:
+            raise UserError(f"stage {stage.name!r}: {error}" if config.stages else str(error)) from None
+        if stage.ref_model_name_or_path and not loss.needs_reference:
+            if not config.stages or "ref_model_name_or_path" in section:
+                raise UserError(f"ref_model_name_or_path: loss {stage.loss!r} has no reference")
+    taken = {key for stage in stages for key in _options_of(stage.loss)}
+    for key in config.loss_options:
+        if key not in taken:
+            those = " and ".join(dict.fromkeys(repr(stage.loss) for stage in stages))
+            raise UserError(f"{key}: no option of loss {those}, which takes {', '.join(sorted(taken)) or 'none'}")
+    names = [stage.name for stage in stages]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"stages: two are called {name!r}; give each its own name")
+        if not name or not all(c.isalnum() or c in "_-." for c in name) or name.startswith("."):
+            raise UserError(f"name is {name!r}; it takes letters, digits, '_', '-' and '.'")
+
+
+def _checked(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """Known keys only, with values of their types; loss options among them."""
+    options = {key: kind for loss in _loss_classes() for key, kind in _options_of(loss).items()}
+    found = {}
+    for key, value in values.items():
+        if key in _FIELDS:
+            kind = _TYPES[key]
+        elif key in options:
+            kind = options[key]
+        else:
+            near = difflib.get_close_matches(str(key), [*_FIELDS, *options], n=1, cutoff=0.0)
+            raise UserError(f"{prefix}{key}: no such key; the nearest is {near[0]}")
+        found[key] = _convert(f"{prefix}{key}", value, kind)
+    return found
+
+
+def _convert(key: str, value: Any, kind: Any) -> Any:
+    """`value` as `kind`. YAML reads 1e-6 (no dot) as a string, so strings that are numbers pass for numbers."""
+    if kind is Any:
+        return value
+    origin, args = get_origin(kind), get_args(kind)
+    if origin in (Union, types.UnionType):
+        if value is None or (value in ("none", "null") and args[0] is not str):
+            return None
+        return _convert(key, value, next(arg for arg in args if arg is not type(None)))
+    if origin is Literal:
+        if value not in args:
+            near = difflib.get_close_matches(str(value), args, n=1)
+            hint = f" (did you mean {near[0]}?)" if near else ""
+            raise UserError(f"{key} is {value!r}{hint}; it takes {', '.join(args)}")
+        return value
+    if origin is tuple:
+        if value is None or value == "none" or value == ["none"]:
+            return ()
+        items = [value] if isinstance(value, str) else value
+        if not isinstance(items, Sequence) or not all(isinstance(item, str) for item in items):
+            raise UserError(f"{key} is {value!r}; it takes a name or a list of names")
+        return tuple(items)
+    if kind is bool and isinstance(value, bool):
+        return value
+    if kind is str and isinstance(value, str):
+        return value
+    if kind in (int, float) and not isinstance(value, bool):
+        try:
+            number = float(value)
+            if kind is float and math.isfinite(number):
+                return number
+            if kind is int and number == int(number):
+                return int(number)
+        except (TypeError, ValueError, OverflowError):
+            pass
+    takes = {bool: "true or false", str: "a string", int: "a whole number", float: "a number"}[kind]
+    raise UserError(f"{key} is {value!r}; it takes {takes}")
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    """`a.b=value` into nested mappings and lists; the value is read as YAML."""
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"{override!r}: expected key=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        value = text
+    *path, last = key.split(".")
+    here: Any = values
+    for i, part in enumerate(path):
+        done = ".".join(path[: i + 1])
+        if isinstance(here, list):
+            here = here[_place(here, part, done)]
+        elif isinstance(here, dict):
+            if part == "stages" and not here.get(part):
+                raise UserError(f"{key}: the configuration has no stages")
+            here = here.setdefault(part, {})
+        if not isinstance(here, (dict, list)):
+            raise UserError(f"{key}: {done} is {here!r}, not a section")
+    if isinstance(here, list):
+        here[_place(here, last, key)] = value
+        return
+    stages = values.get("stages")
+    if here is values and isinstance(stages, list) and stages and last != "stages":
+        if all(isinstance(stage, dict) and last in stage for stage in stages):
+            name = stages[-1].get("name", len(stages) - 1)
+            raise UserError(f"{override}: every stage sets its own {last}; say which: stages.{name}.{override}")
+    here[last] = value
+
+
+def _place(items: list[Any], part: str, key: str) -> int:
+    names = [str(item.get("name") or item.get("loss")) if isinstance(item, dict) else None for item in items]
+    if part in names:
+        return names.index(part)
+    if part.isdigit() and int(part) < len(items):
+        return int(part)
+    raise UserError(f"{key}: no such entry; there are {', '.join(map(str, names))} (0 to {len(items) - 1})")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(part) for part in value]
+    return value
+
+
+def differing_keys(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Dotted keys that differ between two `to_dict()`s and that change what is learnt, with both values."""
+    different = []
+    for key in dict.fromkeys([*saved, *now]):
+        a, b = saved.get(key), now.get(key)
+        if key in MAY_DIFFER or a == b:
+            continue
+        if key == "stages" and a and b and len(a) == len(b):
+            for i, (x, y) in enumerate(zip(a, b, strict=True)):
+                different += [f"stages.{i}.{line}" for line in differing_keys(x, y)]
+        else:
+            different.append(f"{key} ({_short(a)} there, {_short(b)} now)")
+    return different
+
+
+def _short(value: Any) -> str:
+    text = "unset" if value is None else f"{len(value)} sections" if isinstance(value, list) else str(value)
+    return text if len(text) <= 40 else text[:37] + "..."

@@ -1,0 +1,149 @@
+"""What a run shows while it runs: a progress bar in a terminal, plain lines elsewhere; and the table at its end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
+from rich.table import Table
+from rich.text import Text
+
+SHARES = ("rewards/accuracies", "exact_match")
+# name, label in the progress line
+SHOWN = (
+    ("loss", "loss"),
+    ("rewards/margins", "margin"),
+    ("rewards/accuracies", "acc"),
+    ("tokens_per_s", "tok/s"),
+)
+
+
+def number(name: str, value: float) -> str:
+    if name.startswith(SHARES):
+        return f"{100 * value:.1f} %"
+    if name in ("tokens_per_s", "peak_memory_mib"):
+        return f"{value:,.0f}"
+    return f"{value:.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
+
+
+def duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+class Display:
+    """One console. Steps are a bar in a terminal; in a pipe or a file they are the logged lines."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(highlight=False)
+        self.progress: Progress | None = None
+
+    def say(self, text: str, style: str = "") -> None:
+        """One line, never broken at the console's width: in a pipe other programs read it."""
+        self.console.print(Text(text, style=style), soft_wrap=True)
+
+    @contextmanager
+    def steps(self, name: str, done: int, total: int) -> Iterator[StepBar]:
+        """Shows the steps of a stage."""
+        bar = StepBar(self, name, done, total)
+        if not self.console.is_terminal:
+            yield bar
+            return
+        columns = (TextColumn("[bold]{task.description}"), BarColumn(bar_width=16), _Count(), _Values(), _Eta())
+        with Progress(*columns, console=self.console) as self.progress:
+            bar.task = self.progress.add_task(escape(name), total=total, completed=done, values={})
+            try:
+                yield bar
+            finally:
+                self.progress = None
+
+    @contextmanager
+    def counting(self, what: str) -> Iterator[Any]:
+        """Shows a pass over data; what it gives is called with (done, of)."""
+        if not self.console.is_terminal:
+            yield lambda done, of: None
+            return
+        own = self.progress is None
+        progress = self.progress or Progress(
+            TextColumn("{task.description}"), BarColumn(bar_width=16), _Count(), console=self.console, transient=True
+        )
+        task = progress.add_task(escape(what), total=None, values={})
+        if own:
+            progress.start()
+        try:
+            yield lambda done, of: progress.update(task, completed=done, total=of)
+        finally:
+            progress.remove_task(task)
+            if own:
+                progress.stop()
+
+
+class StepBar:
+    def __init__(self, display: Display, name: str, done: int, total: int) -> None:
+        self.display, self.name, self.total = display, name, total
+        self.started, self.first = time.monotonic(), done
+        self.task: TaskID | None = None
+
+    def advance(self, step: int) -> None:
+        if self.task is not None and self.display.progress is not None:
+            self.display.progress.update(self.task, completed=step)
+
+    def logged(self, step: int, values: Mapping[str, float]) -> None:
+        if self.task is not None and self.display.progress is not None:
+            self.display.progress.update(self.task, completed=step, values=values)
+            return
+        left = (time.monotonic() - self.started) / max(step - self.first, 1) * (self.total - step)
+        parts = [f"{label} {number(name, values[name])}" for name, label in SHOWN if name in values]
+        self.display.say(f"{self.name} {step}/{self.total} | {' | '.join(parts)} | eta {duration(left)}")
+
+
+class _Count(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text("" if task.total is None else f"{int(task.completed)}/{int(task.total)}")
+
+
+class _Values(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        values = task.fields["values"]
+        return Text("  ".join(f"{label} {number(name, values[name])}" for name, label in SHOWN if name in values))
+
+
+class _Eta(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        left = task.time_remaining
+        return Text("" if left is None or task.finished else f"eta {duration(left)}", style="dim")
+
+
+# name, label in the table at the end, label in a line
+ROWS = (
+    ("exact_match", "exact match, greedy", "exact match"),
+    ("rewards/accuracies", "reward accuracy", "acc"),
+    ("rewards/margins", "reward margin", "margin"),
+    ("logps/chosen", "chosen log-prob, nats", "chosen"),
+    ("logps/rejected", "rejected log-prob, nats", "rejected"),
+    ("kl", "KL to the reference, nats", "kl"),
+    ("loss", "loss", "loss"),
+)
+
+
+def evaluation_line(values: Mapping[str, float]) -> str:
+    return " | ".join(f"{short} {number(key, values[key])}" for key, _, short in ROWS if key in values)
+
+
+def evaluation_table(title: str, columns: Mapping[str, Mapping[str, float]]) -> Table:
+    """Held-out metrics, one column each."""
+    table = Table(title=title, title_justify="left", title_style="bold")
+    table.add_column("held-out")
+    for name in columns:
+        table.add_column(escape(name), justify="right")
+    for key, label, _ in ROWS:
+        if any(key in values for values in columns.values()):
+            cells = (number(key, values[key]) if values.get(key) is not None else "" for values in columns.values())
+            table.add_row(label, *cells)
+    return table

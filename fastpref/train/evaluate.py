@@ -1,0 +1,195 @@
+"""Held-out evaluation: loss and preference metrics, and exact match of greedy generations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from fastpref.data import Batch, Example, Kind, Record, batch_order, collate
+from fastpref.losses import Loss, Totals
+
+from .model import Policy
+from .reference import ReferenceLogps, Tick
+
+
+def eval_order(examples: Sequence[Example], batch_size: int) -> list[list[int]]:
+    """Batches of a held-out set, as indices of examples."""
+    return batch_order([e.length for e in examples], batch_size, seed=0, epoch=0, shuffle=False)
+
+
+def totals_of(batches: Sequence[Batch]) -> Totals:
+    """Denominators of a batch that comes in parts: the parts' losses and gradients then add up to its own."""
+    return Totals(
+        sequences=sum(batch.num_sequences for batch in batches),
+        tokens=sum(batch.num_tokens for batch in batches),
+        chosen_tokens=sum(batch.chosen_tokens for batch in batches),
+    )
+
+
+class MetricSums:
+    """Sums of per-pair or per-sequence metrics, on the device; `read` synchronises, once."""
+
+    def __init__(self) -> None:
+        self.parts: dict[str, list[Tensor]] = {}
+
+    def add(self, metrics: dict[str, Tensor]) -> None:
+        for name, values in metrics.items():
+            self.parts.setdefault(name, []).append(values.reshape(-1))
+
+    def read(self, **more: Tensor) -> dict[str, float]:
+        """Means, a NaN left out (KTO: a sequence of the other kind), and the scalars of `more`."""
+        scalars = {name: torch.cat(parts).double().nanmean() for name, parts in self.parts.items()}
+        scalars |= {name: value.double() for name, value in more.items()}
+        return dict(zip(scalars, torch.stack(list(scalars.values())).tolist(), strict=True)) if scalars else {}
+
+
+def loss_inputs(loss: Loss, batch: Batch, kl_logps: Tensor | None, ref_kl_logps: Tensor | None) -> dict[str, Any]:
+    """What this loss wants beside hidden rows and targets."""
+    inputs: dict[str, Any] = {"ref_logps": batch.ref_logps} if loss.needs_reference else {}
+    if loss.needs_kl:
+        inputs |= {"desirable": batch.desirable, "kl_logps": kl_logps, "ref_kl_logps": ref_kl_logps}
+    return inputs
+
+
+def baseline(policy: Policy, batches: Sequence[Batch], reference: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """KTO: log-probs of the mismatched sequences of all `batches` under policy and reference, [K] each.
+
+    Of the whole global batch: the baseline's mean must not depend on how the batch is cut. None at all: one zero each.
+    """
+    own = [policy.sequence_logps(batch.kl) for batch in batches if batch.kl is not None]
+    if not own:
+        zero = torch.zeros(1, device=policy.device)
+        return zero, zero
+    return torch.cat(own), torch.cat(list(reference)).to(policy.device)
+
+
+@torch.no_grad()
+def evaluate(policy: Policy, examples: Sequence[Example], kind: Kind, loss: Loss, batch_size: int, pad: int,
+             reference: ReferenceLogps | None, tick: Tick) -> dict[str, float]:  # fmt: skip
+    """Loss over the whole set (its own denominators) and the means of `fastpref.losses.metrics` under TRL's names.
+
+    With a reference, for pairs, also `kl`: the mean over the responses of log pi_ref(y|x) - log pi(y|x), nats. It
+    estimates KL(pi_ref || pi) in so far as the responses come from the reference; it can be negative where they do not.
+    """
+    was_training = policy.model.training
+    policy.model.eval()
+    batches = [collate([examples[i] for i in batch], pad, kind) for batch in eval_order(examples, batch_size)]
+    totals = totals_of(batches)
+    kl_logps = ref_kl_logps = None
+    if loss.needs_kl and reference is not None:
+        own = []
+        for done, batch in enumerate(batches):
+            tick(done, len(batches))
+            own += [policy.sequence_logps(batch.kl.to(policy.device))] if batch.kl is not None else []
+        kl_logps = torch.cat(own) if own else torch.zeros(1, device=policy.device)
+        ref_kl_logps = reference.kl.to(policy.device) if own else kl_logps
+    sums, value = MetricSums(), torch.zeros((), device=policy.device, dtype=torch.float64)
+    for done, batch in enumerate(batches):
+        tick(done, len(batches))
+        batch = batch.to(policy.device)
+        out = policy.score(batch, loss, totals, **loss_inputs(loss, batch, kl_logps, ref_kl_logps))
+        value += out.loss
+        sums.add(out.metrics)
+        if kind == "pair" and batch.ref_logps is not None:
+            sums.add({"kl": batch.ref_logps - out.logps})
+    policy.model.train(was_training)
+    return sums.read(loss=value)
+
+
+# ---- exact match -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Question:
+    """A held-out prompt and the answer its greedy generation should be."""
+
+    prompt: str  # for people
+    prompt_ids: list[int]
+    answer: str
+    task: str | None  # the record's `task`, to group by
+
+
+def questions(records: Sequence[Record], examples: Sequence[Example], limit: int | None) -> list[Question]:
+    """One a prompt. The answer is the record's field `answer`, else its chosen response or good completion."""
+    found: dict[int, Question] = {}
+    for example in examples:
+        record = records[example.record_id]
+        answer = record.extra.get("answer")
+        if answer is None and record.label is not False:
+            answer = record.chosen if record.completion is None else record.completion
+        if isinstance(answer, list):
+            answer = answer[-1].get("content")
+        if answer is not None and example.record_id not in found:
+            task = record.extra.get("task")
+            task = None if task is None else str(task)
+            prompt = _text(record.prompt)
+            found[example.record_id] = Question(prompt, example.prompt_ids, str(answer).strip(), task)
+    return list(found.values())[:limit]
+
+
+def _text(prompt: Any) -> str:
+    return prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m.get('content', '')}" for m in prompt)
+
+
+def generate(policy: Policy, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[list[int]], batch_size: int,
+             max_new_tokens: int, tick: Tick) -> list[str]:  # fmt: skip
+    """Greedy continuations as text, in the order of the prompts; the KV cache on, EOS and special tokens left out."""
+    model, pad = policy.model, pad_token(tokenizer)
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    own = inner.generation_config
+    stops = {tokenizer.eos_token_id}
+    if own.eos_token_id is not None:
+        stops |= set(own.eos_token_id) if isinstance(own.eos_token_id, list) else {own.eos_token_id}
+    # A model's own generation settings (penalties, temperature) would leak into what is to be plain argmax.
+    greedy = GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=sorted(stops), pad_token_id=pad)
+    texts = [""] * len(prompts)
+    was_training = model.training
+    model.eval()
+    inner.generation_config = greedy
+    try:
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        for start in range(0, len(order), batch_size):
+            tick(start, len(order))
+            batch = order[start : start + batch_size]
+            width = max(len(prompts[i]) for i in batch)
+            ids = torch.tensor([[pad] * (width - len(prompts[i])) + prompts[i] for i in batch])
+            mask = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in batch])
+            with torch.no_grad(), policy.autocast():
+                out = model.generate(input_ids=ids.to(policy.device), attention_mask=mask.to(policy.device))
+            for i, tokens in zip(batch, out[:, width:].tolist(), strict=True):
+                end = next((n for n, token in enumerate(tokens) if token in stops), len(tokens))
+                texts[i] = str(tokenizer.decode(tokens[:end], skip_special_tokens=True)).strip()
+    finally:
+        inner.generation_config = own
+        model.train(was_training)
+    return texts
+
+
+def is_right(text: str, answer: str) -> bool:
+    """Whether a generation is the answer, or ends with it as words of their own: "9+3=12, so 12" for "12"."""
+    text = text.strip()
+    return text.endswith(answer) and not (text.removesuffix(answer)[-1:].isalnum() and answer[:1].isalnum())
+
+
+def exact_match(questions: Sequence[Question], texts: Sequence[str]) -> dict[str, float]:
+    """Share of generations that are right, of all and of each task."""
+    groups: dict[str, list[bool]] = {"exact_match": []}
+    for question, text in zip(questions, texts, strict=True):
+        right = is_right(text, question.answer)
+        groups["exact_match"].append(right)
+        if question.task is not None:
+            groups.setdefault(f"exact_match/{question.task}", []).append(right)
+    return {name: sum(hits) / len(hits) for name, hits in groups.items()}
+
+
+def pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """What fills rows up; never read by a model nor scored, so any token will do where there is none for it."""
+    pad = tokenizer.pad_token_id
+    return int(tokenizer.eos_token_id if pad is None else pad)
+
+

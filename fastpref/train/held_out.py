@@ -1,0 +1,85 @@
+"""`fastpref eval`: the held-out metrics of a run's model, or of the model a configuration starts from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from . import checkpoint, reference
+from .config import TrainConfig, UserError, load_config
+from .display import Display, evaluation_table
+from .evaluate import eval_order, evaluate, exact_match, generate, pad_token
+from .loop import seed_everything
+from .model import Policy, load_policy, load_reference, load_tokenizer
+from .prepare import load_data
+
+
+def evaluate_run(
+    source: str | Path, overrides: Sequence[str] = (), display: Display | None = None
+) -> dict[str, float]:
+    """Evaluates on `eval_dataset` with the loss of the stage that the weights come from, and prints the table.
+
+    source: the folder of a run (its model/, or its newest checkpoint if it has not ended), or a configuration file: then
+        the model it names, under its last stage's loss and, unless the configuration names a reference, as its own.
+
+    The reference log-probs of a run are its cached ones where they fit the data; otherwise they are computed again.
+    """
+    display = display or Display()
+    path = Path(source)
+    run_dir = path if path.is_dir() else None
+    config = load_config(path / "config.yaml" if run_dir else path, overrides)
+    stages = config.stage_configs()
+    index, weights = len(stages) - 1, None
+    if run_dir:
+        weights = run_dir / "model"
+        if not weights.is_dir():
+            saved = checkpoint.checkpoints(run_dir)
+            if not saved:
+                raise UserError(f"{run_dir}: has neither a model nor a checkpoint yet")
+            weights = saved[-1]
+            index = checkpoint.read_state(weights)[0].stage
+    stage, name = stages[index], stages[index].name or ""
+    if stage.eval_dataset is None:
+        raise UserError("eval_dataset is missing: there is nothing to evaluate on")
+    seed_everything(config.seed)
+    tokenizer = load_tokenizer(config)
+    data = load_data([stage], tokenizer, display, held_out_only=True)[0]
+    policy = load_policy(config, tokenizer, weights)
+    examples, size, pad, loss = data.eval, stage.per_device_eval_batch_size, pad_token(tokenizer), stage.loss_fn
+    logps = None
+    if loss.needs_reference:
+        batches = eval_order(examples, size) if loss.needs_kl else None
+        header = reference.header_of(stage, tokenizer, policy.compute_dtype, "", examples, batches)
+        if run_dir:
+            cached = run_dir / "reference" / f"{index:02d}-{name}-eval.safetensors"
+            logps = reference.read(cached, header, any_weights=True)
+        if logps is None:
+            source_policy = _reference_of(config, stage, index, run_dir, policy)
+            with display.counting("reference log-probs") as show:
+                logps = reference.compute(source_policy, examples, stage.kind, size, pad, show, batches)
+            del source_policy
+        examples = logps.attach(examples)
+    with display.counting("evaluating") as show:
+        values = evaluate(policy, examples, stage.kind, loss, size, pad, logps, show)
+    if data.questions:
+        prompts = [question.prompt_ids for question in data.questions]
+        with display.counting("generating") as show:
+            texts = generate(policy, tokenizer, prompts, size, stage.eval_max_new_tokens, show)
+        values |= exact_match(data.questions, texts)
+    display.console.print(evaluation_table(f"{weights or config.model_name_or_path}, {name}", {"": values}))
+    return values
+
+
+def _reference_of(config: TrainConfig, stage: TrainConfig, index: int, run_dir: Path | None, policy: Policy) -> Policy:
+    tokenizer = load_tokenizer(config)
+    if stage.ref_model_name_or_path:
+        return load_reference(stage, tokenizer, stage.ref_model_name_or_path)
+    if run_dir is None:
+        return policy
+    if index == 0:
+        seed_everything(config.seed)
+        return load_policy(config, tokenizer)
+    folder = run_dir / "checkpoints" / checkpoint.folder_name(index, stage.name or "", 0)
+    if not folder.is_dir():
+        raise UserError(f"{run_dir}: has no reference log-probs for these data, and {folder.name} is gone")
+    return load_policy(config, tokenizer, folder)

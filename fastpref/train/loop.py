@@ -1,0 +1,521 @@
+"""The training loop, flat: stages, steps, micro-batches.
+
+    for stage in stages:                             sft, then rpo, ...; each from the weights the former ended with
+        reference log-probs, once                    two floats a pair; from a file if they are there
+        while step < steps:
+            evaluate if due
+            for batch in micro-batches:              one global batch: their losses and gradients add up to its own
+                loss.backward()
+            clip, AdamW                              skipped where a gradient is NaN or inf
+            log and save if due
+    final weights, summary, report
+
+Everything a step depends on is the configuration, the weights, the optimiser state and the random generators: the data
+order and the learning rate are functions of (seed, step). So a run that resumes from a checkpoint goes on bitwise.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+import yaml
+from transformers import PreTrainedTokenizerBase
+
+from fastpref.data import Batch, Example, collate
+
+from . import checkpoint, reference
+from .checkpoint import State
+from .config import TrainConfig, UserError, differing_keys
+from .display import ROWS, Display, StepBar, duration, number
+from .evaluate import (
+    MetricSums,
+    baseline,
+    eval_order,
+    evaluate,
+    exact_match,
+    generate,
+    loss_inputs,
+    pad_token,
+    totals_of,
+)
+from .metrics import MetricsLog, check_report_to, device_name, peak_memory_mib
+from .model import Policy, fingerprint, load_policy, load_reference, load_tokenizer, save_model
+from .optim import learning_rate, make_optimizer
+from .prepare import Data, Schedule, load_data
+from .reference import ReferenceLogps
+from .report import write_report
+from .summary import show_summary, summarize
+
+MOST_SAMPLES = 12  # generations that the summary keeps, before and after
+
+
+class Stopped(Exception):
+    """A signal asked the run to end; what it had done is saved."""
+
+    def __init__(self, signum: int, message: str) -> None:
+        super().__init__(message)
+        self.signum = signum
+
+
+class TrainingError(RuntimeError):
+    """The run cannot go on; its text is the one line shown."""
+
+
+@dataclass
+class Run:
+    """What all stages share."""
+
+    dir: Path
+    config: TrainConfig
+    stages: list[TrainConfig]
+    data: list[Data]
+    tokenizer: PreTrainedTokenizerBase
+    pad: int
+    policy: Policy
+    display: Display
+    log: MetricsLog
+    stop: StopFlag
+    state: State
+    resumed: Path | None  # the checkpoint this run goes on from, until its stage has begun
+
+
+class StopFlag:
+    """Set by the first SIGINT or SIGTERM; a second one aborts at once."""
+
+    def __init__(self) -> None:
+        self.signum = 0
+
+    @contextmanager
+    def listening(self, display: Display) -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def handle(signum: int, frame: Any) -> None:
+            if self.signum:
+                raise KeyboardInterrupt
+            self.signum = signum
+            display.say("finishing this step, then saving a checkpoint; once more to abort at once", "yellow")
+
+        before = {signum: signal.signal(signum, handle) for signum in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for signum, handler in before.items():
+                signal.signal(signum, handler)
+
+    def check(self) -> None:
+        if self.signum:
+            raise _Interrupted
+
+    def tick(self, show: Callable[[int, int], None]) -> Callable[[int, int], None]:
+        """Between two forward passes: shows progress, and stops if asked to."""
+
+        def call(done: int, of: int) -> None:
+            self.check()
+            show(done, of)
+
+        return call
+
+
+class _Interrupted(Exception):
+    pass
+
+
+def train(config: TrainConfig, *, resume: bool = False, display: Display | None = None) -> dict[str, Any]:
+    """Runs all stages and returns the summary (also in output_dir/summary.json).
+
+    output_dir then holds: model/ (what from_pretrained loads), metrics.jsonl, config.yaml, summary.json, report.html,
+    checkpoints/ and reference/ (the cached reference log-probs).
+
+    resume: go on from the newest checkpoint in output_dir, bitwise on the CPU; from the beginning if there is none.
+
+    Raises UserError (ValueError) for what the user can put right, TrainingError and checkpoint.SaveError for a run that
+    cannot go on (what was saved stays), Stopped after SIGINT or SIGTERM once a checkpoint is saved.
+    """
+    display = display or Display()
+    run_dir = Path(config.output_dir)
+    check_report_to(config)
+    if resume and (run_dir / "summary.json").is_file():
+        return _already_complete(run_dir, config, display)
+    stop = StopFlag()
+    with checkpoint.lock(run_dir), stop.listening(display):
+        found = checkpoint.checkpoints(run_dir) if resume else []
+        resumed, state = None, State()
+        if found:
+            resumed = found[-1]
+            state, saved = checkpoint.read_state(resumed)
+            different = differing_keys(saved, config.to_dict())
+            if different:
+                raise UserError(f"{resumed} is of another configuration: {'; '.join(different)}")
+        elif not resume:
+            _refuse_used(run_dir, config)
+        seed_everything(config.seed)
+        stages = config.stage_configs()
+        tokenizer = load_tokenizer(config)
+        data = load_data(stages, tokenizer, display)
+        if resumed and state.step and state.data != reference.identity(data[state.stage].train):
+            raise UserError(f"{resumed}: train_dataset has other examples now than when it was saved")
+        policy = load_policy(config, tokenizer, resumed)
+        if not resumed:
+            _clear(run_dir)
+        elif (run_dir / "metrics.jsonl").stat().st_size < state.metrics_bytes:
+            raise UserError(f"{run_dir}/metrics.jsonl is shorter than when {resumed.name} was saved")
+        checkpoint.clean_up(run_dir)
+        checkpoint.write_file(run_dir / "config.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False))
+        display.say(f"{_describe(policy)} on {device_name(policy.device)}; run folder {run_dir}")
+        if resumed:
+            display.say(f"going on from {resumed}")
+        elif resume:
+            display.say(f"{run_dir}: no checkpoint there yet, starting from the beginning")
+        log = MetricsLog(run_dir, config, state.metrics_bytes, state.global_step)
+        pad = pad_token(tokenizer)
+        run = Run(run_dir, config, stages, data, tokenizer, pad, policy, display, log, stop, state, resumed)
+        try:
+            for index in range(state.stage, len(stages)):
+                run_stage(run, index)
+            return finish(run)
+        finally:
+            log.close()
+
+
+def _already_complete(run_dir: Path, config: TrainConfig, display: Display) -> dict[str, Any]:
+    different = differing_keys(yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8")), config.to_dict())
+    if different:
+        raise UserError(f"{run_dir} holds a complete run of another configuration: {'; '.join(different)}")
+    summary: dict[str, Any] = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
+    display.say(f"{run_dir}: this run is complete")
+    show_summary(display, run_dir, summary)
+    return summary
+
+
+def seed_everything(seed: int) -> None:
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def _refuse_used(run_dir: Path, config: TrainConfig) -> None:
+    used = [name for name in ("checkpoints", "metrics.jsonl", "model", "summary.json") if (run_dir / name).exists()]
+    if used and not config.overwrite_output_dir:
+        raise UserError(
+            f"output_dir {run_dir} holds a run already ({', '.join(used)}): --resume goes on with it, "
+            "overwrite_output_dir=true starts over"
+        )
+
+
+def _clear(run_dir: Path) -> None:
+    """Removes what an earlier run left; its reference log-probs stay, their headers tell whether they fit."""
+    for name in ("summary.json", "report.html", "metrics.jsonl"):
+        (run_dir / name).unlink(missing_ok=True)
+    for name in ("model", "checkpoints", "tensorboard"):
+        if (run_dir / name).is_dir():
+            checkpoint.remove(run_dir / name)
+
+
+def _describe(policy: Policy) -> str:
+    total = sum(p.numel() for p in policy.model.parameters())
+    trained = sum(p.numel() for p in policy.trainable().values())
+    size = f"{total / 1e9:.2f}B" if total >= 1e9 else f"{total / 1e6:.2f}M"
+    share = "" if trained == total else f" ({100 * trained / total:.2g} % trained)"
+    dtype = str(policy.compute_dtype).removeprefix("torch.")
+    return f"{type(policy.model).__name__}, {size} parameters{share}, {dtype}"
+
+
+# ---- reference -------------------------------------------------------------------------------------------------------
+
+
+def reference_logps(run: Run, index: int, schedule: Schedule) -> tuple[ReferenceLogps, ReferenceLogps | None]:
+    """Of the stage's examples and of the held-out ones: from the run's files where they fit, else computed and written.
+
+    The reference is `ref_model_name_or_path`, or the policy as the stage found it. Leaves the random generators alone.
+    """
+    stage, data, state = run.stages[index], run.data[index], run.state
+    generators = checkpoint.random_state()
+    source: Policy | None = None
+    if state.step == 0:
+        source = run.policy
+        if stage.ref_model_name_or_path:
+            source = load_reference(stage, run.tokenizer, stage.ref_model_name_or_path)
+        state.reference = fingerprint(source.model)
+    found: list[ReferenceLogps | None] = []
+    kto = stage.loss_fn.needs_kl
+    for split, examples in (("train", data.train), ("eval", data.eval)):
+        if not examples:
+            found.append(None)
+            continue
+        size = stage.per_device_eval_batch_size
+        batches = (schedule.all_batches() if split == "train" else eval_order(examples, size)) if kto else None
+        path = run.dir / "reference" / f"{index:02d}-{stage.name}-{split}.safetensors"
+        header = reference.header_of(
+            stage, run.tokenizer, run.policy.compute_dtype, state.reference or "", examples, batches
+        )
+        logps = reference.read(path, header)
+        if logps is None:
+            source = source or _starting_policy(run, index)
+            with run.display.counting(f"{stage.name}: reference log-probs, {split}") as show:
+                started = time.monotonic()
+                logps = reference.compute(source, examples, stage.kind, size, run.pad, run.stop.tick(show), batches)
+            reference.write(path, header, logps, examples)
+            seconds = duration(time.monotonic() - started)
+            run.display.say(f"{stage.name}: reference log-probs of {len(examples):,} {split} examples in {seconds}")
+        else:
+            run.display.say(f"{stage.name}: reference log-probs of {len(examples):,} {split} examples from {path}")
+        found.append(logps)
+    del source
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    checkpoint.restore_random_state(generators)
+    assert found[0] is not None
+    return found[0], found[1]
+
+
+def _starting_policy(run: Run, index: int) -> Policy:
+    """The reference of a stage that has moved on since, made again because its cached log-probs are gone."""
+    stage = run.stages[index]
+    if stage.ref_model_name_or_path:
+        source = load_reference(stage, run.tokenizer, stage.ref_model_name_or_path)
+    elif index:
+        folder = run.dir / "checkpoints" / checkpoint.folder_name(index, stage.name or "", 0)
+        if not folder.is_dir():
+            raise UserError(f"stage {stage.name!r}: its reference log-probs and first weights are gone from {run.dir}")
+        source = load_policy(run.config, run.tokenizer, folder)
+    else:
+        seed_everything(run.config.seed)
+        source = load_policy(run.config, run.tokenizer)
+    if fingerprint(source.model) != run.state.reference:
+        raise UserError(f"stage {stage.name!r}: the reference model has other weights than when the stage began")
+    return source
+
+
+# ---- one stage -------------------------------------------------------------------------------------------------------
+
+
+def run_stage(run: Run, index: int) -> None:
+    """Trains `run.policy` through one stage, from `run.state` on."""
+    stage, data, state, policy = run.stages[index], run.data[index], run.state, run.policy
+    name, loss = stage.name or "", stage.loss_fn
+    schedule = Schedule(stage, data.train, run.config.seed + index)
+    steps = schedule.steps
+    parameters = list(policy.trainable().values())
+    optimizer = make_optimizer(parameters, stage)
+    policy.model.train()
+    resumed, run.resumed = run.resumed, None
+    if resumed:
+        tensors = checkpoint.read_tensors(resumed, policy.device)
+        if tensors["optimizer"] is not None:
+            optimizer.load_state_dict(tensors["optimizer"])
+        checkpoint.restore_random_state(tensors["random"])
+    state.data = reference.identity(data.train)
+    state.history.setdefault(name, {})
+    examples, held_out, train_ref, eval_ref = data.train, data.eval, None, None
+    try:
+        if loss.needs_reference:
+            train_ref, eval_ref = reference_logps(run, index, schedule)
+            examples = train_ref.attach(examples)
+            held_out = eval_ref.attach(held_out) if eval_ref else []
+        with run.display.steps(name, state.step, steps) as bar:
+            while True:
+                if held_out and state.evaluated != state.step and _evaluation_is_due(stage, state.step, steps):
+                    run_evaluation(run, index, held_out, eval_ref, schedule)
+                if state.step == steps:
+                    break
+                run.stop.check()
+                started = time.perf_counter()
+                first, micro_batches = schedule.of_step(state.step)
+                batches = [collate([examples[i] for i in batch], run.pad, stage.kind) for batch in micro_batches]
+                kl = []
+                if loss.needs_kl and train_ref:
+                    kl = [train_ref.of_batch(first + i) for i in range(len(batches))]
+                rate = learning_rate(stage, state.step, steps)
+                values = train_step(policy, parameters, optimizer, stage, batches, rate, kl)
+                _count(state, values, batches, time.perf_counter() - started)
+                if state.skipped_in_a_row >= stage.max_skipped_steps:
+                    raise TrainingError(_why_stopped(run, name))
+                if state.step % stage.logging_steps == 0 or state.step == steps:
+                    _log(run, bar, name, schedule.epoch(state.step), rate)
+                bar.advance(state.step)
+                if stage.save_steps and state.step % stage.save_steps == 0 and state.step < steps:
+                    save_checkpoint(run, optimizer)
+    except _Interrupted:
+        where = f"{name} step {state.step}/{steps}"
+        if state.step or index:
+            where += f", saved in {save_checkpoint(run, optimizer)}; --resume goes on from there"
+        raise Stopped(run.stop.signum, f"stopped at {where}") from None
+    state.history[name] |= {
+        "steps": steps, "num_tokens": state.num_tokens, "seconds": state.seconds, "skipped_steps": state.skipped,
+    }  # fmt: skip
+    if index + 1 < len(run.stages):
+        run.state = State(
+            stage=index + 1, global_step=state.global_step, history=state.history, generated=state.generated
+        )
+        save_checkpoint(run, None)
+
+
+def train_step(
+    policy: Policy,
+    parameters: list[torch.nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    stage: TrainConfig,
+    batches: Sequence[Batch],
+    rate: float,
+    ref_kl_logps: Sequence[torch.Tensor],
+) -> dict[str, float]:
+    """One optimiser step on the global batch that `batches` are the parts of. Synchronises once, at its end.
+
+    Returns the means over the global batch, its loss, and the gradient norm before clipping. Where loss or norm is not
+    finite the weights stay as they are.
+    """
+    loss, totals = stage.loss_fn, totals_of(batches)
+    batches = [batch.to(policy.device) for batch in batches]
+    kl_logps = ref_kl = None
+    if loss.needs_kl:
+        kl_logps, ref_kl = baseline(policy, batches, ref_kl_logps)
+    sums, total = MetricSums(), torch.zeros((), device=policy.device)
+    for batch in batches:
+        out = policy.score(batch, loss, totals, **loss_inputs(loss, batch, kl_logps, ref_kl))
+        out.loss.backward()
+        total += out.loss.detach()
+        sums.add(out.metrics)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, stage.max_grad_norm or math.inf)
+    values = sums.read(loss=total, grad_norm=norm)
+    if True:
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return values
+
+
+def _count(state: State, values: dict[str, float], batches: Sequence[Batch], seconds: float) -> None:
+    tokens = sum(batch.processed_tokens for batch in batches)
+    state.step += 1
+    state.global_step += 1
+    state.num_tokens += tokens
+    state.seconds += seconds
+    finite = math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])
+    state.skipped += not finite
+    state.skipped_in_a_row = 0 if finite else state.skipped_in_a_row + 1
+    window = {"tokens": float(tokens), "seconds": seconds} | (values if finite else {})
+    for name, value in window.items():
+        if not math.isnan(value):
+            total, count = state.window.get(name, (0.0, 0))
+            state.window[name] = [total + value, count + 1]
+
+
+def _log(run: Run, bar: StepBar, name: str, epoch: float, rate: float) -> None:
+    """Means over the steps since the last line."""
+    state = run.state
+    (tokens, _), (seconds, _) = state.window.pop("tokens"), state.window.pop("seconds")
+    values = {key: total / count for key, (total, count) in state.window.items()}
+    values |= {
+        "learning_rate": rate,
+        "num_tokens": state.num_tokens,
+        "tokens_per_s": tokens / seconds,
+        "peak_memory_mib": peak_memory_mib(run.policy.device),
+    }
+    if state.skipped:
+        values["skipped_steps"] = state.skipped
+    state.window = {}
+    run.log.write(name, "train", state.step, epoch, values, state.global_step)
+    bar.logged(state.step, values)
+
+
+def _why_stopped(run: Run, name: str) -> str:
+    saved = checkpoint.checkpoints(run.dir)
+    return (
+        f"{name} step {run.state.step}: loss or gradients were NaN or inf {run.state.skipped_in_a_row} steps in a row; "
+        + (f"the last checkpoint is {saved[-1]}" if saved else "no checkpoint had been saved")
+    )
+
+
+def save_checkpoint(run: Run, optimizer: torch.optim.Optimizer | None) -> Path:
+    """Saves where the run stands, then removes checkpoints beyond the limit."""
+    state = run.state
+    name = run.stages[state.stage].name or ""
+    path = run.dir / "checkpoints" / checkpoint.folder_name(state.stage, name, state.step)
+    if path.is_dir():  # just resumed from it, or saved at this step already
+        return path
+    state.metrics_bytes = run.log.size()
+
+    def write(folder: Path) -> None:
+        save_model(run.policy, run.tokenizer, folder)
+        checkpoint.write_state(folder, state, run.config.to_dict(), optimizer)
+
+    checkpoint.save(path, write)
+    checkpoint.remove_old(run.dir, run.config.save_total_limit)
+    return path
+
+
+# ---- evaluation ------------------------------------------------------------------------------------------------------
+
+
+def _evaluation_is_due(stage: TrainConfig, step: int, steps: int) -> bool:
+    return step in (0, steps) or (stage.eval_steps is not None and step % stage.eval_steps == 0)
+
+
+def run_evaluation(
+    run: Run, index: int, held_out: Sequence[Example], eval_ref: ReferenceLogps | None, schedule: Schedule
+) -> None:
+    stage, state = run.stages[index], run.state
+    name, size, last = stage.name or "", stage.per_device_eval_batch_size, state.step == schedule.steps
+    with run.display.counting(f"{name}: evaluating") as show:
+        tick = run.stop.tick(show)
+        values = evaluate(run.policy, held_out, stage.kind, stage.loss_fn, size, run.pad, eval_ref, tick)
+    if stage.eval_generate and (last or state.step == 0):
+        values |= _exact_match(run, index)
+    history = state.history[name]
+    if state.step == 0:
+        history["before"], history["generated"] = values, state.generated
+    if last:
+        history["after"] = values
+    state.evaluated = state.step
+    run.log.write(name, "eval", state.step, schedule.epoch(state.step), values, state.global_step)
+    parts = [f"{label} {number(key, values[key])}" for key, label in ROWS if key in values]
+    run.display.say(f"{name} step {state.step}, held-out: {', '.join(parts)}", "cyan")
+
+
+def _exact_match(run: Run, index: int) -> dict[str, float]:
+    """Generates, unless these very weights answered these very questions at the end of the stage before."""
+    stage, data, state = run.stages[index], run.data[index], run.state
+    if index and state.step == 0 and data.questions == run.data[index - 1].questions:
+        before, now = run.stages[index - 1], stage
+        after = state.history.get(before.name or "", {}).get("after", {})
+        if before.eval_max_new_tokens == now.eval_max_new_tokens and "exact_match" in after:
+            return {key: value for key, value in after.items() if key.startswith("exact_match")}
+    with run.display.counting(f"{stage.name}: generating") as show:
+        prompts = [question.prompt_ids for question in data.questions]
+        texts = generate(
+            run.policy, run.tokenizer, prompts, stage.per_device_eval_batch_size, stage.eval_max_new_tokens,
+            run.stop.tick(show),
+        )  # fmt: skip
+    state.generated = texts[:MOST_SAMPLES]
+    return exact_match(data.questions, texts)
+
+
+# ---- the end ---------------------------------------------------------------------------------------------------------
+
+
+def finish(run: Run) -> dict[str, Any]:
+    """Final weights, summary and report; prints what improved."""
+    checkpoint.save(run.dir / "model", partial(save_model, run.policy, run.tokenizer))
+    run.log.size()
+    summary = summarize(run.stages, run.data[-1], run.state, run.policy.device)
+    checkpoint.write_file(run.dir / "summary.json", json.dumps(summary, indent=1) + "\n")
+    report = write_report(run.dir)
+    show_summary(run.display, run.dir, summary)
+    run.display.say(f"model   {run.dir / 'model'}\nreport  {report}")
+    return summary

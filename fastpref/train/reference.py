@@ -1,0 +1,132 @@
+"""Reference log-probs: one forward pass before a stage begins, two floats a pair, kept in a file.
+
+    run/reference/01-rpo-train.safetensors
+        logps   [E, R] fp32, nats: of the R responses of each of E examples (R = 2 for pairs, chosen first)
+        hashes  [E, 16] uint8: of the token ids they belong to
+        kl      [K] fp32 and kl_offsets [B + 1] int64, KTO: of the mismatched sequences of the stage's B micro-batches
+        header  JSON in the file's metadata: model, revision, weights, dtype, tokenizer, truncation, records
+
+The file is used again only if every field of its header is the same; a reference model is not needed once it is there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from fastpref.data import Batch, Example, Kind, batch_order, collate
+
+from .checkpoint import PARTIAL, SaveError
+from .config import TrainConfig
+from .model import Policy
+
+Tick = Callable[[int, int], None]  # (done, of): called between forward passes; may raise to stop
+
+
+@dataclass(frozen=True)
+class ReferenceLogps:
+    logps: Tensor  # [E, R] fp32
+    kl: Tensor  # [K] fp32; empty where the loss has no mismatched sequences
+    kl_offsets: Tensor  # [B + 1] int64
+
+    def attach(self, examples: Sequence[Example]) -> list[Example]:
+        """The examples with their `ref_logps`, which `collate` puts into batches."""
+        return [replace(e, ref_logps=tuple(row)) for e, row in zip(examples, self.logps.tolist(), strict=True)]
+
+    def of_batch(self, index: int) -> Tensor:
+        """[K of that batch]: mismatched sequences of micro-batch `index` of the stage (CPU)."""
+        return self.kl[self.kl_offsets[index] : self.kl_offsets[index + 1]]
+
+
+def header_of(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype, weights: str,
+              examples: Sequence[Example], batches: Sequence[Sequence[int]] | None) -> dict[str, Any]:  # fmt: skip
+    """What reference log-probs depend on. weights: the model's `fingerprint`; batches: KTO's micro-batches."""
+    return {
+        "format": 1,
+        "model": config.ref_model_name_or_path or config.model_name_or_path,
+        "revision": config.model_revision,
+        "weights": weights,
+        "dtype": str(dtype).removeprefix("torch."),
+        "tokenizer": str(tokenizer.name_or_path),
+        "chat_template": hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest()[:16],
+        "truncation": [config.max_length, config.max_prompt_length, config.truncation_mode, config.overlong_response],
+        "records": identity(examples),
+        "batches": None if batches is None else hashlib.sha256(json.dumps(batches).encode()).hexdigest()[:32],
+    }
+
+
+def identity(examples: Sequence[Example]) -> str:
+    """Of a tokenised data set: its examples and their order."""
+    return hashlib.sha256("".join(e.content_hash for e in examples).encode()).hexdigest()[:32]
+
+
+def mismatched(examples: Sequence[Example], batches: Iterable[Sequence[int]], pad: int) -> Iterator[Batch | None]:
+    """KTO: the mismatched sequences of each micro-batch."""
+    return (collate([examples[i] for i in batch], pad, "kto").kl for batch in batches)
+
+
+def compute(policy: Policy, examples: Sequence[Example], kind: Kind, batch_size: int, pad: int, tick: Tick,
+            batches: Sequence[Sequence[int]] | None = None) -> ReferenceLogps:  # fmt: skip
+    """Log-probs of all responses, and of KTO's mismatched sequences in `batches`, under `policy`."""
+    was_training = policy.model.training
+    policy.model.eval()
+    order = batch_order([e.length for e in examples], batch_size, seed=0, epoch=0, shuffle=False)
+    total = len(order) + len(batches or ())
+    responses = len(examples[0].responses)
+    logps = torch.empty(len(examples), responses)
+    found: list[tuple[list[int], Tensor]] = []
+    for done, batch in enumerate(order):
+        tick(done, total)
+        values = policy.sequence_logps(collate([examples[i] for i in batch], pad, kind).to(policy.device))
+        found.append((batch, values))
+    for batch, values in found:
+        logps[batch] = values.view(responses, len(batch)).t().cpu()
+    kl: list[Tensor] = []
+    for done, sequences in enumerate(mismatched(examples, batches or (), pad), len(order)):
+        tick(done, total)
+        kl.append(torch.empty(0) if sequences is None else policy.sequence_logps(sequences.to(policy.device)))
+    policy.model.train(was_training)
+    offsets = torch.tensor([0, *accumulate(len(part) for part in kl)])
+    return ReferenceLogps(logps, torch.cat([part.cpu() for part in kl]) if kl else torch.empty(0), offsets)
+
+
+def read(path: Path, header: dict[str, Any], *, any_weights: bool = False) -> ReferenceLogps | None:
+    """The cached log-probs, or None: no such file, one that cannot be read, or another header.
+
+    any_weights: leave out the identity of the weights, for a file known to belong to the run in question.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            saved = json.loads((file.metadata() or {}).get("header", "{}"))
+            if {**header, **({"weights": saved.get("weights")} if any_weights else {})} != saved:
+                return None
+            return ReferenceLogps(*(file.get_tensor(name) for name in ("logps", "kl", "kl_offsets")))
+    except (OSError, SafetensorError, ValueError):
+        return None
+
+
+def write(path: Path, header: dict[str, Any], reference: ReferenceLogps, examples: Sequence[Example]) -> None:
+    hashes = torch.tensor([list(bytes.fromhex(e.content_hash)) for e in examples], dtype=torch.uint8)
+    tensors = {"logps": reference.logps, "kl": reference.kl, "kl_offsets": reference.kl_offsets, "hashes": hashes}
+    partial = path.with_name(PARTIAL + path.name)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, partial, metadata={"header": json.dumps(header)})
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except (OSError, SafetensorError) as error:
+        partial.unlink(missing_ok=True)
+        raise SaveError(f"could not write {path}: {error}") from error

@@ -1,0 +1,66 @@
+"""What a run came to: summary.json, and the table printed at its end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .checkpoint import State
+from .config import TrainConfig
+from .display import Display, duration, evaluation_table
+from .evaluate import is_right
+from .metrics import device_name, peak_memory_mib, versions
+from .prepare import Data
+
+
+def summarize(stages: Sequence[TrainConfig], data: Data, state: State, device: torch.device) -> dict[str, Any]:
+    """What summary.json holds. data: of the last stage, whose held-out metrics at its start and end are `before` and
+    `after`; state: at the run's end.
+    """
+    history = {stage.name or "": state.history[stage.name or ""] for stage in stages}
+    last = history[stages[-1].name or ""]
+    seconds = sum(stage["seconds"] for stage in history.values())
+    samples = [
+        {
+            "prompt": question.prompt,
+            "expected": question.answer,
+            "before": before,
+            "after": after,
+            "right": [is_right(before, question.answer), is_right(after, question.answer)],
+        }
+        for question, before, after in zip(data.questions, last.get("generated", []), state.generated, strict=False)
+    ]
+    return {
+        "before": last.get("before", {}),
+        "after": last.get("after", {}),
+        "stages": {name: {k: v for k, v in stage.items() if k != "generated"} for name, stage in history.items()},
+        "tokens_per_s": sum(stage["num_tokens"] for stage in history.values()) / seconds,
+        "peak_memory_mib": peak_memory_mib(device),
+        "seconds": seconds,
+        "device": device_name(device),
+        "versions": versions(),
+        "samples": samples,
+    }
+
+
+def show_summary(display: Display, run_dir: Path, summary: dict[str, Any]) -> None:
+    """The table at the end of a run: what the held-out set says before and after, and what it cost."""
+    columns: dict[str, dict[str, float]] = {}
+    *earlier, last = summary["stages"]
+    for name in earlier:
+        found = {k: v for k, v in summary["stages"][name].get("before", {}).items() if k == "exact_match"}
+        if found and not columns:
+            columns["at the start"] = found
+    # at its start a policy is its own reference: every reward is 0, and no share of pairs means anything
+    columns[f"before {last}"] = {k: v for k, v in summary["before"].items() if k != "rewards/accuracies"}
+    columns[f"after {last}"] = summary["after"]
+    if summary["after"]:
+        display.console.print(evaluation_table(run_dir.name, columns))
+    cost = [f"{summary['tokens_per_s']:,.0f} tokens/s", f"peak memory {summary['peak_memory_mib']:,.0f} MiB"]
+    for name, stage in summary["stages"].items():
+        skipped = f", {stage['skipped_steps']} skipped" if stage["skipped_steps"] else ""
+        cost.append(f"{name} {stage['steps']} steps in {duration(stage['seconds'])}{skipped}")
+    display.say(" | ".join(cost))

@@ -1,0 +1,305 @@
+"""The CUDA rows as far as no GPU is needed: their algorithms run on emulated thread blocks against fp64 mathematics, and the
+machine code that nvcc made has no spills and touches memory 16 bytes at a time."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import pytest
+import test_rows
+import torch
+from cuda_checks import *  # noqa: F403
+from row_checks import BF16, FP16, FP32, random_case
+
+from fastpref import _native
+from fastpref.rows import FoldState, Transform, availability, cuda
+
+HERE = Path(__file__).resolve().parent
+CSRC = HERE.parents[1] / "csrc" / "cuda"
+NVCC = os.environ.get("CUDACXX") or shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+ARCHITECTURES = ("sm_80", "sm_90a", "sm_100a")
+needs_nvcc = pytest.mark.skipif(NVCC is None, reason="no nvcc")
+needs_cuda_build = pytest.mark.skipif(not _native.with_cuda, reason="fastpref._native was built without CUDA")
+
+
+# ---- the algorithms, on emulated thread blocks
+
+
+@pytest.fixture(scope="session")
+def emulator(tmp_path_factory):
+    if NVCC is None:
+        pytest.skip("needs nvcc, for the CUDA headers")
+    import pybind11
+
+    built = tmp_path_factory.mktemp("emulated") / f"emulated_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
+    # For a .cpp file nvcc only calls the host compiler. Fortified longjmp refuses to change stacks.
+    flags = ["-std=c++17", "-O1", "-shared", "-Xcompiler=-fPIC,-fvisibility=hidden,-U_FORTIFY_SOURCE,-Wno-unknown-pragmas"]
+    folders = [pybind11.get_include(), sysconfig.get_path("include")]
+    command = [NVCC, *flags, *(f"-I{folder}" for folder in folders), HERE / "emulated_cuda.cpp", "-o", built]
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    spec = importlib.util.spec_from_file_location("emulated_cuda", built)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def kernels(emulator, monkeypatch):
+    monkeypatch.setattr(cuda, "_kernels", emulator)
+    monkeypatch.setattr(cuda, "_DEVICE", "cpu")
+    monkeypatch.setattr(cuda, "_where", lambda tensor: (0, 0))
+    cuda._cluster_size.cache_clear()
+    yield cuda
+    emulator.set_ranks(2)
+    cuda._cluster_size.cache_clear()
+
+
+@pytest.fixture(params=["block", "cluster"])
+def rows(request, kernels):
+    if request.param == "cluster" and re.search("slices|mass", request.node.name):
+        pytest.skip("there is one sweep of a slice")
+    residual = functools.partial(cuda.residual, cluster=request.param == "cluster")
+    return SimpleNamespace(residual=residual, fold=cuda.fold, residual_given_lse=cuda.residual_given_lse)
+
+
+globals().update({name: test for name, test in vars(test_rows).items() if name.startswith("test_")})  # the whole contract
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
+def test_clusters_of_every_size(kernels, emulator, ranks):
+    logits, targets, _ = random_case(2, 13001)
+    logits[1] = torch.nan
+    targets[1] = -100
+    outs = [torch.full((2, 13001), 7.0, dtype=FP16) for _ in range(2)]
+    emulator.set_ranks(2)
+    want = kernels.residual(logits, targets, outs[0], transform=Transform(), cluster=True)
+    emulator.set_ranks(ranks)
+    got = kernels.residual(logits, targets, outs[1], transform=Transform(), cluster=True)
+    assert torch.equal(got.logp, want.logp) and torch.equal(*outs)
+    assert bool((outs[1][1] == 0).all()) and got.logp[1] == got.scale[1] == 0
+
+
+def test_fp16_takes_the_cluster_where_there_is_one(kernels, emulator):
+    logits, targets, _ = random_case(2, 300)
+
+    def scale(dtype):
+        return kernels.residual(logits, targets, torch.empty(2, 300, dtype=dtype), transform=Transform()).scale
+
+    assert scale(FP16).tolist() == [-(2.0**-15)] * 2  # normalised
+    assert scale(BF16).tolist() == scale(FP32).tolist() != [-1.0] * 2
+    emulator.set_ranks(0)
+    cuda._cluster_size.cache_clear()
+    assert scale(FP16)[0] != -(2.0**-15)
+
+
+def test_bad_input_is_named(kernels, monkeypatch):
+    logits, targets, _ = random_case(4, 64)
+    state = FoldState.new(4, dtype=FP32, device=logits.device)
+
+    def residual(logits=logits, targets=targets, out=None, **more):
+        kernels.residual(logits, targets, out, transform=Transform(), **more)
+
+    for error, match, call in (
+        (ValueError, r"logits is \[64\]", lambda: residual(logits[0])),
+        (TypeError, "logits is torch.float64", lambda: residual(logits.double())),
+        (ValueError, "contiguous columns", lambda: residual(logits[:, ::2])),
+        (ValueError, "logits is on meta", lambda: residual(logits.to("meta"))),
+        (ValueError, r"targets is \[3\]", lambda: residual(targets=targets[:3])),
+        (TypeError, "targets is torch.int32", lambda: residual(targets=targets.int())),
+        (ValueError, r"bias is \[63\]", lambda: residual(bias=logits[0, 1:])),
+        (ValueError, r"out is \[4, 32\]", lambda: residual(out=logits[:, :32])),
+        (TypeError, "out is torch.int32", lambda: residual(out=logits.int())),
+        (ValueError, "out is on meta", lambda: residual(out=torch.empty(4, 64, device="meta"))),
+        (ValueError, "out overlaps logits", lambda: residual(logits[:3], targets[:3], logits[1:])),
+        (ValueError, "out overlaps logits", lambda: residual(out=logits.view(BF16)[:, 64:])),
+        (ValueError, "extras has", lambda: residual(extras=("entropy", "perplexity"))),
+        (
+            ValueError,
+            "state.sum_exp is",
+            lambda: kernels.fold(
+                logits, targets, state._replace(sum_exp=targets[:3].float()), col_offset=0, transform=Transform()
+            ),
+        ),
+        (ValueError, "factor is", lambda: kernels.scale_unless_one_(logits, logits[0])),
+    ):
+        with pytest.raises(error, match=match):
+            call()
+    monkeypatch.setattr(cuda, "_DEVICE", "cuda")
+    with pytest.raises(ValueError, match="logits is on cpu; it takes cuda"):
+        residual()
+
+
+# ---- without a GPU
+
+
+def test_available_says_why_not(monkeypatch):
+    monkeypatch.setattr(cuda, "_kernels", None)
+    monkeypatch.setattr(cuda, "_why_not", "built without CUDA")
+    assert availability("cuda").why == "built without CUDA"
+
+    def no_driver():
+        raise RuntimeError("cudaErrorNoDevice: no CUDA-capable device is detected")
+
+    monkeypatch.setattr(cuda, "_kernels", SimpleNamespace(devices=no_driver))
+    assert cuda.available() == (False, "cudaErrorNoDevice: no CUDA-capable device is detected")
+    monkeypatch.setattr(cuda, "_kernels", SimpleNamespace(devices=lambda: [75, 90]))
+    assert cuda.available() == (False, "it needs compute capability 8.0 or newer, and there is a device of 7.5")
+
+
+@needs_cuda_build
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_launch_without_a_gpu_is_a_clean_error():
+    logits, targets, _ = random_case(2, 64)
+    tile = _native.Tile(logits.data_ptr(), "float32", 64, 2, 64, targets.data_ptr(), -100, 0, 0, 1.0, 0.0, 1.0)
+    stats = _native.Stats(*(logits.data_ptr(),) * 2, 0, 0, 0, 0, 0)
+    out = _native.Out(logits.data_ptr(), "float32", 64)
+    state = _native.FoldState(*(logits.data_ptr(),) * 3)
+    for call in (
+        lambda: _native.cuda.devices(),
+        lambda: _native.cuda.cluster_size(tile, 0),
+        lambda: _native.cuda.residual(tile, out, stats, False, 0, 0),
+        lambda: _native.cuda.residual(tile, out, stats, True, 0, 0),
+        lambda: _native.cuda.fold(tile, state, 0, 0),
+        lambda: _native.cuda.residual_given_lse(tile, logits.data_ptr(), out, 0, 0),
+        lambda: _native.cuda.scale_unless_one(out, 64, logits.data_ptr(), 0, 0),
+    ):
+        with pytest.raises(RuntimeError, match="fastpref CUDA rows, .*: cudaError"):
+            call()
+    available, why = cuda.available()
+    assert not available and "cudaError" in why
+
+
+# ---- the machine code
+
+
+class Usage(NamedTuple):
+    registers: int
+    stack: int
+    shared: int
+    local: int
+
+
+def cuobjdump() -> str:
+    """CUDA's own, or the one that Triton carries."""
+    found = shutil.which("cuobjdump")
+    spec = importlib.util.find_spec("triton")
+    if found is None and spec is not None and spec.submodule_search_locations:
+        carried = Path(spec.submodule_search_locations[0]) / "backends" / "nvidia" / "bin" / "cuobjdump"
+        found = str(carried) if carried.exists() else None
+    return found or pytest.skip("no cuobjdump: neither CUDA's nor Triton's")
+
+
+def dump(what: str, binary: Path) -> str:
+    done = subprocess.run([cuobjdump(), what, str(binary)], capture_output=True, text=True, check=True)
+    return subprocess.run(["c++filt"], input=done.stdout, capture_output=True, text=True, check=True).stdout
+
+
+def short(name: str) -> str:
+    name = re.sub(r"fastpref::cuda::|\(anonymous namespace\)::|^void |\(Map\)|\(.*\)$", "", name.replace("(fastpref::cuda::Map)", ""))
+    return name.replace("__nv_bfloat16", "bf16").replace("__half", "f16")
+
+
+def per_kernel(text: str, pattern: str) -> list[tuple[str, str, str]]:
+    """(architecture, kernel, what follows up to the next kernel)."""
+    arch, found = "", []
+    for piece in re.split(r"(?m)^(?=arch = |.*Function\s*:?\s)", text):
+        if match := re.match(r"arch = (\S+)", piece):
+            arch = match[1]
+        elif match := re.match(pattern, piece):
+            found.append((arch, short(match[1]), piece))
+    return found
+
+
+def usage_of(binary: Path) -> dict[tuple[str, str], Usage]:
+    kernels = {}
+    for arch, name, text in per_kernel(dump("-res-usage", binary), r"\s*Function (.*):\n"):
+        numbers = dict(re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", text))
+        kernels[arch, name] = Usage(*(int(numbers[key]) for key in ("REG", "STACK", "SHARED", "LOCAL")))
+    return kernels
+
+
+def accesses_of(binary: Path) -> dict[tuple[str, str], list[str]]:
+    return {
+        (arch, name): re.findall(r"\b(?:LDG|STG|LDL|STL|LDGSTS|LD|ST)\.[A-Z0-9.]+", text)
+        for arch, name, text in per_kernel(dump("-sass", binary), r"\s*Function : (.*)\n")
+    }
+
+
+SWEEPS = [
+    *(f"residual_kernel<{t}, {u}, {m}, false>" for m in (0, 1) for t, u in (
+        ("float", "None"), ("float", "float"), ("float", "bf16"), ("float", "f16"),
+        ("bf16", "None"), ("bf16", "bf16"), ("f16", "None"), ("f16", "f16"),
+    )),
+    *(f"{kernel.format(t)}" for t in ("float", "bf16", "f16") for kernel in (
+        "residual_kernel<{}, Any, 2, true>", "fold_kernel<{}>", "given_lse_kernel<{}>",
+        "cluster_kernel<{}, false>", "cluster_kernel<{}, true>",
+    )),
+]  # fmt: skip
+
+
+def check_machine_code(binary: Path) -> None:
+    usage, accesses = usage_of(binary), accesses_of(binary)
+    architectures = {arch for arch, _ in usage}
+    assert architectures
+    for arch in sorted(architectures):
+        for kernel in sorted(name for a, name in usage if a == arch):
+            print(arch, kernel, usage[arch, kernel])
+        assert {name for a, name in usage if a == arch} >= {*SWEEPS, *(f"scale_kernel<{t}>" for t in ("float", "bf16", "f16"))}
+        for kernel in SWEEPS:
+            if kernel.startswith("cluster") and arch == "sm_80":
+                continue  # an empty kernel: clusters begin with sm_90
+            used, touched = usage[arch, kernel], accesses[arch, kernel]
+            assert used.stack == used.local == 0, f"{arch} {kernel} spills: {used}"
+            assert not {"LDL", "STL"} & {access.split(".")[0] for access in touched}, (arch, kernel)
+            limit = 64 if re.search(r"None|, 0, false|fold", kernel) else 128 if "Any" in kernel else 80
+            assert used.registers <= limit, f"{arch} {kernel}: {used}, for the blocks that share an SM {limit} are left"
+            wide = [access for access in touched if access.endswith(".128")]
+            copies = [access for access in wide if access.startswith("LDGSTS")]
+            loads = [access for access in wide if access.startswith(("LDG.", "LD."))]
+            stores = [access for access in wide if access.startswith(("STG.", "ST."))]
+            # 64 bytes a thread are asked for before the first are used.
+            assert len(copies) >= 1 if kernel.startswith("cluster") else len(loads) >= 4, (arch, kernel, touched)
+            assert stores or "None" in kernel or kernel.startswith("fold"), (arch, kernel)
+            assert not any(".U8" in access for access in touched), (arch, kernel)
+
+
+@needs_cuda_build
+def test_the_extension_holds_no_spills_and_16_byte_accesses():
+    check_machine_code(Path(_native.__file__))
+
+
+@pytest.mark.slow
+@needs_nvcc
+@pytest.mark.timeout(600)
+def test_nvcc_compiles_every_kernel_without_spills(tmp_path):
+    def compiled(job: tuple[Path, str]) -> str:
+        source, arch = job
+        generate = f"arch={arch.replace('sm', 'compute')},code={arch}"
+        target = tmp_path / f"{source.stem}.{arch}.cubin"
+        command = [NVCC, "-std=c++17", "-O3", "-Xptxas", "-v", "-cubin", "-gencode", generate, source, "-o", target]
+        done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stderr
+
+    jobs = [(source, arch) for source in sorted(CSRC.glob("*.cu")) for arch in ARCHITECTURES]
+    assert len(jobs) >= 9
+    with ThreadPoolExecutor(2) as pool:
+        logs = list(pool.map(compiled, jobs))
+    for (source, arch), log in zip(jobs, logs, strict=True):
+        print(source.name, arch, log, file=sys.stderr)
+        frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log)
+        assert frames, log
+        assert set(frames) == {("0", "0", "0")}, log
+        assert "warning" not in log.replace("ptxas info", ""), log

@@ -1,0 +1,243 @@
+"""The row contract (fastpref/rows/__init__.py) on every backend that runs on the CPU, against fp64 mathematics."""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+import torch
+from row_checks import (
+    DTYPES,
+    FP16,
+    FP32,
+    IGNORE,
+    KINDS,
+    TRANSFORMS,
+    check_grad,
+    check_stats,
+    oracle,
+    random_case,
+    spikes,
+)
+
+from fastpref.rows import EXTRAS, FoldState, RowStats, Transform, fold_finish
+
+BACKENDS = ("reference", "native")
+
+
+@pytest.fixture(params=BACKENDS)
+def rows(request):
+    return importlib.import_module(f"fastpref.rows.{request.param}")
+
+
+@pytest.mark.parametrize("out_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_transform_in_every_dtype(rows, dtype, out_dtype):
+    for name, (transform, with_bias) in TRANSFORMS.items():
+        for vocab in (37, 2500):
+            logits, targets, bias = random_case(5, vocab, dtype)
+            bias = bias if with_bias else None
+            out = torch.full((5, vocab), 7.0, dtype=out_dtype)
+            stats = rows.residual(logits, targets, out, transform=transform, bias=bias, extras=EXTRAS)
+            want = oracle(logits, targets, transform, bias)
+            check_stats(stats, want, ("logp", "lse", *EXTRAS))
+            check_grad(stats.scale, out, want)
+            bare = rows.residual(logits, targets, None, transform=transform, bias=bias)
+            assert torch.equal(bare.logp, stats.logp), name
+            assert all(value is None for value in bare[2:])
+
+
+@pytest.mark.parametrize("vocab", [1, 2, 3, 7, 8, 15, 63, 64, 65, 127, 2047, 2048, 2049, 4103, 20001])
+def test_every_width(rows, vocab):
+    logits, targets, _ = random_case(3, vocab)
+    out = torch.empty_like(logits)
+    stats = rows.residual(logits, targets, out, transform=Transform(), extras=EXTRAS)
+    want = oracle(logits, targets, Transform())
+    check_stats(stats, want, ("logp", "lse", *EXTRAS))
+    check_grad(stats.scale, out, want)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_row(rows, kind):
+    vocab = 9001
+    logits, targets, _ = random_case(4, vocab, std=1.0)
+    targets[1] = vocab - 2  # the late maximum itself
+    logits = KINDS[kind](logits, targets)
+    want = oracle(logits, targets, Transform())
+    for out_dtype in DTYPES:
+        out = torch.empty(4, vocab, dtype=out_dtype)
+        stats = rows.residual(logits, targets, out, transform=Transform(), extras=EXTRAS)
+        check_stats(stats, want, ("logp", "lse", *EXTRAS))
+        # A row whose maximum comes late is stored once more for each rise.
+        check_grad(stats.scale, out, want, stores=3 if out_dtype == FP16 else 2)
+
+
+def test_a_vocabulary_whose_sum_of_exponentials_leaves_fp16(rows):
+    logits = torch.zeros(1, 200_000)
+    out = torch.empty(1, 200_000, dtype=FP16)
+    stats = rows.residual(logits, torch.tensor([70_000]), out, transform=Transform())
+    grad = stats.scale.double()[:, None] * out.double()
+    assert abs(float(stats.logp) + torch.log(torch.tensor(2e5)).item()) < 1e-5
+    assert abs(float(grad[0, 70_000]) - 1) < 2e-3
+    assert 0 < float(-grad[0, 0]) < 1e-5 and bool(torch.isfinite(out).all())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_in_place_is_the_same(rows, dtype):
+    logits, targets, _ = random_case(4, 6001, dtype)
+    logits[2] = spikes(logits[2:3].clone(), 3000, 2048, 40.0)
+    other = torch.empty_like(logits)
+    apart = rows.residual(logits, targets, other, transform=Transform(softcap=50.0))
+    here = rows.residual(logits, targets, logits, transform=Transform(softcap=50.0))
+    assert torch.equal(logits, other)
+    assert all(torch.equal(a, b) for a, b in zip(apart[:3], here[:3], strict=True))
+
+
+def test_strides_and_offsets(rows):
+    base, targets, bias = random_case(6, 3001)
+    want = oracle(base, targets, Transform(softcap=9.0), bias)
+    plain = torch.empty_like(base)
+    stats = rows.residual(base, targets, plain, transform=Transform(softcap=9.0), bias=bias)
+    for dtype in DTYPES:
+        wide = torch.full((12, 3021), 5.0, dtype=dtype)
+        wide_in = torch.full((18, 3011), float("nan"))
+        wide_in[::3, 3:3004] = base
+        out = wide[1::2, 7:3008]
+        strided = rows.residual(wide_in[::3, 3:3004], targets, out, transform=Transform(softcap=9.0), bias=bias)
+        assert torch.equal(strided.logp, stats.logp)
+        check_grad(strided.scale, out, want)
+        assert bool((wide[::2] == 5).all() and (wide[1::2, :7] == 5).all() and (wide[1::2, 3008:] == 5).all())
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_few_rows(rows, count):
+    logits, targets, _ = random_case(count, 50)
+    out = torch.empty_like(logits)
+    stats = rows.residual(logits, targets, out, transform=Transform(), extras=EXTRAS)
+    assert all(value.shape == (count,) for value in stats)
+    if count:
+        check_grad(stats.scale, out, oracle(logits, targets, Transform()))
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+@pytest.mark.parametrize("column", [0, 1000, 4999])
+def test_nan_and_inf_stay_in_their_row(rows, poison, column):
+    logits, targets, _ = random_case(5, 5000)
+    targets[2] = 77
+    clean = torch.empty_like(logits)
+    before = rows.residual(logits, targets, clean, transform=Transform(), extras=EXTRAS)
+    logits[2, column] = poison
+    out = torch.empty_like(logits)
+    after = rows.residual(logits, targets, out, transform=Transform(), extras=EXTRAS)
+    assert not bool(torch.isfinite(after.logp[2]))
+    others = torch.tensor([0, 1, 3, 4])
+    assert torch.equal(out[others], clean[others])
+    for a, b in zip(before, after, strict=True):
+        assert torch.equal(a[others], b[others])
+    state = FoldState.new(5, dtype=FP32, device=logits.device)
+    for begin, end in ((0, 900), (900, 5000)):
+        rows.fold(logits[:, begin:end], targets, state, col_offset=begin, transform=Transform())
+    logp, _ = fold_finish(state, targets, IGNORE)
+    assert not bool(torch.isfinite(logp[2])) and bool(torch.isfinite(logp[others]).all())
+
+
+def test_columns_of_minus_inf(rows):
+    logits, targets, _ = random_case(3, 5000)
+    targets[:] = torch.tensor([4000, 4500, 4999])
+    logits[:, :3000] = -float("inf")  # the whole first block: there is no maximum to begin with
+    out = torch.empty_like(logits)
+    stats = rows.residual(logits, targets, out, transform=Transform(), extras=("entropy", "top1", "log_sum_p2"))
+    want = oracle(logits[:, 3000:], targets - 3000, Transform())
+    check_stats(stats, want, ("logp", "lse", "entropy", "top1", "log_sum_p2"))
+    check_grad(stats.scale, out[:, 3000:], want)
+    assert bool((out[:, :3000] == 0).all())
+
+
+def test_ignored_rows_are_not_read(rows):
+    logits, targets, bias = random_case(6, 3000)
+    targets[1], targets[4] = IGNORE, IGNORE
+    logits[1], logits[4] = float("nan"), float("inf")
+    out = torch.full_like(logits, 3.0)
+    stats = rows.residual(logits, targets, out, transform=Transform(softcap=4.0), bias=bias, extras=EXTRAS)
+    assert all(bool((value[[1, 4]] == 0).all()) for value in stats)
+    assert bool((out[[1, 4]] == 0).all())
+    scored = torch.tensor([0, 2, 3, 5])
+    want = oracle(logits[scored], targets[scored], Transform(softcap=4.0), bias)
+    check_grad(stats.scale[scored], out[scored], want)
+    state = FoldState.new(6, dtype=FP32, device=logits.device)
+    rows.fold(logits, targets, state, col_offset=0, transform=Transform(softcap=4.0), bias=bias)
+    logp, lse = fold_finish(state, targets, IGNORE)
+    assert bool((logp[[1, 4]] == 0).all() and (lse[[1, 4]] == 0).all())
+    sliced = torch.full_like(logits, 3.0)
+    rows.residual_given_lse(logits, targets, lse, sliced, col_offset=0, transform=Transform(softcap=4.0), bias=bias)
+    assert bool((sliced[[1, 4]] == 0).all())
+    other = torch.where(targets == IGNORE, -7, targets)
+    again = rows.residual(logits, other, None, transform=Transform(softcap=4.0), bias=bias, ignore_index=-7)
+    assert torch.equal(again.logp, stats.logp)
+
+
+@pytest.mark.parametrize("target", [3000, 3001, -1, -101, 2**40, -(2**40)])
+def test_targets_out_of_range(rows, target):
+    logits, targets, _ = random_case(4, 3000)
+    clean = rows.residual(logits, targets, torch.empty_like(logits), transform=Transform())
+    targets[2] = target
+    guarded = torch.full((6, 3000), 9.0)
+    stats = rows.residual(logits, targets, guarded[1:5], transform=Transform())
+    assert bool(torch.isnan(stats.logp[2]))
+    assert bool((guarded[0] == 9).all() and (guarded[5] == 9).all())
+    others = torch.tensor([0, 1, 3])
+    assert torch.equal(stats.logp[others], clean.logp[others])
+    state = FoldState.new(4, dtype=FP32, device=logits.device)
+    rows.fold(logits, targets, state, col_offset=0, transform=Transform())
+    logp, lse = fold_finish(state, targets, IGNORE)
+    assert bool(torch.isnan(logp[2]))
+    rows.residual_given_lse(logits, targets, lse, guarded[1:5], col_offset=0, transform=Transform())
+    assert bool((guarded[0] == 9).all() and (guarded[5] == 9).all())
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_slices_of_the_vocabulary(rows, name, dtype):
+    transform, with_bias = TRANSFORMS[name]
+    vocab = 7003
+    logits, targets, bias = random_case(5, vocab, dtype)
+    logits[3, 5000] = 60.0  # a late maximum
+    bias = bias if with_bias else None
+    want = oracle(logits, targets, transform, bias)
+    cuts = [0, 1, 1300, 1307, 4096, vocab]
+    state = FoldState.new(5, dtype=FP32, device=logits.device)
+    for begin, end in zip(cuts[:-1], cuts[1:], strict=True):
+        part = None if bias is None else bias[begin:end]
+        rows.fold(logits[:, begin:end], targets, state, col_offset=begin, transform=transform, bias=part)
+    logp, lse = fold_finish(state, targets, IGNORE)
+    check_stats(RowStats(logp, lse, None), want, atol=8e-6)
+    for out_dtype in DTYPES:
+        out = torch.full((5, vocab), 9.0, dtype=out_dtype)
+        for begin, end in zip(cuts[:-1], cuts[1:], strict=True):
+            part = None if bias is None else bias[begin:end]
+            rows.residual_given_lse(
+                logits[:, begin:end], targets, lse, out[:, begin:end], col_offset=begin, transform=transform, bias=part
+            )
+        # lse itself is rounded to fp32 here, which changes every probability by that much.
+        rounded = want | {"error": want["error"] + 2.0**-23 * float(lse.abs().max())}
+        check_grad(torch.full((5,), transform.row_factor), out, rounded)
+
+
+def test_fold_over_slices_without_any_mass(rows):
+    logits, targets, _ = random_case(2, 300)
+    logits[:, :100] = -float("inf")
+    targets[:] = torch.tensor([150, 299])
+    state = FoldState.new(2, dtype=FP32, device=logits.device)
+    for begin in range(0, 300, 50):
+        rows.fold(logits[:, begin : begin + 50], targets, state, col_offset=begin, transform=Transform())
+    logp, lse = fold_finish(state, targets, IGNORE)
+    check_stats(RowStats(logp, lse, None), oracle(logits[:, 100:], targets - 100, Transform()))
+
+
+def test_extras_come_only_when_asked_for(rows):
+    logits, targets, _ = random_case(3, 100)
+    want = oracle(logits, targets, Transform())
+    for name in EXTRAS:
+        stats = rows.residual(logits, targets, None, transform=Transform(), extras=(name,))
+        check_stats(stats, want, (name,))
+        assert all(getattr(stats, other) is None for other in EXTRAS if other != name)

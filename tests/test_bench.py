@@ -1,0 +1,349 @@
+"""The benchmarks run, report what they must, and do not time a wrong implementation."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+
+import fastpref as fp
+from bench import harness, head_cpu, head_gpu, memory, peers, problem
+from bench.harness import Cell, Row
+from bench.peers import Implementation, Missing, Result
+from bench.problem import LOSSES, Shape, Truth, make_batch
+from tests import oracle
+
+CPU = torch.device("cpu")
+SHAPE = Shape(32, 24, 331, pairs=4)
+PADDED = replace(SHAPE, prompt_share=0.5)
+KEYS = {
+    "device", "driver", "torch", "triton", "cpu", "threads", "impl", "op", "loss", "N", "H", "V", "dtype",
+    "logits_dtype", "budget_mib", "prompt_share", "ms_median", "ms_gemm", "ratio", "peak_extra_mib", "plan_mib", "logp_max_err",
+    "dx_rel_err", "dw_rel_err", "status", "note",
+}  # fmt: skip
+ORACLE = {
+    "dpo": (oracle.dpo, {"beta": problem.BETA}),
+    "rpo": (oracle.rpo, {"beta": problem.BETA, "eta": problem.ETA, "sft": "sum"}),
+    "ipo": (oracle.ipo, {"beta": problem.BETA, "length_norm": "mean"}),
+    "kto": (oracle.kto, {"beta": problem.BETA}),
+}
+
+
+def measured(cell, *implementations, rounds=2):
+    return harness.measure(cell, implementations, CPU, rounds=rounds)
+
+
+# ---------------------------------------------------------------------------------------------- inputs and truth
+
+
+def test_logits_look_like_a_trained_models():
+    for shape in (Shape(512, 64, 8192), Shape(512, 64, 8192, softcap=30.0)):
+        truth = Truth(make_batch(shape, torch.float32))
+        assert 2 < truth.logits_std < 4
+        assert -2.4 < truth.token_logps.mean() < -1.6
+        assert truth.token_logps.max() > -0.1 and truth.token_logps.min() < -6  # sure of some, surprised by others
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("shape", [SHAPE, PADDED, replace(SHAPE, softcap=5.0)], ids=str)
+def test_truth_is_the_naive_computation(shape, loss):
+    """Slices of the vocabulary and all: against full logits in the tests' own oracle."""
+    batch = make_batch(shape, torch.bfloat16)
+    truth = Truth(batch, slice_cols=100)
+    formula, options = ORACLE[loss]
+    given = {"refs": batch.ref_logps.double()}
+    if loss == "kto":
+        given |= {"desirable": batch.desirable, "kl_logps": batch.kl_logps, "ref_kl_logps": batch.ref_kl_logps}
+    expected = oracle.head_and_loss(
+        batch.hidden, batch.weight, batch.targets, lambda a, b: formula(a, b, **given, **options), softcap=shape.softcap
+    )
+    got = truth.gradients(loss, batch)
+    assert torch.allclose(truth.logps, expected.logps, rtol=1e-12)
+    assert float(got.loss) == pytest.approx(float(expected.loss), rel=1e-6)  # the references are fp32
+    assert oracle.relative(got.hidden, expected.hidden.flatten(0, 1)[batch.index][truth.rows]) < 1e-6
+    assert oracle.relative(got.weight, expected.weight[truth.vocab]) < 1e-6
+    assert truth.vocab[0] == 0 and truth.vocab[-1] == shape.vocab - 1
+
+
+def test_a_shape_that_does_not_divide_is_refused():
+    with pytest.raises(ValueError, match="rows is 30"):
+        Shape(30, 8, 64, pairs=4)
+    with pytest.raises(ValueError, match="prompt_share is 1.0"):
+        Shape(32, 8, 64, pairs=4, prompt_share=1.0)
+    with pytest.raises(ValueError, match="naive, naive_all"):
+        peers.peer("nave", "cpu")
+
+
+# ---------------------------------------------------------------------------------------------- implementations
+
+
+@pytest.mark.parametrize("name", [name for name in peers.PEERS if name not in ("cce", "naive_compiled")])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_peers_are_right(name, dtype):
+    implementation = peers.peer(name, "cpu")
+    if isinstance(implementation, Missing):
+        pytest.skip(implementation.why)
+    for op in peers.OPS:
+        (row,) = measured(Cell(PADDED, dtype, op, "dpo"), implementation, rounds=1)
+        assert (row.status, row.note) == ("ok", "")
+        assert row.ms_median > 0 and row.peak_extra_mib >= 0
+        assert (row.dx_rel_err is None, row.dw_rel_err is None) == (op == "forward", op != "step")
+        # 1.5 x what bf16 logits of this size are rounded by
+        assert row.logp_max_err < (1e-5 if dtype == "fp32" else 0.1)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_fastpref_is_right(loss):
+    cells = [Cell(shape, "fp32", op, loss) for shape in (SHAPE, PADDED) for op in peers.OPS]
+    for cell in cells:
+        (row,) = measured(cell, peers.fastpref(), rounds=1)
+        assert (row.status, row.note) == ("ok", "")
+        assert row.logp_err_of == "token" and row.logp_max_err < 1e-5
+
+
+def broken(change) -> Implementation:
+    """The naive implementation with `change` of (batch, result)."""
+    right = peers.naive()
+    return replace(right, name="broken", run=lambda batch, loss: change(batch, right.run(batch, loss)))
+
+
+class Doubled(torch.autograd.Function):
+    """Identity whose gradient is 2 % off in one column."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.clone()
+        grad[-1] *= 1.02
+        return grad
+
+
+WRONG = {
+    "log-probs": lambda batch, r: r._replace(logps=r.logps + 0.1, token_logps=None),
+    "a token's log-prob": lambda batch, r: r._replace(token_logps=r.token_logps.index_fill(0, torch.tensor(3), -1.0)),
+    "loss": lambda batch, r: r._replace(loss=r.loss + 0.01),
+    "NaN": lambda batch, r: r._replace(loss=r.loss * math.nan),
+    "scaled gradients": lambda batch, r: r._replace(loss=r.loss.detach() + 1.002 * (r.loss - r.loss.detach())),
+    "another loss's gradient": lambda batch, r: r._replace(
+        loss=r.loss.detach() + LOSSES["ipo"](r.logps, batch) - LOSSES["ipo"](r.logps, batch).detach()
+    ),
+    "no gradient of hidden": lambda batch, r: naive_of(batch, batch.hidden.detach(), batch.weight),
+    "no gradient of weight": lambda batch, r: naive_of(batch, batch.hidden, batch.weight.detach()),
+    "last row of dW": lambda batch, r: naive_of(batch, batch.hidden, Doubled.apply(batch.weight)),
+    "gradient of prompts": lambda batch, r: r._replace(loss=r.loss + 0 * r.loss.detach() + 1e-9 * batch.hidden.sum()),
+}
+
+
+def naive_of(batch, hidden, weight) -> Result:
+    return peers.naive().run(replace(batch, hidden=hidden, weight=weight), "dpo")
+
+
+@pytest.mark.parametrize("change", WRONG.values(), ids=WRONG)
+def test_a_wrong_implementation_is_reported_and_not_timed(change):
+    row, right = measured(Cell(PADDED, "fp32", "step", "dpo"), broken(change), peers.naive(), rounds=1)
+    assert row.status == "wrong" and row.note
+    assert row.ms_median is None and row.ratio is None and row.rounds == 0
+    assert right.status == "ok" and right.ms_median > 0
+
+
+def test_what_fails_becomes_a_row_and_the_run_goes_on():
+    def out_of_memory(batch, loss):
+        return torch.empty(1 << 55)
+
+    def crash(batch, loss):
+        raise RuntimeError("no kernel image\nlong story")
+
+    cell = Cell(SHAPE, "fp32", "step", "kto")
+    rows = measured(
+        cell, replace(peers.naive(), run=out_of_memory), replace(peers.naive(), run=crash),
+        replace(peers.naive(), losses=("dpo",)), peers.naive(), rounds=1,
+    )  # fmt: skip
+    assert [(row.status, row.note) for row in rows] == [
+        ("error", "out of memory"), ("error", "RuntimeError: no kernel image"), ("missing", "has no kto"), ("ok", ""),
+    ]  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------- harness
+
+
+def test_orders_are_balanced():
+    for count in (1, 2, 5, 8):
+        orders = harness.balanced_orders(count)
+        assert all(sorted(order) == list(range(count)) for order in orders)
+        for place in range(count):
+            seen = [order[place] for order in orders]
+            assert {seen.count(one) for one in range(count)} == {len(orders) // count}
+        followed = Counter(pair for order in orders for pair in zip(order, order[1:]))
+        assert len(followed) == count * (count - 1) and len(set(followed.values())) <= 1
+
+
+def test_rounds_interleave_and_slow_ones_take_part_less():
+    calls = []
+    contestants = [harness.Contestant(lambda: None, lambda i=i: calls.append(i)) for i in range(3)]
+    times = harness.time_interleaved(contestants, 6, CPU, slow=[False, False, True], least=3)
+    assert [len(each) for each in times] == [6, 6, 3]
+    assert set(times[2]) == {0, 2, 5}
+    assert sorted(calls[:3]) == [0, 1, 2]
+    times = harness.time_interleaved(contestants, 6, CPU, deadline=-1.0, least=2)
+    assert [len(each) for each in times] == [2, 2, 2]
+
+    row = Cell(SHAPE, "fp32", "step", "dpo").gap("x", "ok", "")
+    harness.fill_times(row, {0: 3.0, 2: 30.0, 4: 5.0}, {0: 1.0, 1: 9.0, 2: 10.0, 4: 5.0})
+    assert (row.ms_median, row.ms_gemm, row.ratio, row.rounds) == (5.0, 5.0, 3.0, 3)
+
+
+def test_peak_memory_counts_what_came_and_went():
+    def call():
+        big = torch.empty(1 << 20)
+        kept = torch.empty(1 << 18)
+        del big
+        return kept
+
+    found = harness.watched(call, CPU)
+    assert found.extra_bytes == 4 << 20
+    assert len(found.result) == 1 << 18
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_memory_is_what_the_plan_says(share, dtype):
+    """One group, and several. 1 MiB: what oneDNN's bf16 GEMMs take for themselves, whatever their size."""
+    cell = Cell(Shape(512, 64, 16384, pairs=4, prompt_share=share), dtype, "step", "dpo")
+    rows = measured(cell, peers.fastpref(), peers.fastpref(budget=8 << 20), rounds=1)
+    assert rows[0].plan_mib > 16 and rows[1].plan_mib < rows[0].plan_mib
+    for row in rows:
+        assert row.gemms == 3
+        assert row.peak_extra_mib == pytest.approx(row.plan_mib, rel=0.01, abs=1.0 if dtype == "bf16" else None)
+
+
+def test_resident_memory_in_a_process_of_its_own():
+    """Naive at this size holds several [N, V] fp32 at a time, 16 MiB each."""
+    cell = Cell(Shape(1024, 32, 4096, pairs=4), "fp32", "step", "dpo")
+    found = memory.peak_rss_mib(cell, peers.naive())
+    if found is None:
+        pytest.skip("/proc/self/clear_refs cannot be written here")
+    assert 32 < found < 100
+
+
+# ---------------------------------------------------------------------------------------------- the two commands
+
+
+def checked(path) -> list[dict]:
+    rows = json.loads(path.read_text())
+    for row in rows:
+        assert row.keys() >= KEYS
+        assert row["status"] in ("ok", "missing", "skipped"), row["note"]
+        if row["status"] == "ok":
+            assert row["ms_median"] > 0 and row["ratio"] > 0 and row["rounds"] > 0
+            assert row["logp_max_err"] < 0.1
+        else:
+            assert row["note"] and row["ms_median"] is None
+    return rows
+
+
+def test_head_cpu(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(head_cpu, "QUICK", [PADDED])
+    path = tmp_path / "deep" / "cpu.json"
+    head_cpu.main(["--quick", "--rounds", "1", "--dtype", "bf16", "--impl", "naive", "cce", "--output", str(path)])
+    rows = checked(path)
+    assert [row["impl"] for row in rows] == ["fastpref", "naive", "cce"]
+    assert rows[0]["plan_mib"] > 0 and rows[0]["budget_mib"] == 256 and rows[0]["prompt_share"] == 0.5
+    assert rows[0]["threads"] == torch.get_num_threads() and rows[0]["torch"] == torch.__version__
+    assert "bare GEMMs" in capsys.readouterr().out
+
+
+def test_head_gpu_runs_on_a_cpu(tmp_path, capsys, monkeypatch):
+    """Every group, end to end, without what takes long to import or to compile."""
+    monkeypatch.setattr(head_gpu, "ROUNDS", 1)
+    monkeypatch.setitem(peers.PEERS, "naive_compiled", lambda device: Missing("naive_compiled", "not in this test"))
+    path = tmp_path / "gpu.json"
+    rows = head_gpu.main(["--device", "cpu", "--tiny", "--output", str(path)])
+    assert len(rows) == len(checked(path))
+    assert {row.op for row in rows} == set(peers.OPS) and {row.loss for row in rows} == set(LOSSES)
+    assert harness.all_right(rows)
+    shown = capsys.readouterr().out
+    assert "memory off its plan" in shown and "gates pass" in shown
+
+
+def test_head_gpu_records_what_it_has_no_time_for(tmp_path, capsys):
+    path = tmp_path / "gpu.json"
+    rows = head_gpu.main(["--device", "cpu", "--tiny", "--seconds", "0", "--output", str(path)])
+    assert {row.status for row in rows} <= {"skipped", "missing"}
+    assert len(checked(path)) == len(rows)
+    assert "skipped for time" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        if torch.cuda.is_available():
+            pytest.skip("there is a CUDA device")
+        head_gpu.main([])
+    assert "no CUDA device" in capsys.readouterr().err
+
+
+def filled(impl, ratio, *, logits="fp32", budget=2048.0, extra=100.0, op="step", error=1e-5, dtype="bf16") -> Row:
+    row = Cell(head_gpu.MAIN, dtype, op, "dpo").gap(impl, "ok", "")
+    row.ratio, row.ms_median, row.ms_gemm, row.peak_extra_mib, row.plan_mib = ratio, ratio * 30, 30.0, extra, 100.0
+    row.logits_dtype, row.budget_mib, row.logp_max_err = logits, budget, error
+    return row
+
+
+def test_gates_on_a_gpu():
+    rows = [
+        filled("fastpref", 1.12), filled("fastpref", 1.09, budget=4096.0), filled("fastpref", 1.07, logits="bf16"),
+        filled("fastpref", 1.11, op="frozen", error=2e-4), filled("fastpref", 1.04, op="forward", extra=103.0),
+        filled("trl", 2.5), filled("liger", 1.4, extra=350.0), replace(filled("naive", 1.5), ratio=None),
+    ]  # fmt: skip
+    shape = "N 8192, H 4096, V 128256"
+    assert {gate.what.replace(f", {shape}", ""): gate.passed for gate in head_gpu.gates(rows)} == {
+        "dpo step, fp32 logits: time / three GEMMs": True,  # with the better budget
+        "dpo step, fp32 logits: memory off its plan": True,
+        "dpo step, fp32 logits: log-prob error, nats a token": True,
+        "dpo step, fp32 logits: trl / fastpref, time": True,
+        "dpo step, fp32 logits: liger / fastpref, time": False,
+        "dpo step, fp32 logits: memory / Liger's": False,
+        "dpo step, bf16 logits: time / three GEMMs": False,
+        "dpo step, bf16 logits: memory off its plan": True,
+        "dpo frozen, fp32 logits: time / two GEMMs": False,
+        "dpo frozen, fp32 logits: memory off its plan": True,
+        "dpo frozen, fp32 logits: log-prob error, nats a token": False,
+        "dpo forward, fp32 logits: time / its GEMM": True,
+        "dpo forward, fp32 logits: memory off its plan": False,
+        "dpo forward, fp32 logits: log-prob error, nats a token": True,
+    }
+
+
+def test_gates_on_a_cpu():
+    rows = [filled("fastpref", 1.15, dtype="fp32"), filled("naive", 1.3, extra=480.0, dtype="fp32")]
+    rows += [filled("fastpref", 1.15), filled("naive", 1.1, extra=510.0), replace(filled("trl", 9.0), V=1)]
+    where = "V 128256, 0% prompt"
+    assert {gate.what.replace(f", {where}", ""): gate.passed for gate in head_cpu.gates(rows)} == {
+        "step / its three GEMMs, fp32": False,
+        "naive / fastpref, time, fp32": True,
+        "memory off its plan, fp32": True,
+        "memory / naive's, fp32": False,
+        "step / its three GEMMs, bf16": True,
+        "naive / fastpref, time, bf16": False,
+        "memory off its plan, bf16": True,
+        "memory / naive's, bf16": True,
+    }
+
+
+def test_the_plan_shown_is_the_plan_walked(monkeypatch):
+    """Peers of `fp.plan`: the benchmark builds its own Problem; here it meets the one that the call builds."""
+    from fastpref import walk
+
+    seen = []
+    monkeypatch.setattr(walk, "plan", lambda *a: seen.append(fp.plan(*a)) or seen[-1])
+    for shape in (SHAPE, PADDED):
+        for loss in LOSSES:
+            for op in peers.OPS:
+                ours = peers.fastpref()
+                batch = make_batch(shape, torch.bfloat16)
+                harness.prepare(batch, op)
+                harness.run(ours, batch, op, loss)
+                assert ours.plan(shape, op, loss, torch.bfloat16, "cpu") == seen.pop()

@@ -1,0 +1,132 @@
+"""The command: exit codes, one clear line for each thing a user can get wrong, and signals to a real process."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import fastpref
+from fastpref import cli
+
+sys.path.insert(0, str(Path(__file__).parent / "train"))
+from tiny import make_config, make_pairs, make_tokenizer, settings, write_rows  # noqa: E402
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli")
+    make_tokenizer().save_pretrained(folder / "config")
+    make_config().save_pretrained(folder / "config")
+    write_rows(folder / "train.jsonl", make_pairs(16, seed=1))
+    write_rows(folder / "heldout.jsonl", make_pairs(6, seed=2))
+    return folder
+
+
+def write(world, path, **changes):
+    values = settings(world, path.with_suffix(""), model_name_or_path=str(world / "config"), init_from_config=True)
+    path.write_text(yaml.safe_dump(values | changes))
+    return str(path)
+
+
+def failed(capsys, arguments, code=2):
+    """The one line on stderr of a command that fails with `code`."""
+    capsys.readouterr()
+    assert cli.main(arguments) == code
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("fastpref: ")
+    return line.removeprefix("fastpref: ")
+
+
+def test_train_then_eval(world, tmp_path, capsys):
+    config = write(world, tmp_path / "run.yaml", eval_generate=True, eval_max_new_tokens=3)
+    assert cli.main(["train", config, "loss=rpo", "eta=0.1", "max_steps=3"]) == 0
+    out = capsys.readouterr().out
+    assert "after rpo" in out and "peak memory" in out and str(tmp_path / "run" / "report.html") in out
+    after = json.loads((tmp_path / "run" / "summary.json").read_text())["after"]
+    assert cli.main(["eval", str(tmp_path / "run")]) == 0
+    out = capsys.readouterr().out
+    assert f"{after['logps/chosen']:.4g}" in out and f"{after['rewards/margins']:.4g}" in out
+    # other data: their reference log-probs are computed from the stage's first weights, made again from the seed
+    assert cli.main(["eval", str(tmp_path / "run"), f"eval_dataset={world / 'train.jsonl'}"]) == 0
+    assert "reward margin" in capsys.readouterr().out
+    assert cli.main(["eval", config]) == 0
+    assert "reward margin │ 0 " in " ".join(capsys.readouterr().out.split()) + " "
+
+
+def test_version_info_and_plan(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["--version"])
+    assert stopped.value.code == 0 and capsys.readouterr().out == f"fastpref {fastpref.__version__}\n"
+    assert cli.main(["info"]) == 0
+    out = capsys.readouterr().out
+    assert torch.__version__ in out and "rows: reference" in out and "rows: native" in out and "peft" in out
+    assert cli.main(["plan", "--pairs", "4", "--length", "512", "--hidden", "64", "--vocab", "1000"]) == 0
+    assert "4096 scored rows in 8 sequences" in capsys.readouterr().out
+
+
+def test_bad_command_lines(world, tmp_path, capsys):
+    config = write(world, tmp_path / "run.yaml")
+    assert "nope.yaml: cannot be read (No such file or directory)" in failed(capsys, ["train", "nope.yaml"])
+    assert "betta: no such key; the nearest is beta" in failed(capsys, ["train", config, "betta=1"])
+    assert "max_steps is 'many'; it takes a whole number" in failed(capsys, ["train", config, "max_steps=many"])
+    line = failed(capsys, ["train", config, f"train_dataset={tmp_path / 'none.jsonl'}"])
+    assert line.endswith("none.jsonl: no such file")
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n{"prompt": "a", "chosen": 3}\n')
+    line = failed(capsys, ["train", config, f"train_dataset={broken}"])
+    assert "broken.jsonl:2: field 'chosen'" in line
+    assert "has neither a model nor a checkpoint yet" not in failed(capsys, ["eval", str(tmp_path)])
+    assert "config.yaml: cannot be read" in failed(capsys, ["eval", str(tmp_path)])
+    assert "eval_dataset is missing" in failed(capsys, ["eval", config, "eval_dataset=null"])
+    assert "--vocab is 0" in failed(capsys, ["plan", "--length", "1", "--hidden", "1", "--vocab", "0"])
+    for arguments in ([], ["tune"], ["train"]):
+        with pytest.raises(SystemExit) as stopped:
+            cli.main(arguments)
+        assert stopped.value.code == 2
+
+
+def test_a_traceback_only_when_debugging(world, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("FASTPREF_DEBUG", "1")
+    assert cli.main(["train", "nope.yaml"]) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_out_of_memory_is_one_line(world, tmp_path, capsys, monkeypatch):
+    def run(options):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nAnd a page of advice.")
+
+    monkeypatch.setattr(cli, "_info", run)
+    assert "out of GPU memory; lower per_device_train_batch_size" in failed(capsys, ["info"], code=1)
+
+
+def test_ctrl_c_saves_and_ends(world, tmp_path):
+    config = write(world, tmp_path / "run.yaml", max_steps=100_000, eval_dataset=None, logging_steps=1)
+    command = [sys.executable, "-m", "fastpref", "train", config]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, **pipes)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    try:
+        while process.poll() is None and not (metrics.exists() and metrics.stat().st_size):
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130, out + err
+    assert "finishing this step, then saving a checkpoint" in out
+    (saved,) = (tmp_path / "run" / "checkpoints").iterdir()
+    assert err.count("\n") == 1 and f"saved in {saved}; --resume goes on from there" in err
+    state = json.loads((saved / "state.json").read_text())
+    assert state["step"] == len(metrics.read_text().splitlines()) > 0

@@ -1,0 +1,143 @@
+"""The configuration: what a file and the command line may say, and the one line for each thing they may not."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from fastpref import losses
+from fastpref.train.config import TrainConfig, UserError, config_from_dict, differing_keys, load_config
+
+BASE = """
+model_name_or_path: m
+train_dataset: t.jsonl
+output_dir: out
+"""
+STAGES = BASE + """
+learning_rate: 1e-6
+beta: 0.2
+stages:
+  - {name: warm, loss: sft, learning_rate: 1e-5, max_steps: 3}
+  - {loss: rpo, eta: 0.5}
+"""
+
+
+def load(tmp_path: Path, text: str, *overrides: str) -> TrainConfig:
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    return load_config(path, overrides)
+
+
+def test_values_and_defaults(tmp_path):
+    config = load(tmp_path, BASE + "learning_rate: 5e-7\nbeta: 0.3\nreport_to: tensorboard\nmax_steps: 7.0\n")
+    assert config.learning_rate == 5e-7  # YAML 1.1 reads 5e-7 as a string
+    assert config.max_steps == 7 and isinstance(config.max_steps, int)
+    assert config.report_to == ("tensorboard",)
+    assert (config.per_device_train_batch_size, config.max_length, config.bf16) == (8, 1024, None)
+    assert config.loss_fn == losses.DPO(beta=0.3)
+    (stage,) = config.stage_configs()
+    assert stage.name == "dpo" and stage.loss_fn == config.loss_fn and stage.kind == "pair"
+
+
+def test_stages_inherit_what_they_do_not_set(tmp_path):
+    warm, rpo = load(tmp_path, STAGES).stage_configs()
+    assert (warm.name, warm.kind, warm.learning_rate, warm.max_steps, warm.loss_fn) == (
+        "warm", "sft", 1e-5, 3, losses.SFT(),
+    )  # fmt: skip
+    assert (rpo.name, rpo.kind, rpo.learning_rate, rpo.max_steps) == ("rpo", "pair", 1e-6, -1)
+    assert rpo.loss_fn == losses.RPO(beta=0.2, eta=0.5)
+    assert rpo.stages == () and rpo.train_dataset == "t.jsonl"
+
+
+def test_overrides_reach_into_stages_and_mappings(tmp_path):
+    config = load(
+        tmp_path, STAGES, "stages.warm.max_steps=9", "stages.1.beta=0.7", "stages.rpo.learning_rate=2e-6",
+        "weight_decay=0.1", "train_dataset={path: a, split: b}", "eval_dataset=[a, b]",
+    )  # fmt: skip
+    warm, rpo = config.stage_configs()
+    assert warm.max_steps == 9 and rpo.loss_fn == losses.RPO(beta=0.7, eta=0.5) and rpo.learning_rate == 2e-6
+    assert warm.weight_decay == rpo.weight_decay == 0.1
+    assert config.train_dataset == {"path": "a", "split": "b"} and config.eval_dataset == ["a", "b"]
+
+
+def test_to_dict_gives_the_same_configuration_back(tmp_path):
+    for text in (STAGES, BASE + "loss: kto\ndesirable_weight: 2\nlora_target_modules: [q_proj]\n"):
+        config = load(tmp_path, text)
+        assert config_from_dict(config.to_dict()) == config
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "message"),
+    [
+        (BASE + "learning_rte: 1\n", (), "learning_rte: no such key; the nearest is learning_rate"),
+        (BASE + "bta: 1\n", (), "bta: no such key; the nearest is beta"),
+        (BASE, ("per_device_batch_size=2",), "no such key; the nearest is per_device_eval_batch_size"),
+        (BASE + "learning_rate: fast\n", (), "learning_rate is 'fast'; it takes a number"),
+        (BASE + "learning_rate: .nan\n", (), "learning_rate is nan; it takes a number"),
+        (BASE + "learning_rate: true\n", (), "learning_rate is True; it takes a number"),
+        (BASE + "max_steps: 2.5\n", (), "max_steps is 2.5; it takes a whole number"),
+        (BASE + "max_steps: 0\n", (), "max_steps is 0; it takes -1 or at least 1"),
+        (BASE + "bf16: yes please\n", (), "bf16 is 'yes please'; it takes true or false"),
+        (BASE + "output_dir: 3\n", (), "output_dir is 3; it takes a string"),
+        (BASE + "lr_scheduler_type: cosin\n", (), "did you mean cosine?); it takes linear, cosine, constant"),
+        (BASE + "report_to: mlflow\n", (), "report_to is 'mlflow'; it takes tensorboard, wandb or none"),
+        (BASE + "per_device_train_batch_size: 0\n", (), "per_device_train_batch_size is 0; it takes at least 1"),
+        (BASE + "learning_rate: -1\n", (), "learning_rate is -1.0; it takes at least 0"),
+        (BASE + "eval_steps: 0\n", (), "eval_steps is 0; it takes at least 1"),
+        (BASE + "adam_beta2: 1\n", (), "adam_beta2 is 1.0; it takes 0 to below 1"),
+        (BASE + "loss: rp\n", (), "loss is 'rp' (did you mean 'rpo'?); it takes dpo"),
+        (BASE + "eta: 0.1\n", (), "eta: no option of loss 'dpo', which takes beta, label_smoothing"),
+        (BASE + "beta: -1\n", (), "beta is -1.0; it takes a number above 0"),
+        (BASE + "loss: rpo\nsft: words\n", (), "it takes sum, tokens"),
+        (BASE + "loss: slic\nref_model_name_or_path: r\n", (), "ref_model_name_or_path: loss 'slic' has no reference"),
+        (STAGES + "  - {loss: sft, beta: 1}\n", (), "stages.2.beta: loss 'sft' takes no options"),
+        (STAGES + "  - {loss: rpo}\n", (), "stages: two are called 'rpo'"),
+        (STAGES + "  - {name: ../x}\n", (), "name is '../x'; it takes letters"),
+        (STAGES + "  - {seed: 3}\n", (), "stages.2.seed: is the same for the whole run"),
+        (STAGES + "  - {lr: 3}\n", (), "stages.2.lr: no such key"),
+        (STAGES + "  - 3\n", (), "stages.2 is 3; it takes keys and values"),
+        (BASE + "stages: sft\n", (), "stages is 'sft'; it takes a list of sections"),
+        (BASE + "use_peft: true\ninit_from_config: true\n", (), "use_peft adapts pretrained weights"),
+        ("model_name_or_path: m\noutput_dir: o\n", (), "train_dataset is missing"),
+        ("a: [1\n", (), "not valid YAML"),
+        ("- 1\n", (), "expected keys and values, got list"),
+        ("", (), "expected keys and values, got an empty file"),
+        (BASE, ("beta",), "'beta': expected key=value"),
+        (BASE + "beta: 1\n", ("beta.x.y=1",), "beta is 1, not a section"),
+        (BASE, ("stages.sft.beta=1",), "stages.sft.beta: the configuration has no stages"),
+        (STAGES, ("stages.dpo.beta=1",), "stages.dpo: no such entry; there are warm, rpo (0 to 1)"),
+        (STAGES, ("stages.7.beta=1",), "no such entry"),
+    ],
+)
+def test_one_line_for_what_is_wrong(tmp_path, text, overrides, message):
+    with pytest.raises(UserError) as caught:
+        load(tmp_path, text, *overrides)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_override_without_effect_is_an_error(tmp_path):
+    both = STAGES.replace("{loss: rpo, eta: 0.5}", "{loss: rpo, learning_rate: 1e-4}")
+    with pytest.raises(UserError, match="every stage sets its own learning_rate; say which: stages"):
+        load(tmp_path, both, "learning_rate=1")
+    assert load(tmp_path, STAGES, "learning_rate=1").stage_configs()[1].learning_rate == 1
+
+
+def test_missing_and_unreadable_files(tmp_path):
+    with pytest.raises(UserError, match=r"nope.yaml: cannot be read \(No such file"):
+        load_config(tmp_path / "nope.yaml")
+    (tmp_path / "latin.yaml").write_bytes(b"output_dir: \xe9\n")
+    with pytest.raises(UserError, match="not UTF-8"):
+        load_config(tmp_path / "latin.yaml")
+
+
+def test_differing_keys_names_what_changes_the_weights(tmp_path):
+    config = load(tmp_path, STAGES)
+    changed = dataclasses.replace(config, seed=1, save_steps=3, output_dir="elsewhere").to_dict()
+    assert differing_keys(config.to_dict(), changed) == ["seed (42 there, 1 now)"]
+    other = load(tmp_path, STAGES, "stages.rpo.eta=0.6", "beta=0.25").to_dict()
+    assert sorted(differing_keys(config.to_dict(), other)) == [
+        "beta (0.2 there, 0.25 now)", "stages.1.eta (0.5 there, 0.6 now)",
+    ]  # fmt: skip
