@@ -18,9 +18,9 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 from rich.console import Console
@@ -32,6 +32,9 @@ import fastpref
 
 from .peers import MIB, Implementation, Result
 from .problem import DTYPES, Batch, Shape, Truth, make_batch, relative
+
+# The profiler, which counts CPU memory below, announces itself on stderr each time unless this is set before.
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 SCHEMA = 1
 GEMMS_OF = {"forward": 1, "frozen": 2, "step": 3}
@@ -242,13 +245,17 @@ def run(implementation: Implementation, batch: Batch, op: str, loss: str) -> Res
     return result
 
 
-class Watched(NamedTuple):
-    result: Result
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Watched(Generic[T]):
+    result: T
     extra_bytes: int  # most that torch's allocator had handed out, beyond what is there after the call
     milliseconds: float
 
 
-def watched(call: Callable[[], Result], device: torch.device) -> Watched:
+def watched(call: Callable[[], T], device: torch.device) -> Watched[T]:
     """A call with its peak memory. What stays (gradients, the result) is not counted, freed inputs neither."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -275,8 +282,8 @@ def check(implementation: Implementation, batch: Batch, truth: Truth, op: str, l
     """Runs it once, in ms; writes errors and memory into the row and marks it wrong if beyond the tolerance."""
     prepare(batch, op)
     given = batch if implementation.references else batch.without_references()
-    result, extra, milliseconds = watched(lambda: run(implementation, given, op, loss), batch.device)
-    row.peak_extra_mib = extra / MIB
+    seen = watched(lambda: run(implementation, given, op, loss), batch.device)
+    result, row.peak_extra_mib = seen.result, seen.extra_bytes / MIB
     expected = truth.gradients(loss, given)
     logp_limit, grad_limit = LOGP_TOLERANCE[batch.weight.dtype], GRAD_TOLERANCE[batch.weight.dtype]
     wrong = []
@@ -312,7 +319,7 @@ def check(implementation: Implementation, batch: Batch, truth: Truth, op: str, l
             wrong.append(f"gradient of weight off by {row.dw_rel_err:.2g}")
     if wrong:
         row.status, row.note = "wrong", "; ".join(wrong)
-    return milliseconds
+    return seen.milliseconds
 
 
 def _gradient_error(grad: Tensor | None, rows: Tensor, expected: Tensor) -> float:
@@ -452,7 +459,7 @@ def measure(
         say(f"{cell}: logits' standard deviation {truth.logits_std:.2f}, mean log-prob {truth.token_logps.mean():.2f}")
         gemms = Gemms(batch, cell.op)
         gemms()
-        *_, gemms_alone = watched(gemms, device)
+        gemms_alone = watched(gemms, device).milliseconds
     except Exception as error:
         for row in rows:
             row.status, row.note = "error", _told(error)
@@ -472,8 +479,8 @@ def measure(
                 alone[i] = check(implementation, batch, truth, cell.op, cell.loss, row)
                 if row.status == "ok" and device.type == "cuda":  # the first call compiled, tuned and loaded things
                     prepare(batch, cell.op)
-                    _, extra, alone[i] = watched(lambda: call(implementation), device)  # noqa: B023
-                    row.peak_extra_mib = extra / MIB
+                    warm = watched(partial(call, implementation), device)
+                    row.peak_extra_mib, alone[i] = warm.extra_bytes / MIB, warm.milliseconds
             except Exception as error:
                 row.status, row.note = "error", _told(error)
             _cleared(batch, cell.op)
@@ -482,7 +489,7 @@ def measure(
     running = [i for i, row in enumerate(rows) if row.status == "ok"]
     contestants = [Contestant(lambda: None, gemms)]
     contestants += [
-        Contestant(lambda: prepare(batch, cell.op), lambda i=i: call(implementations[i])) for i in running
+        Contestant(partial(prepare, batch, cell.op), partial(call, implementations[i])) for i in running
     ]
     slow = [False, *(alone[i] > SLOW * gemms_alone for i in running)]
     gemm_times, *times = time_interleaved(contestants, rounds, device, slow=slow, deadline=deadline, least=least)
@@ -556,6 +563,11 @@ class Gate(NamedTuple):
     @property
     def passed(self) -> bool:
         return self.value >= self.limit if self.at_least else self.value <= self.limit
+
+
+def over(a: float | None, b: float | None) -> float:
+    """a / b; NaN, which passes no gate, where one of them was not measured."""
+    return math.nan if a is None or not b else a / b
 
 
 def console() -> Console:

@@ -9,7 +9,6 @@ Protocol: README.md. The full run takes about an hour on two cores (slow peers a
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 import time
 from collections.abc import Sequence
@@ -18,7 +17,7 @@ from pathlib import Path
 import torch
 
 from . import memory
-from .harness import Cell, Gate, Results, Row, all_right, console, measure, show_gates, table
+from .harness import Cell, Gate, Results, Row, all_right, console, measure, over, show_gates, table
 from .peers import PEERS, Implementation, Missing, fastpref, fastpref_backends, peer
 from .problem import DTYPES, Shape
 
@@ -43,16 +42,19 @@ def implementations(cell: Cell, names: Sequence[str]) -> tuple[list[Implementati
 
 def gates(rows: Sequence[Row]) -> list[Gate]:
     found = []
-    ours = [row for row in rows if row.impl == "fastpref" and row.ratio is not None]
-    for row in ours:
-        where = f"{row.dtype}, V {row.V}, {row.prompt_share:.0%} prompt"
-        others = [r for r in rows if r.ms_median and r.impl != "fastpref" and _cell(r) == _cell(row)]
-        found.append(Gate(f"step / its three GEMMs, {where}", row.ratio or math.inf, LIMITS[row.dtype]))
-        found += [Gate(f"{r.impl} / fastpref, time, {where}", r.ms_median / row.ms_median, 1.0, True) for r in others]
-        off = abs(row.peak_extra_mib / row.plan_mib - 1)
+    timed = [row for row in rows if row.ratio is not None]
+    for ours in (row for row in timed if row.impl == "fastpref"):
+        where = f"{ours.dtype}, V {ours.V}, {ours.prompt_share:.0%} prompt"
+        others = [row for row in timed if row.impl != "fastpref" and _cell(row) == _cell(ours)]
+        found.append(Gate(f"step / its three GEMMs, {where}", over(ours.ratio, 1.0), LIMITS[ours.dtype]))
+        for row in others:
+            times = over(row.ms_median, ours.ms_median)
+            found.append(Gate(f"{row.impl} / fastpref, time, {where}", times, 1.0, at_least=True))
+        off = abs(over(ours.peak_extra_mib, ours.plan_mib) - 1)
         found.append(Gate(f"memory off its plan, {where}", off, 0.05))
-        for naive in (r for r in others if r.impl == "naive" and r.V > 100_000):
-            found.append(Gate(f"memory / naive's, {where}", row.peak_extra_mib / naive.peak_extra_mib, 0.2))
+        for naive in (row for row in others if row.impl == "naive" and row.V > 100_000):
+            share = over(ours.peak_extra_mib, naive.peak_extra_mib)
+            found.append(Gate(f"memory / naive's, {where}", share, 0.2))
     return found
 
 

@@ -9,7 +9,6 @@ skipped. `--device cpu --tiny` runs the same code over the same cells, shrunk, w
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -19,7 +18,7 @@ from typing import NamedTuple
 
 import torch
 
-from .harness import Cell, Gate, Results, Row, all_right, console, measure, show_gates, table
+from .harness import Cell, Gate, Results, Row, all_right, console, measure, over, show_gates, table
 from .peers import MIB, Implementation, Missing, fastpref, fastpref_backends, peer
 from .problem import DTYPES, LOSSES, Shape
 
@@ -95,30 +94,34 @@ def implementations(group: Group, device: torch.device, dtype: torch.dtype) -> I
 def gates(rows: Sequence[Row]) -> list[Gate]:
     """A ratio is that of the best budget of at most 4 GiB; comparisons with peers are at the default budget."""
     found = []
-    ours = [row for row in rows if row.impl == "fastpref" and row.ratio is not None]
-    cells = dict.fromkeys((row.op, row.loss, row.N, row.H, row.V, row.logits_dtype) for row in ours)
-    for op, loss, n, h, v, logits in cells:
+    timed = [row for row in rows if row.ratio is not None]
+    ours = [row for row in timed if row.impl == "fastpref"]
+    for cell in dict.fromkeys((row.op, row.loss, row.N, row.H, row.V, row.logits_dtype) for row in ours):
+        op, loss, n, h, v, logits = cell
         where = f"{loss} {op}, N {n}, H {h}, V {v}, {logits} logits"
-        here = [r for r in ours if (r.op, r.loss, r.N, r.H, r.V, r.logits_dtype) == (op, loss, n, h, v, logits)]
-        best = min(here, key=lambda row: row.ratio or math.inf)
+        here = [row for row in ours if (row.op, row.loss, row.N, row.H, row.V, row.logits_dtype) == cell]
         if n >= MAIN.rows:
             gemms = {"step": "three GEMMs", "frozen": "two GEMMs", "forward": "its GEMM"}[op]
-            found.append(Gate(f"{where}: time / {gemms}", best.ratio or math.inf, LIMITS[op, logits]))
-        off = max(abs((row.peak_extra_mib or math.inf) / (row.plan_mib or 1.0) - 1) for row in here)
+            best = min(over(row.ratio, 1.0) for row in here)
+            found.append(Gate(f"{where}: time / {gemms}", best, LIMITS[op, logits]))
+        off = max(abs(over(row.peak_extra_mib, row.plan_mib) - 1) for row in here)
         found.append(Gate(f"{where}: memory off its plan", off, 0.02))
-        if logits == "fp32":
-            error = max(row.logp_max_err or 0.0 for row in here)
-            found.append(Gate(f"{where}: log-prob error, nats a token", error, 1e-4))
-        default = [row for row in here if row.budget_mib == DEFAULT / MIB]
-        for row in rows:
-            if row.impl in ("trl", "liger") and row.ratio is not None and default and logits == "fp32":
-                if (row.op, row.loss, row.N, row.H, row.V) == (op, loss, n, h, v) and op == "step":
-                    times = row.ratio / (default[0].ratio or math.inf)
-                    least = {"trl": 2.0, "liger": 1.3}[row.impl]
-                    found.append(Gate(f"{where}: {row.impl} / fastpref, time", times, least, True))
-                    if row.impl == "liger":
-                        share = (default[0].peak_extra_mib or math.inf) / (row.peak_extra_mib or math.inf)
-                        found.append(Gate(f"{where}: memory / Liger's", share, 0.25))
+        if logits != "fp32":
+            continue
+        error = max(over(row.logp_max_err, 1.0) for row in here)
+        found.append(Gate(f"{where}: log-prob error, nats a token", error, 1e-4))
+        default = next((row for row in here if row.budget_mib == DEFAULT / MIB), None)
+        if default is None or op != "step":
+            continue
+        for peer_row in timed:
+            if (peer_row.op, peer_row.loss, peer_row.N, peer_row.H, peer_row.V) != cell[:-1]:
+                continue
+            if peer_row.impl in ("trl", "liger"):
+                times, least = over(peer_row.ratio, default.ratio), {"trl": 2.0, "liger": 1.3}[peer_row.impl]
+                found.append(Gate(f"{where}: {peer_row.impl} / fastpref, time", times, least, at_least=True))
+            if peer_row.impl == "liger":
+                share = over(default.peak_extra_mib, peer_row.peak_extra_mib)
+                found.append(Gate(f"{where}: memory / Liger's", share, 0.25))
     return found
 
 

@@ -22,8 +22,8 @@ SHAPE = Shape(32, 24, 331, pairs=4)
 PADDED = replace(SHAPE, prompt_share=0.5)
 KEYS = {
     "device", "driver", "torch", "triton", "cpu", "threads", "impl", "op", "loss", "N", "H", "V", "dtype",
-    "logits_dtype", "budget_mib", "prompt_share", "ms_median", "ms_gemm", "ratio", "peak_extra_mib", "plan_mib", "logp_max_err",
-    "dx_rel_err", "dw_rel_err", "status", "note",
+    "logits_dtype", "budget_mib", "prompt_share", "ms_median", "ms_gemm", "ratio", "peak_extra_mib", "plan_mib",
+    "logp_max_err", "dx_rel_err", "dw_rel_err", "status", "note",
 }  # fmt: skip
 ORACLE = {
     "dpo": (oracle.dpo, {"beta": problem.BETA}),
@@ -31,6 +31,15 @@ ORACLE = {
     "ipo": (oracle.ipo, {"beta": problem.BETA, "length_norm": "mean"}),
     "kto": (oracle.kto, {"beta": problem.BETA}),
 }
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """These shapes are far too small for two, and a busy machine makes two wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def measured(cell, *implementations, rounds=2):
@@ -214,13 +223,11 @@ def test_peak_memory_counts_what_came_and_went():
 @pytest.mark.parametrize("share", [0.0, 0.5])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_memory_is_what_the_plan_says(share, dtype):
-    """One group, and several. 1 MiB: what oneDNN's bf16 GEMMs take for themselves, whatever their size."""
+    """1 MiB: what oneDNN's bf16 GEMMs take for themselves, whatever their size."""
     cell = Cell(Shape(512, 64, 16384, pairs=4, prompt_share=share), dtype, "step", "dpo")
-    rows = measured(cell, peers.fastpref(), peers.fastpref(budget=8 << 20), rounds=1)
-    assert rows[0].plan_mib > 16 and rows[1].plan_mib < rows[0].plan_mib
-    for row in rows:
-        assert row.gemms == 3
-        assert row.peak_extra_mib == pytest.approx(row.plan_mib, rel=0.01, abs=1.0 if dtype == "bf16" else None)
+    (row,) = measured(cell, peers.fastpref(), rounds=1)
+    assert row.gemms == 3 and row.plan_mib > 16
+    assert row.peak_extra_mib == pytest.approx(row.plan_mib, rel=0.01, abs=1.0 if dtype == "bf16" else None)
 
 
 def test_resident_memory_in_a_process_of_its_own():

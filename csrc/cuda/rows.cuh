@@ -273,7 +273,7 @@ FASTPREF_DEVICE Row<kExtras> sweep(Block& block, const Args& a, const Logits<T, 
       first_m = m = finite(block_max(block, top));
       ceiling = ceiling_of();
     } else if (a.narrow_in_place) {
-      block.sync();  // a store of this chunk, in a narrower row over the same memory, hits logits of no later one
+      block.sync();  // stores of this chunk, in a narrower row over the same memory, hit logits of no later one
     }
 
 #pragma unroll
@@ -317,7 +317,6 @@ FASTPREF_DEVICE Row<kExtras> sweep(Block& block, const Args& a, const Logits<T, 
     }
   }
 
-  if (a.narrow_in_place) block.sync();
   if (has_edge) {
     const float e = edge == y ? 0.0f : exp_fast(edge_z - m);
     sums.add_one(edge_z, e, m);

@@ -1,11 +1,11 @@
 """The row contract in CUDA C++ (`csrc/cuda`), for NVIDIA GPUs of compute capability 8.0 and newer.
 
-Two ways through a row. The block sweep (`csrc/cuda/rows.cuh`) reads each logit once and writes an unnormalised `out`. The cluster
-sweep (`csrc/cuda/cluster.cuh`, capability 9.0) holds the row in the shared memory of up to eight thread blocks and writes
-`out` normalised; `residual` takes it for fp16, whose range makes the block sweep visit most rows of `out` a second time.
+Two ways through a row. The block sweep (`csrc/cuda/rows.cuh`) reads each logit once and writes an unnormalised `out`.
+The cluster sweep (`csrc/cuda/cluster.cuh`, capability 9.0) holds the row in the shared memory of up to eight thread
+blocks and writes `out` normalised; `residual` takes it for fp16, whose range makes the block sweep visit flat rows twice.
 
-A row's logp and lse do not depend on `out`, its dtype, alignment or the tile's other rows: equal to the last bit in the block
-sweep; the cluster sweep adds up in another order, in fp64, which rounds to the same fp32 number nearly always.
+A row's logp and lse depend neither on `out`, its dtype and alignment nor on the tile's other rows: in the block sweep
+they are equal to the last bit; the cluster sweep adds up in another order, in fp64, which nearly always rounds alike.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ except ImportError as error:
     _native, _kernels, _why_not = None, None, f"the extension fastpref._native is not built: {error}"
 else:
     _kernels = getattr(_native, "cuda", None)
-    _why_not = "fastpref._native was built without CUDA: put nvcc on PATH (or set CUDACXX) and install with FASTPREF_CUDA=ON"
+    _why_not = "fastpref._native was built without CUDA: put nvcc on PATH or set CUDACXX, and install again"
 
 _DEVICE = "cuda"
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -192,8 +192,8 @@ def residual_given_lse(
 
 
 def scale_unless_one_(tensor: Tensor, factor: Tensor) -> Tensor:
-    """tensor *= factor, where factor is one float on the same device: nothing is read or written if it is 1, and the host
-    does not wait to know."""
+    """tensor *= factor, where factor is one float on the same device: nothing is read or written if it is 1, and the
+    host does not wait to know."""
     if factor.numel() != 1 or factor.device != tensor.device:
         raise ValueError(f"factor is {list(factor.shape)} on {factor.device}; it takes one float on {tensor.device}")
     if not tensor.is_contiguous() or not supports(tensor.device, tensor.dtype):

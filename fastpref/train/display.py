@@ -23,12 +23,12 @@ SHOWN = (
 )
 
 
-def number(name: str, value: float) -> str:
+def number(name: str, value: float, digits: int = 4) -> str:
     if name.startswith(SHARES):
-        return f"{100 * value:.1f} %"
+        return f"{100 * value:.{max(digits - 3, 0)}f} %"
     if name in ("tokens_per_s", "peak_memory_mib"):
         return f"{value:,.0f}"
-    return f"{value:.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
+    return f"{value:.{digits}g}" if abs(value) < 1e4 else f"{value:,.0f}"
 
 
 def duration(seconds: float) -> str:
@@ -55,7 +55,8 @@ class Display:
         if not self.console.is_terminal:
             yield bar
             return
-        columns = (TextColumn("[bold]{task.description}"), BarColumn(bar_width=16), _Count(), _Values(), _Eta())
+        # eta before the values: on a narrow terminal it is their end that is cut off
+        columns = (TextColumn("[bold]{task.description}"), BarColumn(bar_width=10), _Count(), _Eta(), _Values())
         with Progress(*columns, console=self.console) as self.progress:
             bar.task = self.progress.add_task(escape(name), total=total, completed=done, values={})
             try:
@@ -111,7 +112,8 @@ class _Count(ProgressColumn):
 class _Values(ProgressColumn):
     def render(self, task: Task) -> Text:
         values = task.fields["values"]
-        return Text("  ".join(f"{label} {number(name, values[name])}" for name, label in SHOWN if name in values))
+        parts = [f"{label} {number(name, values[name], 3)}" for name, label in SHOWN if name in values]
+        return Text("  ".join(parts), no_wrap=True, overflow="ellipsis")
 
 
 class _Eta(ProgressColumn):

@@ -73,8 +73,12 @@ def evaluate(policy: Policy, examples: Sequence[Example], kind: Kind, loss: Loss
              reference: ReferenceLogps | None, tick: Tick) -> dict[str, float]:  # fmt: skip
     """Loss over the whole set (its own denominators) and the means of `fastpref.losses.metrics` under TRL's names.
 
-    With a reference, for pairs, also `kl`: the mean over the responses of log pi_ref(y|x) - log pi(y|x), nats. It
-    estimates KL(pi_ref || pi) in so far as the responses come from the reference; it can be negative where they do not.
+    With a reference, for pairs, also `kl`, nats a response, at least 0: the mean over the responses of
+
+        |y| (exp(rho) - 1 - rho),    rho = (log pi(y|x) - log pi_ref(y|x)) / |y|,    |y| scored tokens,
+
+    the k3 estimator (J. Schulman, "Approximating KL divergence") of KL(pi_ref || pi) with the log-ratio of a response
+    spread evenly over its tokens. It estimates that in so far as the responses are like the reference's own.
     """
     was_training = policy.model.training
     policy.model.eval()
@@ -96,7 +100,8 @@ def evaluate(policy: Policy, examples: Sequence[Example], kind: Kind, loss: Loss
         value += out.loss
         sums.add(out.metrics)
         if kind == "pair" and batch.ref_logps is not None:
-            sums.add({"kl": batch.ref_logps - out.logps})
+            rho = (out.logps - batch.ref_logps) / out.lengths
+            sums.add({"kl": out.lengths * (torch.expm1(rho) - rho)})
     policy.model.train(was_training)
     return sums.read(loss=value)
 

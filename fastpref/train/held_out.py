@@ -19,8 +19,8 @@ def evaluate_run(
 ) -> dict[str, float]:
     """Evaluates on `eval_dataset` with the loss of the stage that the weights come from, and prints the table.
 
-    source: the folder of a run (its model/, or its newest checkpoint if it has not ended), or a configuration file: then
-        the model it names, under its last stage's loss and, unless the configuration names a reference, as its own.
+    source: the folder of a run (its model/, or its newest checkpoint if it has not ended), or a configuration file:
+        then the model it names, under its last stage's loss and, unless the file names a reference, as its own.
 
     The reference log-probs of a run are its cached ones where they fit the data; otherwise they are computed again.
     """

@@ -39,7 +39,7 @@ from fastpref.data import Batch, Example, collate
 from . import checkpoint, reference
 from .checkpoint import State
 from .config import TrainConfig, UserError, differing_keys
-from .display import ROWS, Display, StepBar, duration, number
+from .display import Display, StepBar, duration, evaluation_line
 from .evaluate import (
     MetricSums,
     baseline,
@@ -392,7 +392,7 @@ def train_step(
         sums.add(out.metrics)
     norm = torch.nn.utils.clip_grad_norm_(parameters, stage.max_grad_norm or math.inf)
     values = sums.read(loss=total, grad_norm=norm)
-    if True:
+    if math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"]):
         for group in optimizer.param_groups:
             group["lr"] = rate
         optimizer.step()
@@ -484,8 +484,9 @@ def run_evaluation(
         history["after"] = values
     state.evaluated = state.step
     run.log.write(name, "eval", state.step, schedule.epoch(state.step), values, state.global_step)
-    parts = [f"{label} {number(key, values[key])}" for key, label in ROWS if key in values]
-    run.display.say(f"{name} step {state.step}, held-out: {', '.join(parts)}", "cyan")
+    if state.step == 0 and not stage.ref_model_name_or_path:  # the policy is its own reference: nothing to tell
+        values = {key: value for key, value in values.items() if key != "kl" and not key.startswith("rewards/")}
+    run.display.say(f"{name} {state.step}/{schedule.steps} held-out | {evaluation_line(values)}", "cyan")
 
 
 def _exact_match(run: Run, index: int) -> dict[str, float]:

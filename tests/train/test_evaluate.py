@@ -45,7 +45,9 @@ def test_dpo_metrics(setup):
     assert found["logps/rejected"] == pytest.approx(float(logps[:, 1].mean()), abs=1e-4)
     assert found["rewards/margins"] == pytest.approx(float(margins.mean()), abs=1e-5)
     assert found["rewards/accuracies"] == pytest.approx(float((margins > 0).double().mean()))
-    assert found["kl"] == pytest.approx(float((ref - logps).mean()), abs=1e-5)
+    lengths = torch.tensor([[len(r) for r in e.responses] for e in examples])
+    ratio = ((logps - ref) / lengths).exp()
+    assert found["kl"] == pytest.approx(float((lengths * (ratio - 1 - ratio.log())).mean()), rel=1e-4)
 
 
 def test_sft_is_one_mean_over_tokens(setup):

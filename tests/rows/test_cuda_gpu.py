@@ -1,0 +1,225 @@
+"""The CUDA rows on a GPU: the whole contract of test_rows.py, cuda_checks.py, and what only hardware shows.
+
+compute-sanitizer --tool memcheck  python -m pytest -m gpu tests/rows/test_cuda_gpu.py -k "width or place or over"
+compute-sanitizer --tool racecheck python -m pytest -m gpu tests/rows/test_cuda_gpu.py -k "place or over"
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from types import SimpleNamespace
+
+import pytest
+import test_rows
+import torch
+from cuda_checks import *  # noqa: F403
+from row_checks import BF16, DTYPES, FP16, FP32, ROUNDING, check_grad, check_stats, oracle, random_case
+
+from fastpref.rows import EXTRAS, FoldState, RowStats, Transform, cuda, fold_finish
+
+AVAILABLE, WHY = cuda.available()
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not AVAILABLE, reason=WHY)]
+
+
+class OnGpu:
+    """Copies of CPU tensors, storage by storage, so that strides, alignment and what overlaps what stay as they are."""
+
+    def __init__(self) -> None:
+        self.storages: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def __call__(self, value):
+        if isinstance(value, FoldState):
+            return FoldState(*map(self, value))
+        if not isinstance(value, torch.Tensor):
+            return value
+        storage = value.untyped_storage()
+        if storage.data_ptr() not in self.storages:
+            host = torch.empty(0, dtype=torch.uint8).set_(storage)
+            self.storages[storage.data_ptr()] = host, host.cuda()
+        there = self.storages[storage.data_ptr()][1].untyped_storage()
+        return torch.empty(0, dtype=value.dtype, device="cuda").set_(
+            there, value.storage_offset(), value.shape, value.stride()
+        )
+
+    def copy_back(self) -> None:
+        for host, device in self.storages.values():
+            host.copy_(device)
+
+
+def on_gpu(function):
+    @functools.wraps(function)
+    def call(*args, **options):
+        move = OnGpu()
+        result = function(*map(move, args), **{name: move(value) for name, value in options.items()})
+        move.copy_back()
+        return RowStats(*(v if v is None else v.cpu() for v in result)) if isinstance(result, RowStats) else result
+
+    return call
+
+
+def residual(logits, targets, out, *, cluster=None, **options):
+    if cluster and cuda._cluster_size(logits.dtype, logits.shape[1], logits.device.index) == 0:
+        pytest.skip("this device has no thread block clusters")
+    return cuda.residual(logits, targets, out, cluster=cluster, **options)
+
+
+@pytest.fixture
+def kernels():
+    functions = {"residual": residual, "fold": cuda.fold, "residual_given_lse": cuda.residual_given_lse}
+    return SimpleNamespace(**{name: on_gpu(function) for name, function in functions.items()})
+
+
+@pytest.fixture(params=["chosen", "block", "cluster"])
+def rows(request, kernels):
+    cluster = {"chosen": None, "block": False, "cluster": True}[request.param]
+    residual = functools.partial(kernels.residual, cluster=cluster)
+    return SimpleNamespace(residual=residual, fold=kernels.fold, residual_given_lse=kernels.residual_given_lse)
+
+
+# The whole contract.
+globals().update({name: test for name, test in vars(test_rows).items() if name.startswith("test_")})
+
+
+def big_case(rows: int, vocab: int, dtype: torch.dtype = FP32):
+    generator = torch.Generator("cuda").manual_seed(vocab)
+    logits = torch.empty(rows, vocab, dtype=dtype, device="cuda").normal_(0, 4, generator=generator)
+    targets = torch.randint(vocab, (rows,), device="cuda", generator=generator)
+    return logits, targets
+
+
+@pytest.mark.parametrize("cluster", [False, True])
+@pytest.mark.parametrize("vocab", [32000, 50257, 128256, 152064, 256000, 400_000])
+def test_vocabularies_of_models(vocab, cluster):
+    for dtype, out_dtype in ((FP32, BF16), (BF16, BF16), (FP32, FP16)):
+        logits, targets = big_case(32, vocab, dtype)
+        out = torch.empty(32, vocab, dtype=out_dtype, device="cuda")
+        stats = residual(logits, targets, out, transform=Transform(softcap=30.0), extras=EXTRAS, cluster=cluster)
+        want = oracle(logits, targets, Transform(softcap=30.0))
+        check_stats(stats, want, ("logp", "lse", *EXTRAS))
+        check_grad(stats.scale, out, want, stores=2)
+
+
+def test_more_than_two_to_the_31_logits():
+    rows, vocab = 17_000, 128_256
+    if torch.cuda.get_device_properties(0).total_memory < 16 * 2**30:
+        pytest.skip("needs 16 GiB")
+    logits = torch.zeros(rows, vocab, dtype=BF16, device="cuda")
+    targets = torch.full((rows,), 5, device="cuda")
+    logits[-1], targets[-1] = big_case(1, vocab, BF16)[0][0], vocab - 1
+    want = oracle(logits[-1:], targets[-1:], Transform())
+    stats = cuda.residual(logits, targets, logits, transform=Transform())
+    last = RowStats(*(None if value is None else value[-1:] for value in stats))
+    check_stats(last, want)
+    check_grad(last.scale, logits[-1:], want)
+    assert bool((stats.logp[:-1] == stats.logp[0]).all())
+
+
+@pytest.mark.parametrize("cluster", [False, True])
+def test_run_to_run_equality(cluster):
+    logits, targets = big_case(600, 50257)
+    first = None
+    for _ in range(5):
+        out = torch.empty(600, 50257, dtype=BF16, device="cuda")
+        stats = residual(logits, targets, out, transform=Transform(), extras=EXTRAS, cluster=cluster)
+        first = first or (stats, out)
+        assert all(torch.equal(a, b) for a, b in zip(stats, first[0], strict=True)) and torch.equal(out, first[1])
+
+
+def test_log_probs_do_not_depend_on_the_tile():
+    logits, targets = big_case(300, 50257)
+    whole = cuda.residual(logits, targets, torch.empty_like(logits, dtype=BF16), transform=Transform()).logp
+    parts = zip(logits.split(7), targets.split(7), strict=True)
+    parts = [cuda.residual(rows, of, None, transform=Transform()).logp for rows, of in parts]
+    assert torch.equal(torch.cat(parts), whole)
+
+
+def test_it_runs_on_the_current_stream_without_waiting():
+    logits, targets = big_case(64, 128256)
+    want = cuda.residual(logits, targets, None, transform=Transform()).logp
+    out = torch.empty_like(logits, dtype=FP16)
+    late = torch.zeros_like(logits)
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(50_000_000)
+            late.copy_(logits)  # on another stream the kernel would see zeros
+            stats = cuda.residual(late, targets, out, transform=Transform())
+            assert not stream.query()  # the host did not wait
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    stream.synchronize()
+    torch.testing.assert_close(stats.logp, want, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("out_dtype", [BF16, FP16], ids=str)
+def test_a_cuda_graph_replays_it(out_dtype):
+    logits, targets = big_case(32, 32000)
+    out = torch.empty_like(logits, dtype=out_dtype)
+    state = FoldState.new(32, dtype=FP32, device=logits.device)
+    fresh = [value.clone() for value in state]
+
+    def step():
+        stats = cuda.residual(logits, targets, out, transform=Transform())
+        for value, start in zip(state, fresh, strict=True):
+            value.copy_(start)
+        cuda.fold(logits, targets, state, col_offset=0, transform=Transform())
+        return stats
+
+    step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    logits.copy_(big_case(32, 32000)[0].flip(0))
+    graph.replay()
+    want = oracle(logits, targets, Transform())
+    check_stats(captured, want)
+    check_grad(captured.scale, out, want, stores=2)
+    logp, _ = fold_finish(state, targets, -100)
+    check_stats(RowStats(logp, captured.lse, None), want)
+
+
+def test_it_takes_no_memory_but_the_statistics():
+    logits, targets = big_case(1024, 128256)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    cuda.residual(logits, targets, logits, transform=Transform())
+    assert torch.cuda.max_memory_allocated() - before <= 64 * 1024
+
+
+def test_targets_out_of_range_touch_nothing():
+    logits, targets = big_case(4, 3000)
+    targets[:] = torch.tensor([3000, -1, 2**40, -(2**40)], device="cuda")
+    guarded = torch.full((6, 3000), 9.0, device="cuda")
+    stats = cuda.residual(logits, targets, guarded[1:5], transform=Transform())
+    assert bool(stats.logp.isnan().all() and stats.lse.isfinite().all())
+    assert bool((guarded[[0, 5]] == 9).all())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_scale_unless_one(dtype):
+    for size in (1, 3, 8, 4096, 10_007, 3_000_001):
+        for offset in (0, 1, 5):
+            x = torch.empty(size + offset, dtype=dtype, device="cuda").normal_()[offset:]
+            before = x.clone()
+            x[0] = torch.nan
+            assert cuda.scale_unless_one_(x, torch.ones((), device="cuda")) is x
+            assert torch.equal(x[1:], before[1:]) and bool(x[0].isnan())
+            x.copy_(before)
+            cuda.scale_unless_one_(x, torch.tensor(-0.3, device="cuda"))
+            want = before.double() * torch.tensor(-0.3).double().item()
+            assert bool(((x.double() - want).abs() <= 1.01 * ROUNDING[dtype] * want.abs() + 6e-8).all())
+    transposed = torch.randn(6, 7, device="cuda").to(dtype).t()
+    want = transposed * 2
+    assert torch.equal(cuda.scale_unless_one_(transposed, torch.full((1,), 2.0, device="cuda")), want)
+
+
+def test_unequal_devices_are_named():
+    logits, targets, _ = random_case(2, 64)
+    with pytest.raises(ValueError, match="logits is on cpu; it takes cuda"):
+        cuda.residual(logits, targets, None, transform=Transform())
+    with pytest.raises(ValueError, match="targets is"):
+        cuda.residual(logits.cuda(), targets, None, transform=Transform())
+    assert inspect.signature(cuda.residual).parameters["cluster"].default is None
