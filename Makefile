@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/pip --disable-pip-version-check install --quiet --constraint constraints.txt
 BUILD  := setup.py CMakeLists.txt pyproject.toml constraints.txt $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: quickstart test test-slow lint clean
+.PHONY: quickstart test test-slow gpu-check lint clean
 
 # Editable, so that a change of Python needs no second install. Without isolation: torch is no build requirement, and the
 # pinned cmake, ninja and pybind11 are the ones that build.
@@ -30,6 +30,10 @@ test: $(VENV)/installed-tests lint
 
 test-slow: $(VENV)/installed-tests
 	$(BIN)/python -m pytest -m slow
+
+# On a machine with an NVIDIA GPU, with the PyTorch that is there: GPU tests, sanitizers, benchmark; writes bench/results/.
+gpu-check:
+	PYTHON=$(PYTHON) bench/gpu_check.sh
 
 lint: $(VENV)/installed-tests
 	$(BIN)/ruff check .

@@ -481,9 +481,11 @@ def measure(
                     prepare(batch, cell.op)
                     warm = watched(partial(call, implementation), device)
                     row.peak_extra_mib, alone[i] = warm.extra_bytes / MIB, warm.milliseconds
+            except NotImplementedError as error:
+                row.status, row.note = "missing", str(error)
             except Exception as error:
                 row.status, row.note = "error", _told(error)
-            _cleared(batch, cell.op)
+            _cleared(batch, cell.op, failed=row.status == "error")
             say(f"  {implementation.label}: {row.status} {row.note}")
 
     running = [i for i, row in enumerate(rows) if row.status == "ok"]
@@ -499,10 +501,11 @@ def measure(
     return rows
 
 
-def _cleared(batch: Batch, op: str) -> None:
-    """After a failure too: no gradients, and on a GPU no blocks cut to another one's sizes."""
+def _cleared(batch: Batch, op: str, *, failed: bool) -> None:
+    """No gradients, no tensors held by a traceback, and on a GPU no blocks cut to another one's sizes."""
     prepare(batch, op)
-    gc.collect()
+    if failed:
+        gc.collect()
     if batch.device.type == "cuda":
         torch.cuda.empty_cache()
 

@@ -1,6 +1,6 @@
-// The door between Python and the kernels: `fastpref._native`. Tensors come in as addresses, sizes and strides, so that one
-// build serves every version of torch and needs none to be built. fastpref/rows/native.py and cuda.py are its callers and
-// check what they pass; here is only what C++ must know.
+// The door between Python and the kernels: `fastpref._native`. Tensors come in as addresses, sizes and strides, so
+// that one build serves every version of torch and needs none to be built. fastpref/rows/native.py and cuda.py are
+// its callers and check what they pass; here is only what C++ must know.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -30,9 +30,9 @@ DType dtype_of(const std::string& name) {
   throw std::invalid_argument("dtype is " + name + "; it takes float32, bfloat16, float16");
 }
 
-Tile make_tile(Address logits, const std::string& dtype, int64_t row_stride, int64_t rows, int64_t cols, Address targets,
-               int64_t ignore_index, int64_t col_offset, Address bias, float logit_scale, float softcap,
-               float temperature) {
+Tile make_tile(Address logits, const std::string& dtype, int64_t row_stride, int64_t rows, int64_t cols,
+               Address targets, int64_t ignore_index, int64_t col_offset, Address bias, float logit_scale,
+               float softcap, float temperature) {
   return {at<const void>(logits), dtype_of(dtype), row_stride, rows, cols, at<const int64_t>(targets), ignore_index,
           col_offset, at<const float>(bias), logit_scale, softcap, temperature};
 }

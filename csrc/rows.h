@@ -1,8 +1,9 @@
-// The row contract as C structs, shared by the CPU and CUDA kernels. The semantics (what is written, NaN, ignored rows)
-// are those of fastpref/rows/__init__.py; here are only addresses, sizes and strides: nothing of torch, nothing of Python.
+// The row contract as C structs, shared by the CPU and CUDA kernels. The semantics (what is written, NaN, ignored
+// rows) are those of fastpref/rows/__init__.py; here are only addresses, sizes and strides: nothing of torch, nothing
+// of Python.
 //
-// Only plain data in this header: it is included by translation units that are compiled for different instruction sets,
-// and an inline function shared between them could be linked in the version that this machine cannot run.
+// Only plain data in this header: it is included by translation units that are compiled for different instruction
+// sets, and an inline function shared between them could be linked in the version that this machine cannot run.
 #pragma once
 
 #include <cstdint>

@@ -22,12 +22,15 @@ def require(ok: bool, argument: str, got: object, takes: str, error: type[Except
         raise error(f"{argument} is {got}; it takes {takes}")
 
 
-def check_vector(argument: str, x: Tensor | None, shape: Sequence[int], like: Tensor) -> None:
+def check_vector(
+    argument: str, x: Tensor | None, shape: Sequence[int], like: Tensor, *, floating: bool = False
+) -> None:
     if x is None:
         return
     require(isinstance(x, Tensor), argument, f"a {type(x).__name__}", "a tensor", TypeError)
     require(tuple(x.shape) == tuple(shape), argument, f"of shape {tuple(x.shape)}", f"shape {tuple(shape)}")
     require(x.device == like.device, argument, f"on {x.device}", f"{like.device}, the device of hidden")
+    require(x.dtype in _DTYPES or not floating, argument, x.dtype, "a floating dtype", TypeError)
 
 
 def options_of(
@@ -48,7 +51,7 @@ def options_of(
     require(targets.dtype == torch.int64, "targets", targets.dtype, "int64", TypeError)
     check_vector("targets", targets, hidden.shape[:-1], hidden)
     require(weight.device == hidden.device, "weight", f"on {weight.device}", f"{hidden.device}, the device of hidden")
-    check_vector("bias", bias, weight.shape[:1], hidden)
+    check_vector("bias", bias, weight.shape[:1], hidden, floating=True)
     device = hidden.device.type
     if device != "meta" and torch.is_autocast_enabled(device):
         compute = torch.get_autocast_dtype(device)
@@ -98,10 +101,14 @@ def _logits_dtype(name: str | None, compute: torch.dtype, device: torch.device) 
 
 def check_layout(hidden: Tensor, targets: Tensor, cu_seqlens: Sequence[int] | None) -> int:
     """The number of sequences."""
+    width = hidden.shape[-1]
     if cu_seqlens is None:
+        require(hidden.dim() == 3, "hidden", f"of shape {tuple(hidden.shape)} without cu_seqlens",
+                 f"[S, T, {width}] (padded), or [N, {width}] with cu_seqlens (packed)")  # fmt: skip
         require(targets.dim() == 2, "targets", f"of shape {tuple(targets.shape)} without cu_seqlens",
                  "[S, T] (padded), or [N] with cu_seqlens (packed)")  # fmt: skip
         return targets.shape[0]
+    require(hidden.dim() == 2, "hidden", f"of shape {tuple(hidden.shape)} with cu_seqlens", f"[N, {width}] (packed)")
     require(targets.dim() == 1, "targets", f"of shape {tuple(targets.shape)} with cu_seqlens", "[N] (packed)")
     ends = list(cu_seqlens)
     ok = len(ends) >= 1 and ends[0] == 0 and ends[-1] == targets.shape[0] and ends == sorted(ends)
@@ -114,7 +121,7 @@ def check_reference(
     loss: object, sequences: int, hidden: Tensor, targets: Tensor, ref_logps: Tensor | None, ref_hidden: Tensor | None,
     ref_weight: Tensor | None, ref_bias: Tensor | None,
 ) -> None:  # fmt: skip
-    check_vector("ref_logps", ref_logps, (sequences,), hidden)
+    check_vector("ref_logps", ref_logps, (sequences,), hidden, floating=True)
     if getattr(loss, "needs_reference", False) and ref_logps is None and ref_hidden is None:
         raise ValueError(f"ref_logps is None; {loss_name(loss)} takes ref_logps [S], or ref_hidden and ref_weight")
     require(ref_logps is None or ref_hidden is None, "ref_logps", "given beside ref_hidden", "one of the two")
@@ -136,7 +143,7 @@ def check_reference(
         f"of shape {tuple(ref_weight.shape)}",
         f"[V, {ref_hidden.shape[-1]}], the width of ref_hidden",
     )
-    check_vector("ref_bias", ref_bias, ref_weight.shape[:1], hidden)
+    check_vector("ref_bias", ref_bias, ref_weight.shape[:1], hidden, floating=True)
 
 
 def check_kto(
@@ -162,8 +169,8 @@ def check_kto(
     require(
         kl_logps.dim() == 1 and kl_logps.shape[0] > 0, "kl_logps", f"of shape {tuple(kl_logps.shape)}", "[K] with K > 0"
     )
-    check_vector("kl_logps", kl_logps, kl_logps.shape, hidden)
-    check_vector("ref_kl_logps", ref_kl_logps, kl_logps.shape, hidden)
+    check_vector("kl_logps", kl_logps, kl_logps.shape, hidden, floating=True)
+    check_vector("ref_kl_logps", ref_kl_logps, kl_logps.shape, hidden, floating=True)
     return (kl_logps.detach().float() - ref_kl_logps.detach().float()).mean()
 
 

@@ -311,8 +311,8 @@ class _PreferenceLoss(torch.autograd.Function):
     def backward(ctx, upstream, *_):
         nothing = (None,) * ctx.others
         if torch.compiler.is_compiling():
-            dx, dw, db = (g * upstream.to(g.dtype) if need else None for g, need in zip(ctx.saved_tensors, ctx.needs))
-            return dx, dw, db, *nothing
+            scaled = ((g.to(upstream.dtype) * upstream).to(g.dtype) for g in ctx.saved_tensors)
+            return *(g if need else None for g, need in zip(scaled, ctx.needs)), *nothing
         if ctx.grads is None:
             raise RuntimeError("second backward through linear_preference_loss: give the first retain_graph=True")
         grads = ctx.grads
@@ -320,8 +320,9 @@ class _PreferenceLoss(torch.autograd.Function):
             _check_upstream(upstream)
             grads[1] = None
         if torch._C._autograd._get_current_graph_task_keep_graph():
-            return *(None if g is None else g * upstream.to(g.dtype) for g in grads), *nothing
-        ctx.grads = None
+            grads = [None if g is None else g.clone() for g in grads]
+        else:
+            ctx.grads = None
         for grad in grads:
             if grad is not None:
                 rows.scale_unless_one_(grad, upstream)
@@ -485,6 +486,8 @@ def linear_preference_loss(
     """
     if isinstance(loss, str):
         loss = losses.get_loss(loss)
+    if isinstance(loss, type):
+        raise TypeError(f"loss is the class {loss.__name__}; it takes an object of it: {loss.__name__}(...)")
     if not callable(loss):
         raise TypeError(f"loss is a {type(loss).__name__}; it takes a name, an object of fastpref.losses or a callable")
     options = options_of(
@@ -493,6 +496,7 @@ def linear_preference_loss(
     )  # fmt: skip
     if isinstance(cu_seqlens, Tensor):
         require(cu_seqlens.device.type == "cpu", "cu_seqlens", f"on {cu_seqlens.device}", "a list or a CPU tensor")
+        require(not cu_seqlens.is_floating_point(), "cu_seqlens", cu_seqlens.dtype, "integers", TypeError)
         cu_seqlens = cu_seqlens.tolist()
     sequences = check_layout(hidden, targets, cu_seqlens)
     pairwise = getattr(loss, "pairwise", False)
@@ -565,7 +569,7 @@ def _free_loss(
     lengths = per_sequence(targets != options.ignore_index).to(stats)
     logps = sequence_logps(hidden, weight, bias, options)
     if totals is None:
-        totals = Totals(lengths.shape[0], lengths.sum(), lengths.chunk(2)[0].sum())
+        totals = Totals(max(lengths.shape[0], 1), lengths.sum(), lengths.chunk(2)[0].sum())
     seq = SequenceLogps(logps, lengths, totals, ref_logps, desirable, kl)
     value = losses.evaluate(loss, seq)
     return replace(seq, logps=logps.detach()), value

@@ -33,6 +33,12 @@ class Totals:
     tokens: Number  # scored tokens of all sequences
     chosen_tokens: Number  # scored tokens of the first half
 
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if not isinstance(value, Tensor):
+                _check_number(f"totals.{f.name}", value, least=1 if f.name == "sequences" else 0)
+
     @property
     def pairs(self) -> Number:
         return self.sequences / 2
@@ -145,6 +151,8 @@ class Loss:
 
     def __init_subclass__(cls, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
+        if "__call__" in cls.__dict__ and "antisymmetric" not in cls.__dict__:
+            cls.antisymmetric = False  # another formula: what its parent says of its own no longer holds
         if cls.__module__ == __name__ and cls.name:
             _CLASSES[cls.name] = cls
 
@@ -171,7 +179,7 @@ class Loss:
         """Name and options as one string, what a custom op carries; None for classes defined elsewhere."""
         if _CLASSES.get(self.name) is not type(self):
             return None
-        options = {f.name: getattr(self, f.name) for f in fields(self)}
+        options = {name: getattr(self, name) for name in _OPTIONS[self.name]}
         plain = {name: value if isinstance(value, str) else float(value) for name, value in options.items()}
         return f"{self.name} {plain}"
 
@@ -191,6 +199,13 @@ def _logistic(x: Tensor, label_smoothing: float) -> Tensor:
 def _check(ok: bool, name: str, value: object, takes: str) -> None:
     if not ok:
         raise ValueError(f"{name} is {value!r}; it takes {takes}")
+
+
+def _check_number(name: str, value: object, *, above: float | None = None, least: float | None = None) -> None:
+    takes = f"a number above {above:g}" if above is not None else f"a number of at least {least:g}"
+    if not isinstance(value, int | float):
+        raise TypeError(f"{name} is {value!r}; it takes {takes}")
+    _check((above is None or value > above) and (least is None or value >= least), name, value, takes)
 
 
 @dataclass(frozen=True)
@@ -223,8 +238,9 @@ class DPO(Loss):
     label_smoothing: float = 0.0
 
     def __post_init__(self) -> None:
-        _check(self.beta > 0, "beta", self.beta, "a number above 0")
-        _check(0 <= self.label_smoothing < 0.5, "label_smoothing", self.label_smoothing, "a number in [0, 0.5)")
+        _check_number("beta", self.beta, above=0)
+        _check_number("label_smoothing", self.label_smoothing, least=0)
+        _check(self.label_smoothing < 0.5, "label_smoothing", self.label_smoothing, "a number in [0, 0.5)")
 
     def __call__(self, seq: SequenceLogps) -> Tensor:
         return seq.pair_mean(_logistic(self.beta * seq.margins, self.label_smoothing))
@@ -248,8 +264,8 @@ class RPO(Loss):
     sft: Literal["sum", "tokens"] = "sum"
 
     def __post_init__(self) -> None:
-        _check(self.beta > 0, "beta", self.beta, "a number above 0")
-        _check(self.eta >= 0, "eta", self.eta, "a number of at least 0")
+        _check_number("beta", self.beta, above=0)
+        _check_number("eta", self.eta, least=0)
         _check(self.sft in ("sum", "tokens"), "sft", self.sft, "'sum' or 'tokens'")
 
     def __call__(self, seq: SequenceLogps) -> Tensor:
@@ -272,7 +288,7 @@ class IPO(Loss):
     length_norm: Literal["mean", "sum"] = "mean"
 
     def __post_init__(self) -> None:
-        _check(self.beta > 0, "beta", self.beta, "a number above 0")
+        _check_number("beta", self.beta, above=0)
         _check(self.length_norm in ("mean", "sum"), "length_norm", self.length_norm, "'mean' or 'sum'")
 
     def __call__(self, seq: SequenceLogps) -> Tensor:
@@ -308,9 +324,9 @@ class KTO(Loss):
     undesirable_weight: float = 1.0
 
     def __post_init__(self) -> None:
-        _check(self.beta > 0, "beta", self.beta, "a number above 0")
+        _check_number("beta", self.beta, above=0)
         for name in ("desirable_weight", "undesirable_weight"):
-            _check(getattr(self, name) >= 0, name, getattr(self, name), "a number of at least 0")
+            _check_number(name, getattr(self, name), least=0)
 
     def __call__(self, seq: SequenceLogps) -> Tensor:
         if seq.desirable is None or seq.kl is None:
@@ -337,8 +353,8 @@ class SLiC(Loss):
     eta: float = 0.1
 
     def __post_init__(self) -> None:
-        _check(self.delta >= 0, "delta", self.delta, "a number of at least 0")
-        _check(self.eta >= 0, "eta", self.eta, "a number of at least 0")
+        _check_number("delta", self.delta, least=0)
+        _check_number("eta", self.eta, least=0)
 
     def __call__(self, seq: SequenceLogps) -> Tensor:
         return seq.pair_mean(F.relu(self.delta - seq.chosen + seq.rejected) - self.eta * seq.chosen)
@@ -353,10 +369,13 @@ class Hinge(Loss):
     beta: float = 0.1
 
     def __post_init__(self) -> None:
-        _check(self.beta > 0, "beta", self.beta, "a number above 0")
+        _check_number("beta", self.beta, above=0)
 
     def __call__(self, seq: SequenceLogps) -> Tensor:
         return seq.pair_mean(F.relu(1 - self.beta * seq.margins))
+
+
+_OPTIONS = {name: tuple(f.name for f in fields(cls)) for name, cls in _CLASSES.items()}
 
 
 def get_loss(name: str, **options: object) -> Loss:
@@ -370,8 +389,7 @@ def get_loss(name: str, **options: object) -> Loss:
         hint = f" (did you mean {near[0]!r}?)" if near else ""
         known_names = ", ".join(sorted(_CLASSES))
         raise ValueError(f"loss is {name!r}{hint}; it takes {known_names}, a fastpref.losses object or a callable")
-    cls = _CLASSES[name]
-    known = [f.name for f in fields(cls)]
+    cls, known = _CLASSES[name], _OPTIONS[name]
     for option in options:
         if option not in known:
             raise ValueError(f"loss {name!r} has no option {option!r}; it takes {', '.join(known) or 'none'}")

@@ -34,6 +34,7 @@ TILE_ROWS = {"cpu": 256, "cuda": 1024}
 LEAST_STASH_ROWS = {"cpu": 128, "cuda": 768}
 # CPU: a low-precision dW GEMM reaches its fp32 sum through a buffer of this size.
 WEIGHT_SLICE_BYTES = 16 * MIB
+ADD_BYTES = MIB  # ... from which it is added in parts of this many fp32 bytes, which torch copies
 SLICE_COLS = 64  # vocabulary slices are multiples of this
 
 
@@ -145,7 +146,23 @@ def plan(problem: Problem, memory_budget: int | None = None) -> Plan:
         memory_budget = DEFAULT_BUDGET.get(problem.device, DEFAULT_BUDGET["cpu"])
     if memory_budget <= 0:
         raise ValueError(f"memory_budget is {memory_budget}; it takes a positive number of bytes, or None")
-    return _Planner(problem, memory_budget).plan()
+    found = _Planner(problem, memory_budget).plan()
+    if found is None:
+        raise ValueError(
+            f"memory_budget is {memory_budget} bytes; {problem.rows} rows of hidden {problem.hidden} and vocab "
+            f"{problem.vocab} need at least {_least_budget(problem, memory_budget)}"
+        )
+    return found
+
+
+def _least_budget(problem: Problem, too_small: int) -> int:
+    low, high = too_small, 2 * too_small
+    while _Planner(problem, high).plan() is None:
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if _Planner(problem, middle).plan() is None else (low, middle)
+    return high
 
 
 class _Planner:
@@ -193,11 +210,14 @@ class _Planner:
                 total += p.vocab * p.hidden * 4
             if stashes > (p.grad_itemsize < 4):
                 total += self.weight_slice * p.hidden * p.itemsize
+                if self.weight_slice and stashes > 1:
+                    total += min(self.weight_slice * p.hidden * 4, ADD_BYTES)
         return total + scratch
 
     # -- schedules -----------------------------------------------------------------------------------------------
 
-    def plan(self) -> Plan:
+    def plan(self) -> Plan | None:
+        """None where no schedule fits."""
         p = self.p
         if not (p.needs_hidden_grad or p.needs_weight_grad):
             return self.by_rows("forward")
@@ -212,7 +232,7 @@ class _Planner:
             return self.complete_groups((self.p.whole,))
         return self.recompute()
 
-    def by_rows(self, scheme: str) -> Plan:
+    def by_rows(self, scheme: str) -> Plan | None:
         """Row block by row block; nothing waits for anything."""
         p = self.p
         frozen = scheme == "frozen"
@@ -224,7 +244,7 @@ class _Planner:
         fixed = self.scratch_bytes(tile) if frozen else 0
         rows = min((self.budget - fixed) // each, 4 * tile if frozen else tile, max(p.rows, 1))
         if rows < 1:
-            self.refuse(each + (self.scratch_bytes(1) if frozen else 0))
+            return None
         tile = min(tile, rows)
         blocks = tuple(Group((0, 0), (), ((a, min(a + rows, p.rows)),)) for a in range(0, p.rows, rows))
         return Plan(
@@ -280,26 +300,25 @@ class _Planner:
             self.accumulator_bytes(len(groups), self.p.scratches if long else 0),
         )  # fmt: skip
 
-    def recompute(self) -> Plan:
+    def recompute(self) -> Plan | None:
         """Up to half of the budget for stashed residuals, the rest for slices of recomputed ones."""
         p = self.p
         stash_row = p.vocab * p.itemsize
-        tile = self.tile_rows_for(self.budget, p.rows)
         first_pass = p.vocab * p.logits_itemsize + p.gathered * p.hidden * p.itemsize  # each row of its tiles
-        tile = max(1, min(tile, self.budget // 2 // first_pass))
-        stash = max(0, self.budget // 2 - tile * first_pass) // stash_row // tile * tile
-        for kept in (stash, 0):
+        most = max(1, min(self.tile_rows_for(self.budget, p.rows), self.budget // 2 // first_pass))
+        half = max(0, self.budget // 2 - most * first_pass) // stash_row
+        # A stash is made of whole tiles. The last two matter only where the budget hardly suffices.
+        for tile, wanted in ((most, half), (most, 0), (1, 0), (1, p.rows)):
+            kept = min(wanted, p.rows - 1) // tile * tile
             fixed, per_col = self.second_pass(kept)
             cols = (self.budget - fixed) // per_col // SLICE_COLS * SLICE_COLS
-            if cols >= SLICE_COLS:
-                break
-        else:
-            self.refuse(max(fixed + SLICE_COLS * per_col, first_pass))
-        if self.budget < first_pass:
-            self.refuse(max(fixed + SLICE_COLS * per_col, first_pass))
-        cols = min(cols, -(-p.vocab // SLICE_COLS) * SLICE_COLS)
-        used = max(kept * stash_row + tile * first_pass, fixed + min(cols, p.vocab) * per_col)
-        return Plan("recompute", p, self.budget, (self.p.whole,), tile, kept, cols, 0, used, self.accumulator_bytes(0))
+            cols = min(cols, -(-p.vocab // SLICE_COLS) * SLICE_COLS)
+            used = max(kept * stash_row + tile * first_pass, fixed + min(cols, p.vocab) * per_col)
+            if cols >= SLICE_COLS and used <= self.budget:
+                return Plan(
+                    "recompute", p, self.budget, (self.p.whole,), tile, kept, cols, 0, used, self.accumulator_bytes(0)
+                )  # fmt: skip
+        return None
 
     def second_pass(self, kept: int) -> tuple[int, int]:
         """Bytes of the backward pass of `recompute`: fixed, and for each column of a slice."""
@@ -309,6 +328,8 @@ class _Planner:
         fixed = kept * p.vocab * p.itemsize + p.gathered * again * p.hidden * p.itemsize
         fixed += p.needs_weight_grad * p.rows * p.hidden * p.itemsize
         fixed += p.needs_hidden_grad * again * p.hidden * (max(4, p.itemsize) + product)
+        if product and p.needs_hidden_grad:
+            fixed += min(again * p.hidden * 4, ADD_BYTES)
         per_col = again * (p.itemsize + self.scratch_itemsize)
         if p.needs_weight_grad and not self.direct:
             if kept and p.grad_itemsize < 4:
@@ -316,12 +337,6 @@ class _Planner:
             elif kept or p.grad_itemsize >= 4:
                 per_col += p.hidden * product
         return fixed, per_col
-
-    def refuse(self, least: int) -> None:
-        raise ValueError(
-            f"memory_budget is {self.budget} bytes; {self.p.rows} rows of hidden {self.p.hidden} and vocab "
-            f"{self.p.vocab} need at least {least}"
-        )
 
 
 def _fill(rows: Sequence[int], capacity: int) -> list[tuple[int, int]]:

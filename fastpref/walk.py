@@ -22,7 +22,7 @@ from torch import Tensor
 
 from . import losses, rows
 from .losses import Loss, SequenceLogps, Totals
-from .plan import MIB, Group, Plan, Problem, plan
+from .plan import ADD_BYTES, MIB, Group, Plan, Problem, plan
 from .rows import native
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -114,14 +114,14 @@ def debugging() -> bool:
     return os.environ.get("FASTPREF_DEBUG", "0") not in ("", "0")
 
 
-def check_targets(targets: Tensor, vocab: int, ignore_index: int) -> None:
+def check_targets(targets: Tensor, vocab: int, ignore_index: int, name: str = "weight") -> None:
     """On the CPU always; on a device only under FASTPREF_DEBUG=1, for it synchronises."""
     if targets.device.type == "meta" or (targets.device.type != "cpu" and not debugging()):
         return
     wrong = (targets != ignore_index) & ((targets < 0) | (targets >= vocab))
     if wrong.any():
         value = targets[wrong][0].item()
-        takes = f"0 <= target < {vocab} (rows of weight) or ignore_index {ignore_index}"
+        takes = f"0 <= target < {vocab} (rows of {name}) or ignore_index {ignore_index}"
         raise ValueError(f"targets holds {value}; it takes {takes}")
 
 
@@ -168,7 +168,11 @@ def _add_mm(total: Tensor, a: Tensor, b: Tensor, begun: bool, product: Tensor | 
     """total (+)= a b in the precision of total; by way of `product` where no GEMM does that."""
     if product is not None:
         torch.mm(a, b, out=product)
-        total.add_(product) if begun else total.copy_(product)
+        # By rows: torch would make a fp32 copy of the whole product first.
+        step = max(1, ADD_BYTES // max(1, product.shape[1] * total.itemsize))
+        for start in range(0, total.shape[0], step):
+            part, more = total[start : start + step], product[start : start + step]
+            part.add_(more) if begun else part.copy_(more)
     elif not begun:
         _mm(a, b, total)
     elif total.dtype == a.dtype:
@@ -255,16 +259,16 @@ class _HiddenGrad:
         if self.buffer is None:
             target = _mm(residuals_CV, weight, self.grad[start:end])
             if scale is not None:
-                target.mul_(scale[:, None])
+                rows.scale_rows(target, scale, target)
             return
         product = _mm(residuals_CV, weight, self.buffer[: end - start])
-        self.put_rows(start, product if scale is None else product.mul_(scale[:, None]))
+        self.put_rows(start, product if scale is None else rows.scale_rows(product, scale, product))
 
     def scale_rows(self, scale: Tensor) -> None:
         """Every scored row times its late scalar, [N]."""
         if self.index is not None:
             scale = scale.new_zeros(self.grad.shape[0]).index_copy_(0, self.index, scale)
-        self.grad.mul_(scale[:, None])
+        rows.scale_rows(self.grad, scale, self.grad)
 
     def scale_range(self, start: int, end: int, scale: Tensor) -> None:
         """Scored rows [start, end) times one late scalar."""
@@ -275,11 +279,12 @@ class _HiddenGrad:
             self.grad.index_copy_(0, self.index[start:end], rows_CH)
 
     def put_rows(self, start: int, rows_CH: Tensor) -> None:
-        end = start + rows_CH.shape[0]
         if self.index is None:
-            self.grad[start:end].copy_(rows_CH)
-        else:
-            self.grad.index_copy_(0, self.index[start:end], rows_CH.to(self.grad.dtype))
+            self.grad[start : start + rows_CH.shape[0]].copy_(rows_CH)
+            return
+        for first, part in enumerate(rows_CH.split(128)):
+            place = start + 128 * first
+            self.grad.index_copy_(0, self.index[place : place + part.shape[0]], part.to(self.grad.dtype))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -305,12 +310,18 @@ class Walk:
         p = schedule.problem
         stats = rows.stats_dtype(head.weight.dtype)
         self.logps, self.lse, self.scale = (head.weight.new_zeros(p.rows, dtype=stats) for _ in range(3))
-        self.stash = self.empty(schedule.stash_rows, p.vocab) if stash is None else stash
+        self.stash = self.tile(schedule.stash_rows) if stash is None else stash
         self.x_buffer = self.empty(schedule.tile_rows, p.hidden) if p.gathered else None
         self.scratch: Tensor | None = None
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return _fresh(self.head.weight.new_empty(shape, dtype=dtype))
+
+    def tile(self, count: int, dtype: torch.dtype | None = None) -> Tensor:
+        """[count, V] for logits or residuals; on a GPU every row begins at 16 bytes, for loads of that width."""
+        vocab = self.plan.problem.vocab
+        pitch = vocab if self.head.weight.device.type == "cpu" else -(-vocab // 8) * 8
+        return self.empty(count, pitch, dtype=dtype)[:, :vocab]
 
     @property
     def swept_in_place(self) -> bool:
@@ -326,8 +337,7 @@ class Walk:
                 logits = out
             else:
                 if self.scratch is None:
-                    vocab = self.plan.problem.vocab
-                    self.scratch = self.empty(self.plan.tile_rows, vocab, dtype=self.head.logits_dtype)
+                    self.scratch = self.tile(self.plan.tile_rows, self.head.logits_dtype)
                 logits = self.scratch[:count]
             _mm(self.scored.rows(first, end, self.x_buffer), self.head.weight.t(), logits)
             found = self.head.residual(logits, self.scored.targets[first:end], out)
@@ -527,6 +537,7 @@ def step(
     if isinstance(reference, tuple):
         # The same tiles as the policy's: a policy that equals its reference has rewards of exactly 0.
         ref_hidden, ref_weight, ref_bias = reference
+        check_targets(targets, ref_weight.shape[0], options.ignore_index, "ref_weight")
         ref_options = options._replace(needs=(False, False, False))
         ref_rows = replace(scored, hidden=ref_hidden.reshape(-1, ref_hidden.shape[-1]))
         ref_problem = problem_of(scored.counts, ref_hidden, ref_weight, scored.index, loss.coupling, ref_options)
@@ -539,7 +550,7 @@ def step(
     dx, dw, db = gradients(scored, head, schedule, weight, bias, options.needs, accumulate_into)
     lengths = scored.lengths.to(walk.logps.dtype)
     if totals is None:
-        totals = Totals(len(scored.counts), lengths.sum(), lengths.chunk(2)[0].sum())
+        totals = Totals(max(len(scored.counts), 1), lengths.sum(), lengths.chunk(2)[0].sum())
     logps = torch.zeros_like(lengths)
     batch = SequenceLogps(logps, lengths, totals, ref_logps, desirable, kl)
 

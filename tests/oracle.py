@@ -330,7 +330,8 @@ def loss_inputs(name: str, batch: Batch) -> tuple[dict, dict]:
     if name == "kto":
         desirable = torch.arange(len(refs)) % 3 != 1
         kl = torch.linspace(-30, -12, len(refs))
-        extra = {"desirable": desirable, "kl_logps": kl, "ref_kl_logps": kl - 1.7}
+        ref_kl = kl - 1.7 + 6 * torch.linspace(-1, 1, len(refs))  # of both signs: the clamp follows the mean
+        extra = {"desirable": desirable, "kl_logps": kl, "ref_kl_logps": ref_kl}
         given |= extra
         truth |= {key: value.double() if value.is_floating_point() else value for key, value in extra.items()}
     return given, truth

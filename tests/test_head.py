@@ -512,7 +512,7 @@ def test_a_kto_batch_may_be_odd():
     for lengths in ([9, 4, 11], [6]):
         batch = make_batch(lengths)
         given, _ = oracle.loss_inputs("kto", batch)
-        given["kl_logps"], given["ref_kl_logps"] = torch.tensor([-8.0, -9, -7, -4]), torch.tensor([-9.0, -9, -9, -4])
+        given["kl_logps"], given["ref_kl_logps"] = torch.tensor([-8.0, -9, -7, -4]), torch.tensor([-12.0, -9, -9, -1])
         inputs = dict(refs=given["ref_logps"].double(), desirable=given["desirable"], beta=0.1)
         inputs |= {key: given[key].double() for key in ("kl_logps", "ref_kl_logps")}
         out, grads = run(batch, fp.KTO(beta=0.1), **given)

@@ -40,12 +40,12 @@ const std::vector<const Kernels*>& here() {
   return found;
 }
 
-// torch's OpenMP, whichever it is, if torch is loaded: found in the running process, because this module links neither.
-// An OpenMP of our own, or threads of our own, would meet torch's worker threads, which spin for tens of milliseconds after
-// a GEMM and hold their cores. A sweep in place right after torch.mm, 2 cores, ms (one thread / std::thread started for
-// the call / a waiting pool / torch's workers): fp32 64 x 32000 0.69 / 0.86 / 0.75 / 0.40; fp32 512 x 32000 5.2 / 5.4 / 5.3
-// / 2.8; bf16 512 x 32000 4.6 / 4.7 / 4.6 / 2.5; fp32 2048 x 32000 22 / 21 / 24 / 12. GNU's, Intel's and LLVM's runtimes
-// all have this entry point.
+// torch's OpenMP, whichever it is, if torch is loaded: found in the running process, because this module links
+// neither. An OpenMP of our own, or threads of our own, would meet torch's worker threads, which spin for tens of
+// milliseconds after a GEMM and hold their cores. A sweep in place right after torch.mm, 2 cores, ms (one thread /
+// std::thread started for the call / a waiting pool / torch's workers): fp32 64 x 32000 0.69 / 0.86 / 0.75 / 0.40;
+// fp32 512 x 32000 5.2 / 5.4 / 5.3 / 2.8; bf16 512 x 32000 4.6 / 4.7 / 4.6 / 2.5; fp32 2048 x 32000 22 / 21 / 24 /
+// 12. GNU's, Intel's and LLVM's runtimes all have this entry point.
 using Parallel = void (*)(void (*)(void*), void*, unsigned threads, unsigned flags);
 
 Parallel torch_parallel() {
@@ -77,8 +77,8 @@ void on_threads(int64_t threads, Work& work) {
 
 template <class Work>
 void over_rows(const Tile& tile, int threads, const Work& rows) {
-  // A thread takes rows worth 64k logits at a time, some 15 us: so one that the system holds up delays nobody, and a tile
-  // too small to share stays on this thread.
+  // A thread takes rows worth 64k logits at a time, some 15 us: so one that the system holds up delays nobody, and a
+  // tile too small to share stays on this thread.
   const int64_t grain = std::max<int64_t>(1, (int64_t(1) << 16) / std::max<int64_t>(1, tile.cols));
   const int64_t chunks = (tile.rows + grain - 1) / grain;
   std::atomic<int64_t> next{0};

@@ -1,4 +1,5 @@
-// The CPU's row kernels as the Python door sees them: whole tiles, on `threads` threads, with the instruction set chosen.
+// The CPU's row kernels as the Python door sees them: whole tiles, on `threads` threads, with the instruction set
+// chosen.
 #pragma once
 
 #include <string>

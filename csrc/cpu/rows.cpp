@@ -1,11 +1,13 @@
-// The row kernels on the CPU: one sweep over each row, whatever it holds. CMake compiles this file once per instruction
-// set with -DFASTPREF_KERNELS=kernels_<name>, -DFASTPREF_NAME="<name>"; dispatch.cpp picks one at run time.
+// The row kernels on the CPU: one sweep over each row, whatever it holds. CMake compiles this file once per
+// instruction set with -DFASTPREF_KERNELS=kernels_<name>, -DFASTPREF_NAME="<name>"; dispatch.cpp picks one at run
+// time.
 //
-// A row is walked in blocks that stay in the L1 cache. Pass 1 over a block turns logits into z and finds its maximum; pass
-// 2 writes E = exp(z - m) (times the softcap's slope) and adds up s = sum E. m is the maximum of the row's FIRST block and
-// stays so while later blocks exceed it by less than a limit that keeps E in range. A block that exceeds it moves m up to
-// its own maximum, and what this row has written so far is multiplied by exp(m_old - m_new): the logits are never needed
-// twice, so `out` may be `logits` itself. At the end E - s is stored at the target, and -row_factor / s goes to the scale.
+// A row is walked in blocks that stay in the L1 cache. Pass 1 over a block turns logits into z and finds its maximum;
+// pass 2 writes E = exp(z - m) (times the softcap's slope) and adds up s = sum E. m is the maximum of the row's FIRST
+// block and stays so while later blocks exceed it by less than a limit that keeps E in range. A block that exceeds it
+// moves m up to its own maximum, and what this row has written so far is multiplied by exp(m_old - m_new): the logits
+// are never needed twice, so `out` may be `logits` itself. At the end E - s is stored at the target, and -row_factor
+// / s goes to the scale.
 #include "isa.h"
 #include "vec.h"
 
@@ -25,9 +27,9 @@ constexpr bool kWanted = true;
 template <>
 constexpr bool kWanted<None> = false;
 
-// How far z may lie above m before m moves. Sums reach cols * e^limit, which fp32 and bf16 hold for any vocabulary; in
-// fp16 a limit of 8 keeps E below 65504, and the sum must fit too, because E - s is stored at the target: m moves up where
-// it grows past kLargestSum, so far that the sum becomes kSmallSum.
+// How far z may lie above m before m moves. Sums reach cols * e^limit, which fp32 and bf16 hold for any vocabulary;
+// in fp16 a limit of 8 keeps E below 65504, and the sum must fit too, because E - s is stored at the target: m moves
+// up where it grows past kLargestSum, so far that the sum becomes kSmallSum.
 template <class T>
 constexpr float kLimit = 30.0f;
 template <>
@@ -45,7 +47,7 @@ struct Block {
 
 enum class Map { plain, affine, softcap };
 
-// ---- pass 1: logits -> z ----------------------------------------------------------------------------------------------
+// ---- pass 1: logits -> z ------------------------------------------------------------------------------------------
 
 template <class T, Map kMap, bool kBias>
 struct Load {
@@ -117,7 +119,7 @@ LoadBlock choose_load(const Tile& tile) {
   }
 }
 
-// ---- pass 2: z -> E and its sums ----------------------------------------------------------------------------------------
+// ---- pass 2: z -> E and its sums ----------------------------------------------------------------------------------
 
 struct Sums {
   float m = 0;           // E = exp(z - m)
@@ -130,43 +132,43 @@ struct Sums {
   double z = 0;          // sum z
 };
 
-// Lanes are added up in fp32 within a block (at most kBlock / kLanes terms each) and blocks in double, so that the error of
-// a sum over 512k columns is that of one block.
+struct Lanes {
+  vf e[4] = {}, ez = {}, e2 = {};
+};
+
+// N vectors of the block from column i on, n of whose columns are left: fewer than a vector only if N is 1.
+template <int N, class T, bool kSlope, bool kExtras>
+FASTPREF_INLINE void exp_vectors(const Block& block, int64_t i, int64_t n, vf m, T* out, Lanes& lanes) {
+  vf d[N], x[N];
+  for (int j = 0; j < N; ++j) x[j] = d[j] = load(block.z + i + j * kLanes) - m;
+  exp_all(x);
+  for (int j = 0; j < N; ++j) {
+    lanes.e[j] += x[j];
+    if constexpr (kExtras) {
+      lanes.ez += x[j] > 0.0f ? x[j] * d[j] : vf{};  // a probability of 0 contributes 0, also where d is -inf
+      lanes.e2 += x[j] * x[j];
+    }
+    if constexpr (kSlope) x[j] *= load(block.slope + i + j * kLanes);
+    if constexpr (kWanted<T>) {
+      if (N > 1 || n >= kLanes) store(out + i + j * kLanes, x[j]);
+      else store_first(out + i, x[j], n);
+    }
+  }
+}
+
+// Lanes are added up in fp32 within a block (at most kBlock / kLanes terms each) and blocks in double, so that the
+// error of a sum over 512k columns is that of one block.
 template <class T, bool kSlope, bool kExtras>
 FASTPREF_INLINE void exp_block(const Block& block, int64_t n, T* out, Sums& sums) {
   const vf m = splat(sums.m);
-  vf e[2] = {}, ez = {}, e2 = {};
-  const auto one = [&](int64_t i, vf& sum) -> vf {
-    const vf d = load(block.z + i) - m;
-    const vf x = exp_vec(d);
-    sum += x;
-    if constexpr (kExtras) {
-      ez += x > 0.0f ? x * d : vf{};  // a probability of 0 contributes 0, also where d is -inf
-      e2 += x * x;
-    }
-    if constexpr (kSlope) return x * load(block.slope + i);
-    return x;
-  };
-  const auto put = [&](int64_t i, vf x) {
-    if constexpr (kWanted<T>) store(out + i, x);
-  };
+  Lanes lanes;
   int64_t i = 0;
-  for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
-    put(i, one(i, e[0]));
-    put(i + kLanes, one(i + kLanes, e[1]));
-  }
-  if (i + kLanes <= n) {
-    put(i, one(i, e[0]));
-    i += kLanes;
-  }
-  if (i < n) {
-    const vf x = one(i, e[1]);
-    if constexpr (kWanted<T>) store_first(out + i, x, n - i);
-  }
-  sums.e += sum_lanes(e[0]) + sum_lanes(e[1]);
+  for (; i + 4 * kLanes <= n; i += 4 * kLanes) exp_vectors<4, T, kSlope, kExtras>(block, i, n - i, m, out, lanes);
+  for (; i < n; i += kLanes) exp_vectors<1, T, kSlope, kExtras>(block, i, n - i, m, out, lanes);
+  for (const vf& e : lanes.e) sums.e += sum_lanes(e);
   if constexpr (kExtras) {
-    sums.ez += sum_lanes(ez);
-    sums.e2 += sum_lanes(e2);
+    sums.ez += sum_lanes(lanes.ez);
+    sums.e2 += sum_lanes(lanes.e2);
     vf z = {};
     for (i = 0; i + kLanes <= n; i += kLanes) z += load(block.z + i);
     sums.z += sum_lanes(z);
@@ -220,7 +222,7 @@ Sums sweep(const Tile& tile, LoadBlock load_z, int64_t row, T* out, Block& block
   return sums;
 }
 
-// ---- the contract's three functions -------------------------------------------------------------------------------------
+// ---- the contract's three functions -------------------------------------------------------------------------------
 
 template <class T>
 void store_one(T* p, float x) {
@@ -246,7 +248,8 @@ void residual_rows(const Tile& tile, const Out& out, const Stats& stats, int64_t
       continue;
     }
     const Sums sums = sweep<T, kSlope, kExtras>(tile, load_z, row, u, block);
-    const double log_e = sums.e < double(kInf) ? __builtin_log(sums.e) : double(kNaN);  // NaN, or inf from a logit of +inf
+    // The sum is NaN where a logit is, and inf where one is +inf.
+    const double log_e = sums.e < double(kInf) ? __builtin_log(sums.e) : double(kNaN);
     put(stats.logp, double(sums.target) - sums.m - log_e);
     put(stats.lse, sums.m + log_e);
     if constexpr (kWanted<T>) {
@@ -353,7 +356,7 @@ void residual_given_lse(const Tile& tile, const float* lse, const Out& out, int6
   }
 }
 
-// ---- test hooks ---------------------------------------------------------------------------------------------------------
+// ---- test hooks ---------------------------------------------------------------------------------------------------
 
 void exp_in_place(float* x, int64_t n) {
   for (int64_t i = 0; i < n; i += kLanes) {
@@ -375,6 +378,8 @@ void tanh_in_place(float* x, float* slope, int64_t n) {
 
 namespace fastpref::cpu {
 
-extern const Kernels FASTPREF_KERNELS = {FASTPREF_NAME, residual, fold, residual_given_lse, exp_in_place, tanh_in_place};
+extern const Kernels FASTPREF_KERNELS = {
+    FASTPREF_NAME, residual, fold, residual_given_lse, exp_in_place, tanh_in_place,
+};
 
 }  // namespace fastpref::cpu

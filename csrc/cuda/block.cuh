@@ -1,5 +1,5 @@
-// What the row algorithms ask of a thread block: lanes, barriers, shuffles, votes and shared memory. The tests have a second
-// implementation that runs them on a CPU (tests/rows/emulated_block.h).
+// What the row algorithms ask of a thread block: lanes, barriers, shuffles, votes and shared memory. The tests have a
+// second implementation that runs them on a CPU (tests/rows/emulated_block.h).
 #pragma once
 
 #include "rows.cuh"

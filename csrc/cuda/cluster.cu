@@ -84,10 +84,10 @@ struct LaunchCluster {
 }  // namespace
 
 int cluster_size(DType logits, int64_t cols, int device) {
-  if (attribute(cudaDevAttrComputeCapabilityMajor, device) < 9 || !attribute(cudaDevAttrClusterLaunch, device)) return 0;
+  if (!attribute(cudaDevAttrClusterLaunch, device)) return 0;
   const int64_t chunks = row_chunks(logits, cols);
-  const int64_t most =
-      (attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device) - static_cast<int>(sizeof(ClusterShared))) / kChunkBytes;
+  const int64_t memory = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  const int64_t most = (memory - static_cast<int64_t>(sizeof(ClusterShared))) / kChunkBytes;
   // As few blocks as leave each 64 KiB of the row or less, for three of them to share an SM; wider rows take what fits.
   for (int ranks = 1; ranks <= kMaxRanks; ranks *= 2)
     if (chunks <= (most < 4 ? most : 4) * ranks) return ranks;
@@ -102,7 +102,8 @@ void residual_by_cluster(const Args& a, Where where) {
     throw std::invalid_argument("logits has " + std::to_string(a.tile.cols) +
                                 " columns; the cluster sweep takes rows that fit 8 blocks' shared memory, from compute "
                                 "capability 9.0 on");
-  if (a.tile.rows * ranks > (int64_t{1} << 31) - 1) throw std::invalid_argument("logits has too many rows for clusters");
+  if (a.tile.rows * ranks > (int64_t{1} << 31) - 1)
+    throw std::invalid_argument("logits has too many rows for clusters");
   dispatch_logits(a, LaunchCluster{a, where, ranks});
 }
 

@@ -1,11 +1,13 @@
-// residual by a cluster of thread blocks (compute capability 9.0 and newer) that holds a whole row in its shared memory, each
-// block a slice: logits are read from global memory once, seen as often as needed, and `out` is written once, normalised:
+// residual by a cluster of thread blocks (compute capability 9.0 and newer) that holds a whole row in its shared
+// memory, each block a slice: logits are read from global memory once, seen as often as needed, and `out` is written
+// once, normalised:
 //
 //     out = gain * (softmax - onehot) * slope,    scale = -row_factor / gain,    gain = 2^15 for fp16, else 1
 //
 // It is for what the block sweep of rows.cuh would have to visit twice: fp16, whose range cannot hold unnormalised rows
-// (p stays a normal number down to 2e-9). A row's m, the lane that adds up a column and the order within a unit are those of
-// the block sweep, and sums beyond a unit are fp64: unless m moved, log-probs agree to the last bit or nearly always so.
+// (p stays a normal number down to 2e-9). A row's m, the lane that adds up a column and the order within a unit are
+// those of the block sweep, and sums beyond a unit are fp64: unless m moved, log-probs agree to the last bit or nearly
+// always so.
 #pragma once
 
 #include "rows.cuh"

@@ -1,5 +1,5 @@
-// The CUDA kernels as seen by the rest: the row contract with device addresses, launched on a stream. Nothing here waits for
-// the device. Every error is a std::runtime_error that says what CUDA said.
+// The CUDA kernels as seen by the rest: the row contract with device addresses, launched on a stream. Nothing here
+// waits for the device. Every error is a std::runtime_error that says what CUDA said.
 #pragma once
 
 #include <cstdint>

@@ -1,5 +1,5 @@
-// For the .cu files: CUDA's errors as exceptions, the tensor's device as the current one for as long as a launch takes, and
-// the launch of a row kernel.
+// For the .cu files: CUDA's errors as exceptions, the tensor's device as the current one for as long as a launch takes,
+// and the launch of a row kernel.
 #pragma once
 
 #include <cuda_runtime.h>

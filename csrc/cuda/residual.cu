@@ -5,9 +5,9 @@
 namespace fastpref::cuda {
 namespace {
 
-// Blocks that share an SM. Four: 64 registers a thread, and up to 64 KiB of fp32 logits in flight, of which 17 KiB must arrive
-// each 0.8 us to keep an H200's memory busy (arithmetic: 4.3 TB/s over 132 SMs). Fewer where the softcap's slopes or the
-// extras' sums want more.
+// Blocks that share an SM. Four: 64 registers a thread, and up to 64 KiB of fp32 logits in flight, of which 17 KiB must
+// arrive each 0.8 us to keep an H200's memory busy (arithmetic: 4.3 TB/s over 132 SMs). Fewer where the softcap's
+// slopes or the extras' sums want more.
 template <class U, Map kMap, bool kExtras = false>
 constexpr int kBlocks = kExtras ? 2 : kMap == Map::linear || std::is_same_v<U, None> ? 4 : 3;
 

@@ -1,18 +1,19 @@
 // The row algorithms, one thread block a row: residual, fold and residual_given_lse of fastpref/rows/__init__.py.
 //
-// The sweep reads each logit once. Warps take units of 256 columns in turn and never wait for one another: m, the number
-// that E = exp(z - m) is taken relative to, starts as the maximum of the row's first chunk (the sweep's one barrier before
-// its end), and each warp keeps its own m from there. A warp that meets a z more than kLimit above its m moves it up and
-// multiplies what it has written so far, its own columns and no other's, by exp(m_old - m_new). At the end the row's m is
-// the largest of the warps', and a warp that stayed below brings its columns there. Moves are rare, the logits are never read
-// twice, and as every byte of `out` belongs to one thread, `out` may be `logits`.
+// The sweep reads each logit once. Warps take units of 256 columns in turn and never wait for one another: m, the
+// number that E = exp(z - m) is taken relative to, starts as the maximum of the row's first chunk (the sweep's one
+// barrier before its end), and each warp keeps its own m from there. A warp that meets a z more than kLimit above its m
+// moves it up and multiplies what it has written so far, its own columns and no other's, by exp(m_old - m_new). At the
+// end the row's m is the largest of the warps', and a warp that stayed below brings its columns there. Moves are rare,
+// the logits are never read twice, and as every byte of `out` belongs to one thread, `out` may be `logits`.
 //
-// The target's own column is left out of the sums: s_other = sum of E over the other columns, and -s_other is what belongs at
-// the target: E[y] - s without its cancellation, right to fp32 precision even where the target's probability is 1 - 1e-9.
+// The target's own column is left out of the sums: s_other = sum of E over the other columns, and -s_other is what
+// belongs at the target: E[y] - s without its cancellation, right to fp32 precision even where the target's probability
+// is 1 - 1e-9.
 //
-// fp16 cannot hold s_other (up to the vocabulary's size) beside the small E, so there `out` holds 2^shift E. shift starts at
-// 10, and at the end is lowered as far as s_other asks; then a row is multiplied by a power of two once more, which rounds
-// nothing but subnormals.
+// fp16 cannot hold s_other (up to the vocabulary's size) beside the small E, so there `out` holds 2^shift E. shift
+// starts at 10, and at the end is lowered as far as s_other asks; then a row is multiplied by a power of two once more,
+// which rounds nothing but subnormals.
 #pragma once
 
 #include "vec.cuh"
@@ -27,8 +28,8 @@ template <class T>
 constexpr int kChunk = kWarps * kAhead<T>;  // units: 4096 (fp32) or 8192 columns
 static_assert(kThreads >= kUnit, "every column behind the last whole unit has its thread");
 
-// Sums reach columns * e^30 = 6e18 for 512k columns, which fp32 and bf16 hold; 25 nats between a row's first chunk and its
-// maximum were seen on logits of standard deviation 12.
+// Sums reach columns * e^30 = 6e18 for 512k columns, which fp32 and bf16 hold; 25 nats between a row's first chunk and
+// its maximum were seen on logits of standard deviation 12.
 constexpr float kLimit = 30.0f;
 constexpr int kFirstShift = 10;  // fp16: E = 1 is stored as 2^10 ...
 constexpr int kTopShift = 15;    // ... and nothing above 2^15, of 65504
@@ -103,7 +104,7 @@ FASTPREF_DEVICE float block_max(Block& block, float x) {
   return warp_max(block, block.shared.tops[block.lane % kWarps]);
 }
 
-// ---- logits -> z --------------------------------------------------------------------------------------------------------
+// ---- logits -> z ----------------------------------------------------------------------------------------------------
 
 template <class T, Map kMap>
 struct Logits {
@@ -123,8 +124,9 @@ struct Logits {
   // z, and the part of dz/dlogit that differs between columns.
   FASTPREF_DEVICE float softcap(float x, float& slope) const {
     const float u = x * a.pre, magnitude = fabsf(u);
-    // 1 - 2 e / (1 + e) and 4 e / (1 + e)^2, e = exp(-2 |u|): nothing overflows, and the slope keeps its relative precision
-    // where the cap saturates. Near 0 the first would cancel: a polynomial there (relative error 9e-8 up to 0.55).
+    // 1 - 2 e / (1 + e) and 4 e / (1 + e)^2, e = exp(-2 |u|): nothing overflows, and the slope keeps its relative
+    // precision where the cap saturates. Near 0 the first would cancel: a polynomial there (relative error 9e-8 up to
+    // 0.55).
     const float e = exp_fast(-2.0f * magnitude), r = inverse(1.0f + e), u2 = u * u;
     const float far = copysignf(1.0f - 2.0f * e * r, u);
     const float p = ((0x1.0da8fap-6f * u2 - 0x1.af96a4p-5f) * u2 + 0x1.10d01ap-3f) * u2 - 0x1.55545ap-2f;
@@ -139,7 +141,8 @@ struct Logits {
 #pragma unroll
       for (int i = 0; i < kPerLane; i += 4) {
         const float* bias = a.tile.bias + unit * kUnit + lane_column<T>(block.lane, i);
-        const float4 b = bias_aligned ? *reinterpret_cast<const float4*>(bias) : float4{bias[0], bias[1], bias[2], bias[3]};
+        const float4 b =
+            bias_aligned ? *reinterpret_cast<const float4*>(bias) : float4{bias[0], bias[1], bias[2], bias[3]};
         z[i] += b.x, z[i + 1] += b.y, z[i + 2] += b.z, z[i + 3] += b.w;
       }
     }
@@ -184,10 +187,10 @@ FASTPREF_DEVICE float max8(const float* x) {
   return fmaxf(fmaxf(fmaxf(x[0], x[1]), fmaxf(x[2], x[3])), fmaxf(fmaxf(x[4], x[5]), fmaxf(x[6], x[7])));
 }
 
-// ---- sums ---------------------------------------------------------------------------------------------------------------
+// ---- sums -----------------------------------------------------------------------------------------------------------
 
-// Of one thread, later of a row: everything but sz and top without the target's column. fp32 within a unit, fp64 beyond:
-// the error of a sum over 512k columns is that of one over 8.
+// Of one thread, later of a row: everything but sz and top without the target's column. fp32 within a unit, fp64
+// beyond: the error of a sum over 512k columns is that of one over 8.
 template <bool kExtras>
 struct Sums {
   double s = 0;             // sum E
@@ -358,11 +361,11 @@ FASTPREF_DEVICE Row<kExtras> sweep(Block& block, const Args& a, const Logits<T, 
     for (int unit = block.warp; unit < units; unit += kWarps) out.scale(block, unit, factor);
     if (has_edge) out.scale_one(edge, factor);
   }
-  if (moved || half) block.sync();  // thread 0 goes on to write the target's entry, beside columns that were just rescaled
+  if (moved || half) block.sync();  // thread 0 goes on to write the target's entry, among columns just rescaled
   return row;
 }
 
-// ---- the contract's three functions -------------------------------------------------------------------------------------
+// ---- the contract's three functions ---------------------------------------------------------------------------------
 
 FASTPREF_DEVICE void put(float* where, int64_t row, double value) {
   if (where) where[row] = static_cast<float>(value);
@@ -385,7 +388,8 @@ FASTPREF_DEVICE void ignored_stats(const Stats& stats, int64_t row) {
 
 // The row's numbers from its sums, in fp64: one thread. Without a valid target z_y is NaN. Returns the sum of all E.
 template <bool kExtras>
-FASTPREF_DEVICE double write_stats(const Args& a, int64_t row, const Sums<kExtras>& sums, float m, bool valid, float z_y) {
+FASTPREF_DEVICE double write_stats(const Args& a, int64_t row, const Sums<kExtras>& sums, float m, bool valid,
+                                   float z_y) {
   const double d_y = static_cast<double>(z_y) - m, e_y = valid ? exp(d_y) : 0.0;
   const double total = sums.s + e_y;
   const double log_total = total < kInf ? log(total) : quiet_nan();  // NaN, or inf from a logit of +inf
@@ -412,7 +416,7 @@ FASTPREF_DEVICE void residual_row(Block& block, const Args& a, int64_t row) {
   const Logits<T, kMap> logits(a, row);
   const int y = target_column(a.tile, target);
   float z_y = quiet_nan(), slope_y = 1.0f;
-  if (block.thread == 0 && y >= 0) z_y = logits.one(y, slope_y);  // before the sweep's first barrier, and so before any store
+  if (block.thread == 0 && y >= 0) z_y = logits.one(y, slope_y);  // before a barrier, and so before any store
 
   const Row<kExtras> swept = sweep<T, U, kMap, kExtras>(block, a, logits, y, out);
   if (block.thread == 0) {
@@ -493,10 +497,10 @@ FASTPREF_DEVICE void given_lse_row(Block& block, const Args& a, int64_t row) {
   }
 }
 
-// ---- which instance a call takes ----------------------------------------------------------------------------------------
+// ---- which instance a call takes ------------------------------------------------------------------------------------
 
-// Calls kernel.operator()<T, U, kMap, kExtras>(). What the engine asks for has its own instance, in which what is off costs
-// nothing; extras, and an `out` of another dtype than 16-bit logits, share one a dtype.
+// Calls kernel.operator()<T, U, kMap, kExtras>(). What the engine asks for has its own instance, in which what is off
+// costs nothing; extras, and an `out` of another dtype than 16-bit logits, share one a dtype.
 template <class T, class U, class Kernel>
 void dispatch_map(const Args& a, const Kernel& kernel) {
   if (a.tile.softcap != 0.0f) kernel.template operator()<T, U, Map::softcap, false>();

@@ -1,8 +1,8 @@
 // How a warp holds 256 columns of a row, and how they get in and out of memory in 16-byte pieces.
 //
 // A UNIT is 256 consecutive columns starting at a multiple of 256; every lane holds 8 of them. Which 8 depends on the
-// element size of the logits alone: neither on alignment nor on `out`. So a row's sums are added in the same order, and its
-// log-prob comes out the same to the last bit, whatever is written and wherever the row lies.
+// element size of the logits alone: neither on alignment nor on `out`. So a row's sums are added in the same order, and
+// its log-prob comes out the same to the last bit, whatever is written and wherever the row lies.
 //
 //   fp32 logits  two 16-byte pieces a lane: columns 4 lane .. 4 lane + 3, and the same 128 further on
 //   16 bits      one piece: columns 8 lane .. 8 lane + 7
@@ -53,7 +53,7 @@ FASTPREF_DEVICE To bits_as(const From& x) {
   return y;
 }
 
-// ---- fp32 and the tile dtypes -----------------------------------------------------------------------------------------
+// ---- fp32 and the tile dtypes ---------------------------------------------------------------------------------------
 
 FASTPREF_DEVICE float to_float(float x) { return x; }
 FASTPREF_DEVICE float to_float(bf16 x) { return __bfloat162float(x); }
@@ -104,7 +104,7 @@ FASTPREF_DEVICE uint4 pack(Half h, const float* x) {
 template <class T>
 constexpr int kPieces = sizeof(T) * kPerLane / 16;  // 16-byte pieces of a lane's 8 columns
 
-// ---- logits in --------------------------------------------------------------------------------------------------------
+// ---- logits in ------------------------------------------------------------------------------------------------------
 
 // The column, within a unit, of a lane's i-th element.
 template <class T>
@@ -157,9 +157,10 @@ FASTPREF_DEVICE void unpack(const Raw<T>& raw, float* x) {
   for (int p = 0; p < kPieces<T>; ++p) unpack(T(), raw.pieces[p], x + p * (kPerLane / kPieces<T>));
 }
 
-// ---- residuals out ----------------------------------------------------------------------------------------------------
+// ---- residuals out --------------------------------------------------------------------------------------------------
 
-// Where, in 16-byte pieces from a unit's start, a lane's p-th piece of U goes, when lanes hold columns as logits of T do.
+// Where, in 16-byte pieces from a unit's start, a lane's p-th piece of U goes, when lanes hold columns as logits of T
+// do.
 template <class T, class U>
 FASTPREF_DEVICE int out_piece(int lane, int p) {
   if constexpr (sizeof(T) == sizeof(U)) return p * kLanes + lane;
@@ -170,8 +171,8 @@ FASTPREF_DEVICE int out_piece(int lane, int p) {
 template <class T, class U, class Block>
 FASTPREF_DEVICE void pack_out(Block& block, const float* x, uint4* pieces) {
   if constexpr (sizeof(T) > sizeof(U)) {
-    // fp32 logits leave a lane with 4 + 4 columns, of which 16 bits each are 8 + 8 bytes. Neighbouring lanes swap halves:
-    // the even one gets the 8 columns of both in the unit's first half, the odd one those in its second.
+    // fp32 logits leave a lane with 4 + 4 columns, of which 16 bits each are 8 + 8 bytes. Neighbouring lanes swap
+    // halves: the even one gets the 8 columns of both in the unit's first half, the odd one those in its second.
     const uint4 own = pack(U(), x);  // columns of the first half in x, y; of the second in z, w
     const bool odd = block.lane % 2;
     const uint32_t x1 = block.shuffle_xor(odd ? own.x : own.z, 1);
@@ -183,7 +184,8 @@ FASTPREF_DEVICE void pack_out(Block& block, const float* x, uint4* pieces) {
   }
 }
 
-// A row of U, written by warps that hold logits of T. Every byte is written, and later rescaled, by one and the same thread.
+// A row of U, written by warps that hold logits of T. Every byte is written, and later rescaled, by one and the same
+// thread.
 template <class T, class U>
 struct Writer {
   U* row;

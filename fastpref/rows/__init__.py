@@ -90,9 +90,10 @@ class FoldState(NamedTuple):
 
 def fold_finish(state: FoldState, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
     """(logp, lse) of rows whose every column was folded; 0 where ignored."""
-    lse = state.maximum + state.sum_exp.log()
-    ignored = targets == ignore_index
-    return (state.target - lse).masked_fill_(ignored, 0.0), lse.masked_fill_(ignored, 0.0)
+    log_sum, ignored = state.sum_exp.log(), targets == ignore_index
+    # In this order: target - (maximum + log_sum) would lose 1e-3 nat where the logits are 1e4.
+    logp = (state.target - state.maximum) - log_sum
+    return logp.masked_fill_(ignored, 0.0), (state.maximum + log_sum).masked_fill_(ignored, 0.0)
 
 
 def stats_dtype(logits_dtype: torch.dtype) -> torch.dtype:
@@ -176,16 +177,21 @@ def scale_rows(x: Tensor, w: Tensor, out: Tensor) -> Tensor:
 
         if all(tensor.dtype in triton_rows.DTYPES for tensor in (x, out)):
             return triton_rows.scale_rows_(x, w, out)
-    torch.mul(x, w[:, None], out=out)
-    return out if x.device.type == "cpu" else out.masked_fill_((w == 0)[:, None], 0.0)
+    if x.device.type != "cpu":
+        return torch.mul(x, w[:, None], out=out).masked_fill_((w == 0)[:, None], 0.0)
+    step = x.shape[0] if x.dtype == w.dtype == out.dtype else 128  # torch makes whole fp32 copies of mixed dtypes
+    for start in range(0, x.shape[0], max(step, 1)):
+        end = start + step
+        torch.mul(x[start:end], w[start:end, None], out=out[start:end])
+    return out
 
 
 def scale_unless_one_(tensor: Tensor, factor: Tensor) -> Tensor:
     """tensor *= factor (one float on its device): no pass over `tensor` where it is 1, no synchronisation to know."""
     if tensor.device.type == "cpu":
-        return tensor if factor.item() == 1.0 else tensor.mul_(factor.to(tensor.dtype))
+        return tensor if factor.item() == 1.0 else tensor.mul_(factor.item())
     if tensor.device.type == "cuda" and _usable("triton"):
         from . import triton_rows
 
         return triton_rows.scale_unless_one_(tensor, factor)
-    return tensor.mul_(factor.to(tensor.dtype))
+    return tensor.mul_(factor)

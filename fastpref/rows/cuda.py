@@ -2,7 +2,7 @@
 
 Two ways through a row. The block sweep (`csrc/cuda/rows.cuh`) reads each logit once and writes an unnormalised `out`.
 The cluster sweep (`csrc/cuda/cluster.cuh`, capability 9.0) holds the row in the shared memory of up to eight thread
-blocks and writes `out` normalised; `residual` takes it for fp16, whose range makes the block sweep visit flat rows twice.
+blocks and writes `out` normalised; `residual` takes it for fp16, which makes the block sweep visit flat rows twice.
 
 A row's logp and lse depend neither on `out`, its dtype and alignment nor on the tile's other rows: in the block sweep
 they are equal to the last bit; the cluster sweep adds up in another order, in fp64, which nearly always rounds alike.

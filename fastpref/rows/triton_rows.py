@@ -15,8 +15,8 @@ How wide a block is (ARITHMETIC for an H200 with 132 SMs of 65536 registers and 
 - An SM owes 4.3e12 / 132 = 33 GB/s, 22 of them reads; at 0.8 us of loaded latency that is 17 KiB of reads in flight.
   128 threads x 16 fp32 logits = 8 KiB a program, and 64 registers a thread let 8 programs share an SM: 64 KiB. If
   reduction, exp and stores are half of an iteration, twice what is needed stays in flight without prefetching.
-- 8 x 132 = 1056 programs run at once: 1024 rows are one wave. With 72 to 96 registers (softcap, some extras) they are
-  two, and a row alone on an SM takes about 63 blocks x 1.1 us = 70 us: such tiles want some 600 rows, or 2000.
+- 8 x 132 = 1056 programs run at once: 1024 rows are one wave. With 80 registers (softcap) it is 792 rows, and the rows
+  left over take 63 blocks x 1.1 us = 70 us more.
 - About 12 instructions a logit use 30 % of the issue slots, softcap's 3 exp and rcp a logit 60 % of the special
   function units.
 """
@@ -82,7 +82,6 @@ def configs() -> dict[str, tuple[Config, ...]]:
 
 if triton is not None:
     _LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
-    _LINEAR = tl.constexpr(1)
     _SOFTCAP = tl.constexpr(2)
 
     @triton.jit
@@ -484,7 +483,7 @@ def _launch(kernel: Any, programs: int, device: torch.device, args: tuple, confi
 def _transform_args(transform: Transform) -> tuple[int, float, float]:
     """(TRANSFORM, pre, post) of `_transform`."""
     if transform.softcap is not None:
-        return 2, transform.logit_scale / transform.softcap, transform.softcap / transform.temperature
+        return _SOFTCAP.value, transform.logit_scale / transform.softcap, transform.softcap / transform.temperature
     return int(transform.row_factor != 1.0), transform.row_factor, 1.0
 
 

@@ -1,0 +1,1 @@
+"""Training: configuration, loop, reference log-probs, checkpoints, metrics, evaluation, report."""

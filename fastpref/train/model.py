@@ -41,9 +41,9 @@ class Policy:
         """[N, H]: the hidden rows that predict a scored token."""
         # No attention mask: padding is on the right, where causal attention never reaches it from a real token, and
         # without a mask SDPA takes its faster causal kernel.
+        positions = {} if batch.position_ids is None else {"position_ids": batch.position_ids}  # not all take any
         with self.autocast():
-            out = self.trunk(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False)
-        hidden = out.last_hidden_state
+            hidden = self.trunk(input_ids=batch.input_ids, use_cache=False, **positions).last_hidden_state
         return hidden.reshape(-1, hidden.shape[-1]).index_select(0, batch.score_rows)
 
     def score(self, batch: Batch, loss: LossFunction, totals: Totals | None = None, **inputs: Any) -> PreferenceOutput:
@@ -195,6 +195,8 @@ def take_apart(model: Any, config: TrainConfig, tokenizer: PreTrainedTokenizerBa
     scale = getattr(settings, "logit_scale", None) or 1.0  # Cohere
     scale /= getattr(settings, "logits_scaling", None) or 1.0  # Granite
     scale *= getattr(settings, "lm_head_multiplier", None) or 1.0  # Falcon-H1
+    softcap = getattr(settings, "final_logit_softcapping", None)  # Gemma 2
+    softcap = softcap or getattr(settings, "logits_soft_cap", None)  # RecurrentGemma
     device = next(model.parameters()).device
     bf16 = config.bf16
     if bf16 is None:
@@ -204,7 +206,7 @@ def take_apart(model: Any, config: TrainConfig, tokenizer: PreTrainedTokenizerBa
         trunk=trunk,
         head=head,
         logit_scale=float(scale),
-        softcap=getattr(settings, "final_logit_softcapping", None),
+        softcap=softcap,
         device=device,
         compute_dtype=torch.bfloat16 if bf16 else torch.float32,
         memory_budget=config.memory_budget,

@@ -1,5 +1,5 @@
-// Thread blocks on a CPU: every CUDA thread is a coroutine, switched at barriers, votes and shuffles, in an order drawn at
-// random, so that an access which no barrier orders shows sooner or later. What csrc/cuda/block.cuh is to a GPU.
+// Thread blocks on a CPU: every CUDA thread is a coroutine, switched at barriers, votes and shuffles, in an order drawn
+// at random, so that an access which no barrier orders shows sooner or later. What csrc/cuda/block.cuh is to a GPU.
 #pragma once
 
 #include <setjmp.h>
@@ -137,8 +137,9 @@ struct Block {
   std::vector<std::pair<uint4*, const uint4*>> copies;
 
   Block(std::vector<BlockState>& blocks, Barrier& cluster, int index)
-      : blocks(blocks), cluster(cluster), rank(index / kThreads), ranks(int(blocks.size())), shared(blocks[rank].shared),
-        slice(blocks[rank].slice.data()), thread(index % kThreads), lane(thread % kLanes), warp(thread / kLanes) {}
+      : blocks(blocks), cluster(cluster), rank(index / kThreads), ranks(int(blocks.size())),
+        shared(blocks[rank].shared), slice(blocks[rank].slice.data()), thread(index % kThreads), lane(thread % kLanes),
+        warp(thread / kLanes) {}
 
   void sync() { blocks[rank].all.wait(); }
   bool sync_or(bool x) { return blocks[rank].all.wait(x); }

@@ -28,7 +28,7 @@ from fastpref.rows import FoldState, Transform, availability, cuda
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[1] / "csrc" / "cuda"
 NVCC = os.environ.get("CUDACXX") or shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
-ARCHITECTURES = ("sm_80", "sm_90a", "sm_100a")
+ARCHITECTURES = ("sm_80", "sm_90a", "sm_100")
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="no nvcc")
 needs_cuda_build = pytest.mark.skipif(not _native.with_cuda, reason="fastpref._native was built without CUDA")
 

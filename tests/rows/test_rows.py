@@ -27,7 +27,11 @@ BACKENDS = ("reference", "native")
 
 @pytest.fixture(params=BACKENDS)
 def rows(request):
-    return importlib.import_module(f"fastpref.rows.{request.param}")
+    # Torch's own small operations on several threads mostly wait for each other, above all on a busy machine.
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield importlib.import_module(f"fastpref.rows.{request.param}")
+    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("out_dtype", DTYPES, ids=str)

@@ -3,10 +3,12 @@ spills, and 16-byte accesses wherever a loop touches global memory. No GPU is ne
 
 from __future__ import annotations
 
+import importlib.util
 import multiprocessing
 import os
 import re
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -268,3 +270,30 @@ def test_eight_programs_of_the_main_sweep_share_a_hopper_multiprocessor(reports)
     # 64 registers x 128 threads x 8 = 65536: the arithmetic at the top of triton_rows.py.
     for variant in ("float32 to None", "float32 to float32", "float32 to bfloat16", "bfloat16 to bfloat16"):
         assert reports[f"residual {variant}", "sm_90"].registers <= 64, variant
+
+
+@pytest.mark.parametrize("target", ["gfx90a", "gfx942"])
+def test_the_main_sweep_compiles_for_rocm(target):
+    launch = recorded(VARIANTS["residual float32 to bfloat16"])
+    gpu = triton.backends.compiler.GPUTarget("hip", target, 64)
+    kernel = triton.compile(source(launch), target=gpu, options={"num_warps": launch.config.num_warps})
+    assert re.findall(r"gpr_spill_count:\s*(\d+)", kernel.asm["amdgcn"]) == ["0", "0"]
+
+
+def test_the_module_imports_without_triton(monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", None)
+    spec = importlib.util.spec_from_file_location("fastpref.rows.without_triton", triton_rows.__file__)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    works, why = module.available()
+    assert not works and "triton does not import" in why
+    assert not module.supports(torch.device("cpu"), FP32)
+
+
+def test_it_says_what_it_runs_on():
+    works, why = triton_rows.available()
+    assert works == torch.cuda.is_available()
+    assert works or why == "there is no CUDA device"
+    assert triton_rows.supports(torch.device("cuda"), BF16)
+    assert not triton_rows.supports(torch.device("cuda"), torch.float64)
+    assert not triton_rows.supports(torch.device("cpu"), FP32)

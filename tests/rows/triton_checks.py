@@ -3,6 +3,7 @@ test_triton_gpu.py, which define the fixture `platform`."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import pytest
@@ -244,6 +245,15 @@ def test_large_and_confident_logits(platform):
     check_gradient(platform, stats.scale, out, want["grad"])
     # The log-prob of row 2 is too near 0 for fp32; its residual at the target is not.
     assert 0 < -stats.scale[2] * -out[2, targets[2]] < 1e-12
+
+
+def test_logits_at_the_end_of_the_range(platform):
+    logits = torch.full((2, 4096), 3e38, device=platform.device)
+    logits[1] = -3e38
+    targets = torch.tensor([5, 4000], device=platform.device)
+    stats = triton_rows.residual(logits, targets, None, transform=Transform(), extras=("entropy",))
+    torch.testing.assert_close(stats.logp, torch.full_like(stats.logp, -math.log(4096)))
+    torch.testing.assert_close(stats.entropy, torch.full_like(stats.logp, math.log(4096)))
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,7 @@ ARCHITECTURES = {
     "phi, bias": transformers.PhiConfig(
         vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
     ),
+    "bloom, no position ids": transformers.BloomConfig(vocab_size=300, hidden_size=32, n_layer=2, n_head=2),
     "gpt2": transformers.GPT2Config(vocab_size=300, n_positions=64, n_embd=32, n_layer=2, n_head=2),
     "gpt_neox": transformers.GPTNeoXConfig(
         vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
