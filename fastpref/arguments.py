@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .losses import Loss
+from .losses import Loss, Totals
 from .walk import Options, fp32_gemms
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -183,3 +183,15 @@ def check_accumulate_into(buffer: Tensor | None, weight: Tensor, possible: bool)
     require(buffer.dtype == torch.float32, "accumulate_into", buffer.dtype, "float32", TypeError)
     require(buffer.is_contiguous(), "accumulate_into", "not contiguous", "a contiguous buffer")
     require(not buffer.requires_grad, "accumulate_into", "a tensor that requires grad", "a plain buffer")
+
+
+def check_totals(totals: Totals | None) -> None:
+    if totals is None:
+        return
+    require(isinstance(totals, Totals), "totals", f"a {type(totals).__name__}", "a fastpref.Totals", TypeError)
+    for name in ("sequences", "tokens", "chosen_tokens"):
+        value = getattr(totals, name)
+        if not isinstance(value, Tensor):
+            least = 1 if name == "sequences" else 0
+            ok = isinstance(value, int | float) and value >= least
+            require(ok, f"totals.{name}", repr(value), f"a number of at least {least}")

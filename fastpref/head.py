@@ -20,6 +20,7 @@ from .arguments import (
     check_kto,
     check_layout,
     check_reference,
+    check_totals,
     check_vector,
     loss_name,
     options_of,
@@ -505,8 +506,7 @@ def linear_preference_loss(
     check_vector("token_weights", token_weights, targets.shape, hidden)
     check_reference(loss, sequences, hidden, targets, ref_logps, ref_hidden, ref_weight, ref_bias)
     kl = check_kto(loss, sequences, hidden, desirable, kl_logps, ref_kl_logps)
-    if totals is not None and not isinstance(totals, Totals):
-        raise TypeError(f"totals is a {type(totals).__name__}; it takes a fastpref.Totals")
+    check_totals(totals)
 
     detached = [x.detach() if x is not None else None for x in (ref_logps, ref_hidden, ref_weight, ref_bias)]
     ref_logps, ref_hidden, ref_weight, ref_bias = detached

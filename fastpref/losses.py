@@ -33,12 +33,6 @@ class Totals:
     tokens: Number  # scored tokens of all sequences
     chosen_tokens: Number  # scored tokens of the first half
 
-    def __post_init__(self) -> None:
-        for f in fields(self):
-            value = getattr(self, f.name)
-            if not isinstance(value, Tensor):
-                _check_number(f"totals.{f.name}", value, least=1 if f.name == "sequences" else 0)
-
     @property
     def pairs(self) -> Number:
         return self.sequences / 2

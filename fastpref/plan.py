@@ -34,7 +34,6 @@ TILE_ROWS = {"cpu": 256, "cuda": 1024}
 LEAST_STASH_ROWS = {"cpu": 128, "cuda": 768}
 # CPU: a low-precision dW GEMM reaches its fp32 sum through a buffer of this size.
 WEIGHT_SLICE_BYTES = 16 * MIB
-ADD_BYTES = MIB  # ... from which it is added in parts of this many fp32 bytes, which torch copies
 SLICE_COLS = 64  # vocabulary slices are multiples of this
 
 
@@ -211,7 +210,7 @@ class _Planner:
             if stashes > (p.grad_itemsize < 4):
                 total += self.weight_slice * p.hidden * p.itemsize
                 if self.weight_slice and stashes > 1:
-                    total += min(self.weight_slice * p.hidden * 4, ADD_BYTES)
+                    total += add_rows(self.weight_slice, p.hidden) * p.hidden * 4
         return total + scratch
 
     # -- schedules -----------------------------------------------------------------------------------------------
@@ -223,7 +222,7 @@ class _Planner:
             return self.by_rows("forward")
         if not p.needs_weight_grad:
             return self.by_rows("frozen")
-        fits = self.stash_capacity(p.rows)
+        fits = self.stash_capacity()
         if not p.late:
             groups = self.groups(fits)
             if groups is not None:
@@ -252,9 +251,15 @@ class _Planner:
             rows * each + (self.scratch_bytes(tile) if frozen else 0), self.accumulator_bytes(0),
         )  # fmt: skip
 
-    def stash_capacity(self, rows: int) -> int:
-        tile = self.tile_rows_for(self.budget, rows)
-        return max(0, (self.budget - self.scratch_bytes(tile)) // self.per_stash_row())
+    def stash_capacity(self) -> int:
+        """Rows of residuals that fit beside the logits' scratch, which gets up to a quarter of the budget."""
+        scratch = max(self.scratch_bytes(1), min(self.scratch_bytes(self.max_tile_rows), self.budget // 4))
+        return max(0, (self.budget - scratch) // self.per_stash_row())
+
+    def tile_rows_beside(self, stash: int) -> int:
+        """Rows of logits at a time in what a stash leaves of the budget."""
+        free = (self.budget - stash * self.per_stash_row()) // max(1, self.scratch_bytes(1))
+        return max(1, min(self.max_tile_rows, stash, free))
 
     def groups(self, capacity: int) -> tuple[Group, ...] | None:
         """Whole items, in order, in as few groups as `capacity` rows allow, and those as equal as they can be.
@@ -290,10 +295,10 @@ class _Planner:
         stash = max((group.rows for group in groups if not group.long), default=0)
         if long:
             # As few stashes as the capacity allows for the longest sequence, and those of equal size.
-            capacity = self.stash_capacity(self.p.rows)
+            capacity = self.stash_capacity()
             longest = max(end - start for group in long for start, end in group.segments)
             stash = max(stash, -(-longest // -(-longest // capacity)))
-        tile = self.tile_rows_for(self.budget, max(stash, 1))
+        tile = self.tile_rows_beside(stash)
         return Plan(
             "groups", self.p, self.budget, groups, tile, stash, 0, 0 if self.direct else self.weight_slice,
             stash * self.per_stash_row() + self.scratch_bytes(tile),
@@ -329,7 +334,7 @@ class _Planner:
         fixed += p.needs_weight_grad * p.rows * p.hidden * p.itemsize
         fixed += p.needs_hidden_grad * again * p.hidden * (max(4, p.itemsize) + product)
         if product and p.needs_hidden_grad:
-            fixed += min(again * p.hidden * 4, ADD_BYTES)
+            fixed += add_rows(again, p.hidden) * p.hidden * 4
         per_col = again * (p.itemsize + self.scratch_itemsize)
         if p.needs_weight_grad and not self.direct:
             if kept and p.grad_itemsize < 4:
@@ -337,6 +342,11 @@ class _Planner:
             elif kept or p.grad_itemsize >= 4:
                 per_col += p.hidden * product
         return fixed, per_col
+
+
+def add_rows(rows: int, width: int) -> int:
+    """CPU: rows of a bf16 or fp16 [rows, width] product added to a fp32 sum at a time; torch copies them first."""
+    return max(1, min(rows // 16, MIB // max(1, 4 * width)))
 
 
 def _fill(rows: Sequence[int], capacity: int) -> list[tuple[int, int]]:

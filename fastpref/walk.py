@@ -22,7 +22,7 @@ from torch import Tensor
 
 from . import losses, rows
 from .losses import Loss, SequenceLogps, Totals
-from .plan import ADD_BYTES, MIB, Group, Plan, Problem, plan
+from .plan import MIB, Group, Plan, Problem, add_rows, plan
 from .rows import native
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -125,9 +125,16 @@ def check_targets(targets: Tensor, vocab: int, ignore_index: int, name: str = "w
         raise ValueError(f"targets holds {value}; it takes {takes}")
 
 
-@lru_cache(maxsize=64)
 def on_device(values: tuple[int, ...], device: torch.device) -> Tensor:
-    """Host counts as an int64 tensor. Pinned and cached: no synchronisation, and a CUDA graph may replay it."""
+    """Host counts as an int64 tensor, without a synchronisation."""
+    if torch.compiler.is_compiling():
+        return torch.tensor(values, dtype=torch.int64, device=device)
+    return _on_device(values, device)
+
+
+@lru_cache(maxsize=64)
+def _on_device(values: tuple[int, ...], device: torch.device) -> Tensor:
+    """From pinned memory, and kept: a CUDA graph that copied it will copy it again."""
     host = torch.tensor(values, dtype=torch.int64)
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
 
@@ -169,7 +176,7 @@ def _add_mm(total: Tensor, a: Tensor, b: Tensor, begun: bool, product: Tensor | 
     if product is not None:
         torch.mm(a, b, out=product)
         # By rows: torch would make a fp32 copy of the whole product first.
-        step = max(1, ADD_BYTES // max(1, product.shape[1] * total.itemsize))
+        step = add_rows(*product.shape)
         for start in range(0, total.shape[0], step):
             part, more = total[start : start + step], product[start : start + step]
             part.add_(more) if begun else part.copy_(more)
@@ -282,8 +289,9 @@ class _HiddenGrad:
         if self.index is None:
             self.grad[start : start + rows_CH.shape[0]].copy_(rows_CH)
             return
-        for first, part in enumerate(rows_CH.split(128)):
-            place = start + 128 * first
+        step = max(1, min(rows_CH.shape[0] // 16, 128))
+        for first, part in enumerate(rows_CH.split(step)):
+            place = start + step * first
             self.grad.index_copy_(0, self.index[place : place + part.shape[0]], part.to(self.grad.dtype))
 
 

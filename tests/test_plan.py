@@ -211,8 +211,10 @@ def profiled(step):
 
 def gemm_scratch(found, dtype):
     """Bytes that the library's own GEMMs of these shapes allocate while they run (oneDNN in bf16; none in fp32)."""
-    p, rows = found.problem, max(found.stash_rows, found.tile_rows)
-    x, u, w = (torch.zeros(shape, dtype=dtype) for shape in ((rows, p.hidden), (rows, p.vocab), (p.vocab, p.hidden)))
+    p, rows, vocab = found.problem, max(found.stash_rows, found.tile_rows), found.problem.vocab
+    if found.scheme == "recompute":
+        rows, vocab = p.rows - found.stash_rows, found.slice_cols
+    x, u, w = (torch.zeros(shape, dtype=dtype) for shape in ((rows, p.hidden), (rows, vocab), (vocab, p.hidden)))
     gemms = [lambda: torch.mm(x, w.t(), out=u), lambda: torch.mm(u, w, out=x), lambda: torch.mm(u.t(), x, out=w)]
     return max(profiled(gemm)[1] for gemm in gemms)
 

@@ -39,7 +39,9 @@ void residual(const Tile& tile, const Out& out, const Stats& stats, Sweep how, W
 }
 
 std::vector<int> devices() {
-  int count = 0;
+  int driver = 0, count = 0;
+  if (cudaDriverGetVersion(&driver) == cudaSuccess && driver == 0)  // CUDA's own words would be "insufficient version"
+    throw std::runtime_error("there is no NVIDIA driver");
   check(cudaGetDeviceCount(&count), "looking for devices");
   std::vector<int> capabilities;
   for (int device = 0; device < count; ++device) {

@@ -179,8 +179,10 @@ def scale_rows(x: Tensor, w: Tensor, out: Tensor) -> Tensor:
             return triton_rows.scale_rows_(x, w, out)
     if x.device.type != "cpu":
         return torch.mul(x, w[:, None], out=out).masked_fill_((w == 0)[:, None], 0.0)
-    step = x.shape[0] if x.dtype == w.dtype == out.dtype else 128  # torch makes whole fp32 copies of mixed dtypes
-    for start in range(0, x.shape[0], max(step, 1)):
+    # Of mixed dtypes torch makes whole fp32 copies.
+    step = x.shape[0] if x.dtype == w.dtype == out.dtype else min(x.shape[0] // 16, 128)
+    step = max(step, 1)
+    for start in range(0, x.shape[0], step):
         end = start + step
         torch.mul(x[start:end], w[start:end, None], out=out[start:end])
     return out

@@ -169,7 +169,6 @@ def test_a_launch_without_a_gpu_is_a_clean_error():
     out = _native.Out(logits.data_ptr(), "float32", 64)
     state = _native.FoldState(*(logits.data_ptr(),) * 3)
     for call in (
-        lambda: _native.cuda.devices(),
         lambda: _native.cuda.cluster_size(tile, 0),
         lambda: _native.cuda.residual(tile, out, stats, False, 0, 0),
         lambda: _native.cuda.residual(tile, out, stats, True, 0, 0),
@@ -180,7 +179,7 @@ def test_a_launch_without_a_gpu_is_a_clean_error():
         with pytest.raises(RuntimeError, match="fastpref CUDA rows, .*: cudaError"):
             call()
     available, why = cuda.available()
-    assert not available and "cudaError" in why
+    assert not available and re.search("there is no NVIDIA driver|cudaErrorNoDevice", why)
 
 
 # ---- the machine code

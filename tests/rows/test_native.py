@@ -208,6 +208,13 @@ def test_a_late_rise_is_multiplied_in(isa):
     assert float(grad[3]) == pytest.approx(1.0, rel=2e-7)
 
 
+def test_fold_leaves_the_state_of_ignored_rows_alone(isa):
+    state = FoldState.new(2, dtype=FP32, device=torch.device("cpu"))
+    native.fold(torch.ones(2, 9), torch.tensor([-100, 4]), state, col_offset=0, transform=Transform())
+    assert state.maximum.tolist() == [-float("inf"), 1.0]
+    assert state.sum_exp.tolist() == [0.0, 9.0]
+
+
 def test_forced_instruction_set_must_be_here(monkeypatch):
     monkeypatch.setenv("FASTPREF_ISA", "avx1024")
     with pytest.raises(ValueError, match="FASTPREF_ISA is 'avx1024'; this machine runs .*portable"):
