@@ -10,17 +10,21 @@ they are equal to the last bit; the cluster sweep adds up in another order, in f
 
 from __future__ import annotations
 
+import importlib
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import EXTRAS, FoldState, RowStats, Transform
 
+_native: Any = None
+_kernels: Any = None
 try:
-    from fastpref import _native
+    _native = importlib.import_module("fastpref._native")
 except ImportError as error:
-    _native, _kernels, _why_not = None, None, f"the extension fastpref._native is not built: {error}"
+    _why_not = f"the extension fastpref._native is not built: {error}"
 else:
     _kernels = getattr(_native, "cuda", None)
     _why_not = "fastpref._native was built without CUDA: put nvcc on PATH or set CUDACXX, and install again"

@@ -54,7 +54,7 @@ def residual(
     probs = torch.exp(z - lse[:, None])
     found = {}
     if "entropy" in extras:
-        found["entropy"] = lse - torch.where(probs > 0, probs * z, 0.0 * probs).sum(1)
+        found["entropy"] = -torch.where(probs > 0, probs * (z - lse[:, None]), 0.0 * probs).sum(1)
     if "top1" in extras:
         found["top1"] = (z_target >= z.amax(1)).to(lse.dtype)
     if "mean_logit" in extras:
