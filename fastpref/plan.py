@@ -253,7 +253,8 @@ class _Planner:
 
     def stash_capacity(self) -> int:
         """Rows of residuals that fit beside the logits' scratch, which gets up to a quarter of the budget."""
-        scratch = max(self.scratch_bytes(1), min(self.scratch_bytes(self.max_tile_rows), self.budget // 4))
+        most = min(self.max_tile_rows, self.p.rows)
+        scratch = max(self.scratch_bytes(1), min(self.scratch_bytes(most), self.budget // 4))
         return max(0, (self.budget - scratch) // self.per_stash_row())
 
     def tile_rows_beside(self, stash: int) -> int:

@@ -481,7 +481,8 @@ def test_short_and_empty_sequences(lengths, variant, backend):
     for layout, share in (("padded", None), ("packed", "least")):
         out, grads = run(batch, fp.get_loss(name, **options), layout=layout, share=share, backend=backend, **given)
         assert out.logps[torch.tensor(lengths) == 0].eq(0).all()
-        assert_agrees(out, grads, expected)
+        # IPO squares D - 1 / (2 beta): its relative error is twice that of a small difference of large fp32 sums.
+        assert_agrees(out, grads, expected, tolerance=1e-5 if options.get("length_norm") == "sum" else 3e-6)
 
 
 @every_backend
