@@ -11,7 +11,8 @@ One GEMM is 2 * N * V * H floating-point operations (N scored rows, V vocabulary
     recompute   4 - f   a group does not fit, or the scalars arrive in backward: a fraction f of the residuals is
                         stashed, the others are multiplied again, one vocabulary slice after another (f = 0: two passes)
 
-The budget bounds everything that grows with rows x vocabulary or with the rows of a tile. What a gradient itself needs
+The budget bounds everything that grows with rows x vocabulary or with the rows of a tile; it is passed over only where
+one group for the whole batch takes fewer bytes in all than several groups and their fp32 sum. What a gradient needs
 is beside it and is reported as `accumulator_bytes`: a fp32 sum where a bf16 / fp16 gradient is added up from more than
 one GEMM, the scratches of groups that do not fit, and the low-precision copy of the weight under autocast.
 """
@@ -26,14 +27,16 @@ MIB = 2**20
 DEFAULT_BUDGET = {"cpu": 256 * MIB, "cuda": 2048 * MIB}
 
 # Rows of logits made at a time. CUDA: fewer than ~1024 rows leave the GEMM without enough 128 x 256 tiles to fill 132
-# SMs evenly, more only enlarge the fp32 scratch. CPU: measured, see `bench/head_cpu.py`.
-TILE_ROWS = {"cpu": 256, "cuda": 1024}
+# SMs evenly, more only enlarge the fp32 scratch. CPU: logits are made in the stash itself, and fewer rows cost time
+# (bf16, N 2048, H 512, V 32000: 1.15 of the three GEMMs' time at 128 rows, 1.14 at 256, 1.07 at 1024, 1.06 at 2048).
+TILE_ROWS = {"cpu": 2048, "cuda": 1024}
 # A group that does not fit is swept through stashes of its own, each a read and write of a fp32 [V, H] scratch: 245 / C
 # of the three GEMMs for C rows on an H200 (790 TFLOP/s, 4.3 TB/s; arithmetic). Below about this many the fourth GEMM
 # of "recompute", a third of three, is cheaper.
 LEAST_STASH_ROWS = {"cpu": 128, "cuda": 768}
-# CPU: a low-precision dW GEMM reaches its fp32 sum through a buffer of this size.
-WEIGHT_SLICE_BYTES = 16 * MIB
+# CPU: a low-precision dW GEMM reaches its fp32 sum through a buffer of this size (bf16, 1024 rows, H 1024, V 32768: the
+# GEMM alone 166 ms, with 16 MiB 231 ms, 4 MiB 174 ms, 2 MiB 184 ms).
+WEIGHT_SLICE_BYTES = 4 * MIB
 SLICE_COLS = 64  # vocabulary slices are multiples of this
 
 
@@ -226,7 +229,7 @@ class _Planner:
         if not p.late:
             groups = self.groups(fits)
             if groups is not None:
-                return self.complete_groups(groups)
+                return self.one_group_if_smaller(self.complete_groups(groups))
         elif p.rows <= fits:
             return self.complete_groups((self.p.whole,))
         return self.recompute()
@@ -305,6 +308,21 @@ class _Planner:
             stash * self.per_stash_row() + self.scratch_bytes(tile),
             self.accumulator_bytes(len(groups), self.p.scratches if long else 0),
         )  # fmt: skip
+
+    def one_group_if_smaller(self, several: Plan) -> Plan:
+        """One stash for the whole batch needs no fp32 sum beside dW: often the lesser evil, and always the faster."""
+        p = self.p
+        if len(several.groups) == 1 and not several.groups[0].long:
+            return several
+        tile_bytes = p.rows * self.per_stash_row() + self.scratch_bytes(several.tile_rows)
+        whole = replace(
+            several,
+            groups=(p.whole,),
+            stash_rows=p.rows,
+            tile_bytes=tile_bytes,
+            accumulator_bytes=self.accumulator_bytes(1),
+        )
+        return whole if whole.bytes <= several.bytes else several
 
     def recompute(self) -> Plan | None:
         """Up to half of the budget for stashed residuals, the rest for slices of recomputed ones."""

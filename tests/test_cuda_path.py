@@ -101,7 +101,7 @@ def walked(monkeypatch):
 
 
 EVEN = [512] * 32
-LONG = [7000, 200, 300, 400, 6500, 220, 280, 420]
+LONG = [20000, 200, 300, 400, 19000, 220, 280, 420]
 
 
 @pytest.mark.parametrize(
@@ -109,6 +109,7 @@ LONG = [7000, 200, 300, 400, 6500, 220, 280, 420]
     [
         (EVEN, None, {}, "groups", 3),
         (EVEN, 1024 * MIB, {}, "groups", 3),
+        (EVEN[:16], 1024 * MIB, {}, "groups", 3),
         (EVEN, 8192 * MIB, {}, "groups", 3),
         (EVEN, None, {"loss": fp.RPO(), "logits_dtype": "bf16"}, "groups", 3),
         (EVEN, None, {"loss": "slic", "ref_logps": None}, "groups", 3),
@@ -123,7 +124,11 @@ def test_bytes_and_flops_are_the_plans(walked, lengths, budget, options, scheme,
     assert found.scheme == scheme and found.gemms == gemms
     assert any(group.long for group in found.groups) == (lengths is LONG)
     assert recorder.flops == gemms * 2 * n * VOCAB * HIDDEN == found.flops
-    assert found.tile_bytes <= found.budget
+    if lengths == EVEN[:16]:  # one stash for all of it is less than two and the fp32 sum beside them
+        assert len(found.groups) == 1 and found.tile_bytes > found.budget
+        assert found.bytes < found.budget + 4 * VOCAB * HIDDEN
+    else:
+        assert found.tile_bytes <= found.budget
     assert recorder.peak - gradients == pytest.approx(found.bytes, rel=0.02)
 
 

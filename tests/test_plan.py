@@ -55,7 +55,11 @@ def test_budget_is_kept_and_every_row_walked_once(problem, budget):
     found = attempt(problem, budget)
     assume(isinstance(found, Plan))
     assert 0 <= found.tile_bytes and found.budget == budget
-    assert found.tile_bytes <= budget or problem.rows == 0
+    if found.tile_bytes > budget and problem.rows:  # only where several groups would take more in all
+        assert found.scheme == "groups" and len(found.groups) == 1 and problem.grad_itemsize < 4
+        sums = (1 + problem.scratches) * problem.vocab * problem.hidden * 4
+        buffers = problem.vocab * problem.hidden * (problem.itemsize + 4)
+        assert found.bytes <= budget + sums + buffers + problem.cast_weight * buffers
     spans = sorted(span for group in found.groups for span in group.segments if span[0] != span[1])
     assert [a for a, _ in spans] == [0, *(b for _, b in spans)][: len(spans)]
     assert (spans[-1][1] if spans else 0) == problem.rows
@@ -225,13 +229,14 @@ CASES = [  # budget as a share of what the whole batch would take; scheme expect
     ("groups", dict(), 0.6),
     ("groups", dict(lengths=LONG), 0.4),
     ("groups", dict(lengths=LONG, loss="rpo"), 0.4),
-    ("groups", dict(lengths=LONG, dtype=torch.bfloat16), 0.4),
+    ("groups", dict(lengths=LONG, dtype=torch.bfloat16), 0.22),
     ("recompute", dict(loss="all pairs at once"), 0.5),
     ("recompute", dict(loss="all pairs at once"), 0.2),
     ("frozen", dict(weight_grad=False), 0.3),
     ("forward", dict(weight_grad=False, hidden_grad=False), 0.2),
     ("groups", dict(dtype=torch.bfloat16), 1.3),
-    ("groups", dict(dtype=torch.bfloat16), 0.6),
+    ("groups", dict(dtype=torch.bfloat16), 0.3),
+    ("groups", dict(dtype=torch.bfloat16), 0.6),  # passed over: one group of all rows takes less in all
     ("recompute", dict(dtype=torch.bfloat16, loss="all pairs at once"), 0.4),
     ("frozen", dict(dtype=torch.bfloat16, weight_grad=False), 0.3),
     ("groups", dict(autocast=True), 0.6),
@@ -279,7 +284,7 @@ def measure(
     assert found.scheme == scheme and any(group.long for group in found.groups) == (lengths is LONG)
     gradients = sum(t.numel() * t.element_size() for t in (x, w) if t.requires_grad)
     assert flops == pytest.approx(found.flops, rel=1e-9 if scheme != "recompute" else 0.01)
-    assert found.tile_bytes <= budget
+    assert found.tile_bytes <= budget or len(found.groups) == 1
     extra = peak - gradients
     library = gemm_scratch(found, torch.bfloat16) if autocast or dtype == torch.bfloat16 else 0
     assert 0.95 * found.bytes <= extra <= 1.05 * found.bytes + library
