@@ -329,7 +329,7 @@ class _Planner:
         p = self.p
         stash_row = p.vocab * p.itemsize
         first_pass = p.vocab * p.logits_itemsize + p.gathered * p.hidden * p.itemsize  # each row of its tiles
-        most = max(1, min(self.tile_rows_for(self.budget, p.rows), self.budget // 2 // first_pass))
+        most = max(1, min(self.max_tile_rows, p.rows, self.budget // 8 // first_pass))
         half = max(0, self.budget // 2 - most * first_pass) // stash_row
         # A stash is made of whole tiles. The last two matter only where the budget hardly suffices.
         for tile, wanted in ((most, half), (most, 0), (1, 0), (1, p.rows)):
