@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
+from torch import library, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastpref as fp
@@ -70,7 +70,7 @@ def test_every_registered_op_is_called(calls):
 
 def test_opcheck(calls):
     for func, args, kwargs in calls:
-        torch.library.opcheck(func, args, kwargs)
+        library.opcheck(func, args, kwargs)
 
 
 def test_fake_outputs_have_the_shapes_dtypes_and_strides_of_the_real_ones(calls):
