@@ -1,5 +1,7 @@
 """DistributedDataParallel around a module whose forward is the fused loss: the gradients are all-reduced (gloo)."""
 
+import gc
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -50,6 +52,9 @@ def work(rank, folder):
     model = DistributedDataParallel(Model())
     model(part(inputs, rank), part(targets, rank), part(ref_logps, rank), totals).backward()
     torch.save({name: p.grad for name, p in model.module.named_parameters()}, f"{folder}/{rank}.pt")
+    del model  # its reducer holds on to the group, whose threads must end before the interpreter does
+    gc.collect()
+    dist.barrier()  # a rank that leaves early closes connections the other still reads, and gloo aborts
     dist.destroy_process_group()
 
 
