@@ -404,7 +404,8 @@ def linear_logps(
         ignore_index: targets of this value are not scored: they cost nothing and get 0.
         softcap, logit_scale, temperature: as in the formula (Gemma 2: softcap 30).
         memory_budget: bytes for tiles of logits and residuals (None: 2 GiB on CUDA, 256 MiB elsewhere); the residuals
-            kept for backward are part of it. See `fastpref.plan`.
+            kept for backward are part of it. Sums of gradients come on top, and it is passed over where one stash takes
+            fewer bytes in all than several and their sum: print `fastpref.plan(...)`.
         backend: row kernels: "reference", "native", "triton", "cuda"; None chooses.
         logits_dtype: "fp32" or the compute dtype ("bf16", "fp16"), what the first GEMM writes. None: fp32 on CUDA; the
             compute dtype on the CPU, whose GEMMs write nothing else. bf16 logits save about 1.5 % of a step on an

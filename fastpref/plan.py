@@ -137,7 +137,7 @@ class Plan:
 
 
 def plan(problem: Problem, memory_budget: int | None = None) -> Plan:
-    """The cheapest schedule within `memory_budget` bytes (None: 2 GiB on CUDA, 256 MiB elsewhere).
+    """The cheapest schedule for `memory_budget` bytes of tiles (None: 2 GiB on CUDA, 256 MiB elsewhere).
 
     Depends on nothing but its arguments, so that results do not depend on what else is on the device.
 

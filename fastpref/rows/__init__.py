@@ -29,7 +29,7 @@ What holds for all three:
 - A column whose z is -inf has probability 0 and residual 0.
 
 The late scale is what makes one sweep enough: out holds `E - s * onehot` with E = exp(z - m), s = sum E, and
-scale = -row_factor / s, where m need not be the row's maximum, only near it (see DESIGN notes in `docs/kernels.md`).
+scale = -row_factor / s, where m need not be the row's maximum, only near it.
 """
 
 from __future__ import annotations
