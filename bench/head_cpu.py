@@ -17,7 +17,19 @@ from pathlib import Path
 import torch
 
 from . import memory
-from .harness import Cell, Gate, Results, Row, all_right, console, measure, over, show_gates, table
+from .harness import (
+    Cell,
+    Gate,
+    Results,
+    Row,
+    all_right,
+    console,
+    keep_freed_memory,
+    measure,
+    over,
+    show_gates,
+    table,
+)  # fmt: skip
 from .peers import PEERS, Implementation, Missing, fastpref, fastpref_backends, peer
 from .problem import DTYPES, Shape
 
@@ -78,6 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
     torch.set_num_threads(options.threads)
     screen, device = console(), torch.device("cpu")
     results = Results(options.output, device)
+    results.environment["freed_memory"] = "kept" if keep_freed_memory() else "returned"
     for shape in QUICK if options.quick else SHAPES:
         if options.vocab and shape.vocab not in options.vocab:
             continue
