@@ -47,6 +47,10 @@ Stats make_stats(Address logp, Address lse, Address scale, Address entropy, Addr
           at<float>(top1), at<float>(mean_logit), at<float>(log_sum_p2)};
 }
 
+Given make_given(Address lse, Address entropy, Address grad_logps, Address grad_entropy) {
+  return {at<const float>(lse), at<const float>(entropy), at<const float>(grad_logps), at<const float>(grad_entropy)};
+}
+
 FoldState make_fold_state(Address maximum, Address sum_exp, Address target) {
   return {at<float>(maximum), at<float>(sum_exp), at<float>(target)};
 }
@@ -62,16 +66,15 @@ PYBIND11_MODULE(_native, m) {
   py::class_<Tile>(m, "Tile").def(py::init(&make_tile));
   py::class_<Out>(m, "Out").def(py::init(&make_out));
   py::class_<Stats>(m, "Stats").def(py::init(&make_stats));
+  py::class_<Given>(m, "Given").def(py::init(&make_given));
   py::class_<FoldState>(m, "FoldState").def(py::init(&make_fold_state));
 
   m.def("residual", &cpu::residual, py::arg("tile"), py::arg("out"), py::arg("stats"), py::arg("threads"), no_gil());
   m.def("fold", &cpu::fold, py::arg("tile"), py::arg("state"), py::arg("threads"), no_gil());
-  m.def(
-      "residual_given_lse",
-      [](const Tile& tile, Address lse, const Out& out, int threads) {
-        cpu::residual_given_lse(tile, at<const float>(lse), out, threads);
-      },
-      py::arg("tile"), py::arg("lse"), py::arg("out"), py::arg("threads"), no_gil());
+  m.def("residual_given_lse", &cpu::residual_given_lse, py::arg("tile"), py::arg("given"), py::arg("out"),
+        py::arg("threads"), no_gil());
+  m.def("gradient_given_lse", &cpu::gradient_given_lse, py::arg("tile"), py::arg("given"), py::arg("out"),
+        py::arg("threads"), no_gil());
 
   m.def("isas", &cpu::isas, "Instruction sets that this machine runs, fastest first.");
   m.def("isa", [] { return std::string(cpu::kernels().name); }, "The one in use; FASTPREF_ISA names another.");

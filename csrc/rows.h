@@ -45,6 +45,14 @@ struct Stats {
   float* log_sum_p2;
 };
 
+// What is known of the rows before a slice of them is swept, each [rows] fp32. residual_given_lse takes lse alone.
+struct Given {
+  const float* lse;
+  const float* entropy;
+  const float* grad_logps;
+  const float* grad_entropy;
+};
+
 struct FoldState {  // each [rows] fp32, updated in place
   float* maximum;
   float* sum_exp;

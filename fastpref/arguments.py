@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .losses import Loss, Totals
+from .rows import EXTRAS
 from .walk import Options, fp32_gemms
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -85,6 +86,15 @@ def options_of(
     )
 
 
+def extras_of(argument: str, names: Sequence[str]) -> str:
+    """Names of row extras as ops carry them: each once, in the order of `rows.EXTRAS`, with spaces between."""
+    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+        raise TypeError(f"{argument} is {names!r}; it takes a sequence of names, of {', '.join(EXTRAS)}")
+    unknown = [name for name in names if name not in EXTRAS]
+    require(not unknown, argument, f"given with {', '.join(map(repr, unknown))}", f"names of {', '.join(EXTRAS)}")
+    return " ".join(name for name in EXTRAS if name in names)
+
+
 _LOGITS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -153,7 +163,7 @@ def check_kto(
     """KTO's baseline before its clamp: mean of kl_logps - ref_kl_logps."""
     given = {"desirable": desirable, "kl_logps": kl_logps, "ref_kl_logps": ref_kl_logps}
     for name, x in given.items():
-        if getattr(loss, "needs_kl", False):
+        if getattr(loss, "needs_desirable" if name == "desirable" else "needs_kl", False):
             takes = "bool [S]" if name == "desirable" else "[K] sequence log-probs of the mismatched pairs"
             require(x is not None, name, "None", f"{takes}: {loss_name(loss)} needs it")
         elif isinstance(loss, Loss):

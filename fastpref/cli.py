@@ -1,4 +1,4 @@
-"""The command `fastpref`: train, eval, info, plan. An error of the user's is one line on stderr and exit code 2.
+"""The command `fastpref`: train, eval, info, losses, plan. A user's error is one line on stderr and exit code 2.
 
 Other exit codes: 1 for a run that cannot go on (disk full, NaN gradients, out of memory), 130 after Ctrl-C, 143 after
 SIGTERM. FASTPREF_DEBUG=1 shows the traceback as well.
@@ -7,11 +7,13 @@ SIGTERM. FASTPREF_DEBUG=1 shows the traceback as well.
 from __future__ import annotations
 
 import argparse
+import logging as logs
 import os
 import signal
 import sys
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 
 from . import __version__
 
@@ -21,6 +23,7 @@ EXAMPLES = """examples:
   fastpref train dpo.yaml --resume
   fastpref eval runs/second
   fastpref plan --pairs 8 --length 512 --hidden 4096 --vocab 128256
+  fastpref plan --model meta-llama/Llama-3.1-8B --gpu-gib 48
 """
 EXTRAS = {
     "peft": "LoRA (use_peft)",
@@ -28,6 +31,7 @@ EXTRAS = {
     "pyarrow": "Parquet files",
     "tensorboard": "report_to: tensorboard",
     "wandb": "report_to: wandb",
+    "torchao": "optim: adamw_torch_8bit (the default for dtype=bfloat16), adamw_offload",
 }
 
 
@@ -38,13 +42,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     import torch
     from transformers.utils import logging
 
+    for name in ("torchao", "torch.utils._pytree"):  # transformers imports torchao, which tells of parts it cannot load
+        logs.getLogger(name).setLevel(logs.ERROR)
     from .train.checkpoint import SaveError
     from .train.loop import Stopped, TrainingError
 
     logging.disable_progress_bar()  # a bar for every save and load would break ours
     try:
-        options.run(options)
-        return 0
+        return options.run(options) or 0
     except Stopped as stopped:
         print(f"fastpref: {stopped}", file=sys.stderr)
         return 128 + stopped.signum
@@ -89,18 +94,34 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("overrides", nargs="*", metavar="key=value", help="instead of what the configuration says")
     command.set_defaults(run=_eval)
 
+    command = commands.add_parser("cache-ref", help="compute the reference log-probs that training starts with")
+    command.add_argument("config", help="YAML file, as for train")
+    command.add_argument("overrides", nargs="*", metavar="key=value", help="instead of what the file says")
+    command.set_defaults(run=_cache_ref)
+
     command = commands.add_parser("info", help="versions, devices, and what is available here and why something is not")
     command.set_defaults(run=_info)
 
-    command = commands.add_parser("plan", help="how a step of the fused head would run in a memory budget")
+    command = commands.add_parser("losses", help="every loss: formula, what it needs, paper")
+    command.set_defaults(run=_losses)
+
+    command = commands.add_parser("plan", help="memory that training a model takes, or how the fused head runs")
+    command.add_argument("--model", help="hub id, or a folder with a config.json: the memory of all ways to train it")
+    command.add_argument("--gpu-gib", type=float, help="--model: memory of the GPU")
+    command.add_argument("--max-tokens", type=int, default=16384, help="--model: tokens a micro-batch; default 16384")
+    command.add_argument("--lora-r", type=int, default=16, help="--model: rank of LoRA; default 16")
     command.add_argument("--pairs", type=int, default=1, help="pairs in a micro-batch; default 1")
-    command.add_argument("--length", type=int, required=True, help="scored tokens of a response")
-    command.add_argument("--hidden", type=int, required=True)
-    command.add_argument("--vocab", type=int, required=True)
+    command.add_argument("--length", type=int, help="scored tokens of a response")
+    command.add_argument("--hidden", type=int)
+    command.add_argument("--vocab", type=int)
     command.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
     command.add_argument("--budget-mib", type=int, default=2048, help="workspace; default 2048")
     command.add_argument("--frozen-head", action="store_true", help="no gradient for the LM head's weight (LoRA)")
     command.set_defaults(run=_plan)
+
+    command = commands.add_parser("bench", help="microbenchmarks, and comparing two of their results")
+    command.add_argument("arguments", nargs=argparse.REMAINDER, metavar="COMMAND ...", help="none: lists them")
+    command.set_defaults(run=_bench)
     return parser
 
 
@@ -115,6 +136,13 @@ def _eval(options: argparse.Namespace) -> None:
     from .train.held_out import evaluate_run
 
     evaluate_run(options.source, options.overrides)
+
+
+def _cache_ref(options: argparse.Namespace) -> None:
+    from .train.cache import cache_reference
+    from .train.config import load_config
+
+    cache_reference(load_config(options.config, options.overrides))
 
 
 def _info(options: argparse.Namespace) -> None:
@@ -152,12 +180,65 @@ def _info(options: argparse.Namespace) -> None:
     console.print(table, soft_wrap=not console.is_terminal)
 
 
+LEGEND = """
+Means over pairs, or over responses: a desirable one | another. _c chosen, _r
+rejected; logp: summed over the scored tokens of a response, |y| their number;
+r = logp - ref_logp, D = r_c - r_r; σ the logistic function, e label_smoothing.
+pairs, with *: looks at the whole batch; parts of a batch do not add up to it.
+[V, H]: fp32 sums of the head's size for a response longer than the budget."""
+
+
+def _losses(options: argparse.Namespace) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from .losses import CLASSES
+
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for title in ("name", "formula", "ref.", "pairs", "[V, H]", "arXiv"):
+        table.add_column(Text(title), no_wrap=title != "formula", style="bold" if title == "name" else "")
+    for name, cls in CLASSES.items():
+        loss = cls()
+        whole = loss.coupling == "batch"
+        table.add_row(
+            name,
+            Text(cls.formula),
+            "yes" if loss.needs_reference else "no",
+            ("yes" if loss.pairwise else "no") + "*" * whole,
+            "-" if whole else str(loss.scratches),
+            cls.paper.removeprefix("arXiv "),
+        )
+    console = Console(highlight=False)
+    console.print(table)
+    console.print(Text(LEGEND), soft_wrap=True)
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
 def _plan(options: argparse.Namespace) -> None:
     from .plan import MIB, Problem, plan
 
-    for name in ("pairs", "length", "hidden", "vocab", "budget_mib"):
-        if getattr(options, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} is {getattr(options, name)}; it takes at least 1")
+    sizes, card = ["length", "hidden", "vocab"], ["gpu_gib"]
+    needs, other = (sizes, card) if options.model is None else (card, sizes)
+    for name in needs:
+        if getattr(options, name) is None:
+            takes = "--model and --gpu-gib, or --length, --hidden, --vocab"
+            raise ValueError(f"{_flag(name)} is missing; plan takes {takes}")
+    for name in other:
+        if getattr(options, name) is not None:
+            raise ValueError(f"{_flag(name)}: {'is for --model' if options.model is None else '--model tells it'}")
+    for name in ("pairs", "budget_mib", "max_tokens", "lora_r", *needs):
+        if not getattr(options, name) >= 1:
+            raise ValueError(f"{_flag(name)} is {getattr(options, name)}; it takes at least 1")
+    if options.model is not None:
+        from .train.memory import load_sizes, plan_text
+
+        found = load_sizes(options.model, options.max_tokens, options.lora_r)
+        print(plan_text(options.model, found, options.gpu_gib, options.budget_mib * MIB))
+        return
     size = 2 if options.dtype == "bf16" else 4
     problem = Problem(
         lengths=(options.length,) * (2 * options.pairs),
@@ -169,3 +250,18 @@ def _plan(options: argparse.Namespace) -> None:
         device="cuda",
     )
     print(plan(problem, options.budget_mib * MIB))
+
+
+def _bench(options: argparse.Namespace) -> int:
+    """They are part of the source tree and of the sdist, not of the wheel."""
+    root = Path(__file__).parent.parent
+    if not (root / "bench" / "__main__.py").is_file():
+        raise ValueError(
+            "bench: the benchmarks come with the source, not with the wheel; unpack what `pip download --no-deps "
+            "--no-binary fastpref fastpref` gets, or clone the repository, and run `python -m bench` there"
+        )
+    if str(root) not in sys.path:
+        sys.path.insert(0, str(root))
+    from bench.__main__ import main as bench
+
+    return bench(options.arguments)

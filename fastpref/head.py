@@ -1,8 +1,8 @@
 """The LM head fused with log-softmax and a preference loss: the `[N, V]` logits never exist.
 
-The two public functions, their autograd, and the custom ops that torch.compile sees. The work is done in walk.py, which
+The public functions, their autograd, and the custom ops that torch.compile sees. The work is done in walk.py, which
 walks a `Plan` (plan.py): tiles are multiplied with the head, the rows (rows/) turn logits into log-probs and residuals,
-the loss (losses.py) turns sequence log-probs into one scalar a sequence, and two more GEMMs make the gradients.
+the loss (losses/) turns sequence log-probs into one scalar a sequence, and two more GEMMs make the gradients.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from .arguments import (
     check_reference,
     check_totals,
     check_vector,
+    extras_of,
     loss_name,
     options_of,
     require,
@@ -30,9 +31,11 @@ from .losses import Loss, LossFunction, SequenceLogps, Totals
 from .plan import Plan, plan
 from .walk import (
     Head,
+    HiddenGrad,
     Options,
     Scored,
     Walk,
+    WeightGrad,
     check_targets,
     debugging,
     gradients,
@@ -82,27 +85,28 @@ def _preference_step(
     compute_dtype: torch.dtype,
     logits_dtype: torch.dtype,
     needs: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss, logps, ref_logps, lengths, dX, dW, db); what there is none of is empty."""
+    extras: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss, logps, ref_logps, lengths, extras, dX, dW, db); what there is none of is empty."""
     reference = ref_logps if ref_hidden is None or ref_weight is None else (ref_hidden, ref_weight, ref_bias)
-    value, logps, ref, lengths, dx, dw, db = step(
+    value, logps, ref, lengths, sums, dx, dw, db = step(
         losses.from_spec(loss), hidden, weight, bias, targets, cu_seqlens, reference, desirable, kl, token_weights,
         None if totals is None else Totals(*totals.unbind()),
         Options(
             ignore_index, softcap, logit_scale, temperature, memory_budget, backend, compute_dtype, logits_dtype,
-            _three(needs),
+            _three(needs), extras,
         ),
     )  # fmt: skip
     ref = None if ref is ref_logps else ref  # an op may not return its input
     ref, dx, dw, db = (_present(x, logps) for x in (ref, dx, dw, db))
-    return value, logps, ref, lengths, dx, dw, db
+    return value, logps, ref, lengths, sums, dx, dw, db
 
 
 @_preference_step.register_fake
 def _(
     loss, hidden, weight, bias, targets, cu_seqlens, ref_logps, ref_hidden, ref_weight, ref_bias, desirable, kl,
     token_weights, totals, ignore_index, softcap, logit_scale, temperature, memory_budget, backend, compute_dtype,
-    logits_dtype, needs,
+    logits_dtype, needs, extras,
 ):  # fmt: skip
     stats = rows.stats_dtype(compute_dtype)
     sequences = targets.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
@@ -112,6 +116,7 @@ def _(
         logps,
         logps.new_empty(sequences if ref_hidden is not None else 0),
         logps.new_empty(sequences, dtype=torch.int64),
+        logps.new_empty(len(extras.split()), sequences),
         torch.empty_like(hidden, memory_format=torch.contiguous_format) if needs[0] else logps.new_empty(0),
         torch.empty_like(weight, memory_format=torch.contiguous_format) if needs[1] else logps.new_empty(0),
         torch.empty_like(bias) if needs[2] else logps.new_empty(0),
@@ -145,8 +150,8 @@ def _late_plan(hidden: Tensor, weight: Tensor, targets: Tensor, index: Tensor | 
     return plan(problem, options.memory_budget)
 
 
-@library.custom_op("fastpref::linear_logps", mutates_args=())
-def _linear_logps(
+@library.custom_op("fastpref::token_stats", mutates_args=())
+def _token_stats_op(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -161,8 +166,12 @@ def _linear_logps(
     compute_dtype: torch.dtype,
     logits_dtype: torch.dtype,
     needs: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(logps, lse, scale, kept), [N] each; kept: the stash, or with a frozen head dX before its row scale."""
+    extras: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(logps, entropy, top1, mean_logit, log_sum_p2, lse, scale, kept), [N] each; an extra not asked for is empty.
+
+    kept: the stash, or with a frozen head dX before its row scale.
+    """
     options = Options(
         ignore_index,
         softcap,
@@ -173,42 +182,50 @@ def _linear_logps(
         compute_dtype,
         logits_dtype,
         _three(needs),
+        extras,
     )
     check_targets(targets, weight.shape[0], ignore_index)
     scored, head, schedule = _Late.new(hidden, weight, bias, targets, index, options)
     walk = Walk(scored, head, schedule)
     if schedule.scheme == "frozen":
-        dx, _, _ = gradients(scored, head, schedule, weight, bias, options.needs)
+        dx, _, _ = gradients(walk, weight, bias, options.needs)
         assert dx is not None
         walk.frozen(dx)
-        return walk.logps, walk.lse, walk.scale, dx.grad
-    if schedule.scheme == "forward":
-        walk.forward_only()
+        kept = dx.grad
     else:
-        walk.forward(schedule.problem.whole, walk.stash)
-    return walk.logps, walk.lse, walk.scale, walk.stash
+        if schedule.scheme == "forward":
+            walk.forward_only()
+        else:
+            walk.forward(schedule.problem.whole, walk.stash)
+        kept = walk.stash
+    entropy, top1, mean_logit, log_sum_p2 = (_present(walk.extras.get(name), walk.logps) for name in rows.EXTRAS)
+    return walk.logps, entropy, top1, mean_logit, log_sum_p2, walk.lse, walk.scale, kept
 
 
-@_linear_logps.register_fake
+@_token_stats_op.register_fake
 def _(
     hidden, weight, bias, targets, index, ignore_index, softcap, logit_scale, temperature, memory_budget, backend,
-    compute_dtype, logits_dtype, needs,
+    compute_dtype, logits_dtype, needs, extras,
 ):  # fmt: skip
     options = Options(
-        ignore_index, softcap, logit_scale, temperature, memory_budget, backend, compute_dtype, logits_dtype, needs
-    )
+        ignore_index, softcap, logit_scale, temperature, memory_budget, backend, compute_dtype, logits_dtype, needs,
+        extras,
+    )  # fmt: skip
     schedule = _late_plan(hidden, weight, targets, index, options)
     stats = hidden.new_empty(targets.shape, dtype=rows.stats_dtype(compute_dtype))
     if schedule.scheme == "frozen":
         kept = torch.empty_like(hidden, memory_format=torch.contiguous_format)
     else:
         kept = hidden.new_empty(schedule.stash_rows, weight.shape[0], dtype=compute_dtype)
-    return stats, torch.empty_like(stats), torch.empty_like(stats), kept
+    asked = (torch.empty_like(stats) if name in extras.split() else stats.new_empty(0) for name in rows.EXTRAS)
+    return stats, *asked, torch.empty_like(stats), torch.empty_like(stats), kept
 
 
-@library.custom_op("fastpref::linear_logps_backward", mutates_args=())
-def _linear_logps_backward(
+@library.custom_op("fastpref::token_stats_backward", mutates_args=())
+def _token_stats_backward(
     grad: Tensor,
+    grad_entropy: Tensor | None,
+    entropy: Tensor,
     lse: Tensor,
     scale: Tensor,
     kept: Tensor,
@@ -226,8 +243,9 @@ def _linear_logps_backward(
     compute_dtype: torch.dtype,
     logits_dtype: torch.dtype,
     needs: Sequence[bool],
+    extras: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dX, dW, db) for dL/dlogps = grad, [N]; what is not needed is empty."""
+    """(dX, dW, db) for dL/dlogps = grad, [N], and dL/dentropy; what is not needed is empty."""
     options = Options(
         ignore_index,
         softcap,
@@ -238,9 +256,21 @@ def _linear_logps_backward(
         compute_dtype,
         logits_dtype,
         _three(needs),
+        extras,
     )
     scored, head, schedule = _Late.new(hidden, weight, bias, targets, index, options)
     ga = grad.to(lse.dtype)
+    if grad_entropy is not None:
+        walk = Walk(scored, head, schedule, None if schedule.scheme == "frozen" else kept)
+        dx, dw, db = gradients(walk, weight, bias, options.needs)
+        walk.lse, walk.extras = lse, {"entropy": entropy}
+        gh = grad_entropy.to(lse.dtype)
+        if schedule.scheme == "frozen":
+            assert dx is not None
+            walk.frozen_again(ga, gh, dx)
+        else:
+            walk.recompute(ga, ga, dx, dw, db, gh)
+        return _made(dx, dw, db, bias, grad)
     if schedule.scheme == "frozen":
         w = ga * scale
         if index is not None:
@@ -248,22 +278,28 @@ def _linear_logps_backward(
         return torch.mul(kept, w[:, None], out=torch.empty_like(kept)), grad.new_empty(0), grad.new_empty(0)
     walk = Walk(scored, head, schedule, kept)
     walk.lse = lse
-    dx, dw, db = gradients(scored, head, schedule, weight, bias, options.needs)
+    dx, dw, db = gradients(walk, weight, bias, options.needs)
     if schedule.scheme == "groups":
         walk.backward(schedule.problem.whole, ga * scale, dx, dw, db)
     else:
         walk.recompute(ga * scale, ga, dx, dw, db)
+    return _made(dx, dw, db, bias, grad)
+
+
+def _made(
+    dx: HiddenGrad | None, dw: WeightGrad | None, db: Tensor | None, bias: Tensor | None, like: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     return (
-        _present(None if dx is None else dx.grad, grad),
-        _present(None if dw is None else dw.finish(), grad),
-        _present(None if db is None or bias is None else db.to(bias.dtype), grad),
+        _present(None if dx is None else dx.grad, like),
+        _present(None if dw is None else dw.finish(), like),
+        _present(None if db is None or bias is None else db.to(bias.dtype), like),
     )
 
 
-@_linear_logps_backward.register_fake
+@_token_stats_backward.register_fake
 def _(
-    grad, lse, scale, kept, hidden, weight, bias, targets, index, ignore_index, softcap, logit_scale, temperature,
-    memory_budget, backend, compute_dtype, logits_dtype, needs,
+    grad, grad_entropy, entropy, lse, scale, kept, hidden, weight, bias, targets, index, ignore_index, softcap,
+    logit_scale, temperature, memory_budget, backend, compute_dtype, logits_dtype, needs, extras,
 ):  # fmt: skip
     return tuple(
         torch.empty_like(x, memory_format=torch.contiguous_format) if need else grad.new_empty(0)
@@ -276,17 +312,27 @@ def _(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class _LinearLogps(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, index, options):
-        logps, lse, scale, kept = torch.ops.fastpref.linear_logps(hidden, weight, bias, targets, index, *options)
-        ctx.save_for_backward(lse, scale, kept, hidden, weight, bias, targets, index)
-        ctx.options = options
-        return logps
+class _TokenStats(torch.autograd.Function):
+    """Log-probs and `rows.EXTRAS`; log-probs and entropy have gradients."""
 
     @staticmethod
-    def backward(ctx, grad):
-        grads = torch.ops.fastpref.linear_logps_backward(grad, *ctx.saved_tensors, *ctx.options)
+    def forward(ctx, hidden, weight, bias, targets, index, options):
+        *stats, lse, scale, kept = torch.ops.fastpref.token_stats(hidden, weight, bias, targets, index, *options)
+        logps, entropy, *others = stats
+        ctx.save_for_backward(entropy, lse, scale, kept, hidden, weight, bias, targets, index)
+        ctx.options, ctx.entropy = options, "entropy" in options.extras
+        ctx.mark_non_differentiable(*(others if ctx.entropy else (entropy, *others)))
+        if not torch.compiler.is_compiling():  # which knows no such method
+            ctx.set_materialize_grads(False)  # None, not zeros, for an entropy that is only logged
+        return tuple(stats)
+
+    @staticmethod
+    def backward(ctx, grad, grad_entropy, *_):
+        entropy, lse, *others = ctx.saved_tensors
+        grad = torch.zeros_like(lse) if grad is None else grad
+        grads = torch.ops.fastpref.token_stats_backward(
+            grad, grad_entropy if ctx.entropy else None, entropy, lse, *others, *ctx.options
+        )
         dx, dw, db = (x if need else None for x, need in zip(grads, ctx.options.needs))
         return dx, dw, db, None, None, None
 
@@ -296,17 +342,17 @@ class _PreferenceLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, loss, options, accumulate_into, *inputs):
-        value, logps, ref_logps, lengths, *grads = _preference_step_of(
+        value, logps, ref_logps, lengths, sums, *grads = _preference_step_of(
             loss, hidden, weight, bias, inputs, options, accumulate_into
         )
-        ctx.mark_non_differentiable(logps, ref_logps, lengths)
+        ctx.mark_non_differentiable(logps, ref_logps, lengths, sums)
         ctx.needs, ctx.others, ctx.accumulates = options.needs, len(inputs) + 3, accumulate_into is not None
         if torch.compiler.is_compiling():
             ctx.save_for_backward(*grads)
         else:
             # Not as saved tensors: those stay alive while autograd takes a gradient over, and it would copy them.
             ctx.grads = [grad if need else None for grad, need in zip(grads, options.needs)]
-        return value, logps, ref_logps, lengths
+        return value, logps, ref_logps, lengths, sums
 
     @staticmethod
     def backward(ctx, upstream, *_):
@@ -361,7 +407,7 @@ def _check_upstream(upstream: Tensor) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The two public functions
+# The public functions
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -373,6 +419,18 @@ class PreferenceOutput(NamedTuple):
     ref_logps: Tensor | None  # [S] the same under the reference
     lengths: Tensor  # [S] int64, scored tokens
     metrics: dict[str, Tensor]  # see `fastpref.losses.metrics`
+    extras: dict[str, Tensor]  # [S] sums over scored tokens, by name; detached
+
+
+class TokenStats(NamedTuple):
+    """What `linear_token_stats` returns: the shape of targets, fp32 (fp64 for fp64 inputs), 0 where ignored; None for
+    what was not asked for."""
+
+    logps: Tensor  # log pi(target), nats; differentiable
+    entropy: Tensor | None = None  # H = -sum of p log p over the vocabulary, nats; differentiable
+    top1: Tensor | None = None  # 1.0 where the target is the first of the largest logits (what argmax picks), else 0.0
+    mean_logit: Tensor | None = None  # mean of z over the vocabulary
+    log_sum_p2: Tensor | None = None  # log of the sum of p^2
 
 
 def linear_logps(
@@ -425,7 +483,55 @@ def linear_logps(
         hidden, weight, targets, bias, ignore_index, softcap, logit_scale, temperature, memory_budget, backend,
         logits_dtype,
     )  # fmt: skip
-    return _token_logps(hidden, weight, bias, targets, options, pick=True)
+    return _token_stats(hidden, weight, bias, targets, options, pick=True).logps
+
+
+def linear_token_stats(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    outputs: Sequence[str] = rows.EXTRAS,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    temperature: float = 1.0,
+    memory_budget: int | None = None,
+    backend: str | None = None,
+    logits_dtype: str | None = None,
+) -> TokenStats:
+    """Token log-probs and what else one sweep over the logits can tell, without building them. With z as in
+    `linear_logps` and p = softmax(z), for each token:
+
+        logps = z[target] - logsumexp(z)          entropy = logsumexp(z) - sum p z
+        mean_logit = mean z                       log_sum_p2 = log sum p^2
+        top1 = 1.0 if argmax z is the target (of equal maxima the first counts), else 0.0
+
+    log_sum_p2 is what WPO weights pairs with (arXiv 2406.11827).
+
+    Differentiable in logps and in entropy (dH/dz_j = -p_j (log p_j + H)). Unless an entropy gradient arrives in
+    backward the GEMMs are those of `linear_logps`; if one does, four in all: every row is multiplied again. (Under
+    torch.compile one always arrives where entropy is asked for, be it zeros.)
+
+    Args:
+        outputs: which of "entropy", "top1", "mean_logit" and "log_sum_p2"; the others are None and cost nothing. With
+            "entropy" and autograd recording, half of the budget is left for the gradient it may get, so that fewer
+            residuals are kept than by `linear_logps`: leave it out, or call under `torch.no_grad`, if it is not needed.
+        The others are those of `linear_logps`.
+
+    Returns:
+        TokenStats(logps, entropy, top1, mean_logit, log_sum_p2): the shape of `targets`, 0 where ignored.
+
+    Raises:
+        As `linear_logps`. On CUDA a target outside [0, V) gives NaN in logps and 0 in top1.
+    """
+    options = options_of(
+        hidden, weight, targets, bias, ignore_index, softcap, logit_scale, temperature, memory_budget, backend,
+        logits_dtype,
+    )  # fmt: skip
+    options = options._replace(extras=extras_of("outputs", outputs))
+    return _token_stats(hidden, weight, bias, targets, options, pick=True)
 
 
 def linear_preference_loss(
@@ -453,6 +559,7 @@ def linear_preference_loss(
     backend: str | None = None,
     logits_dtype: str | None = None,
     accumulate_into: Tensor | None = None,
+    extras: Sequence[str] = (),
 ) -> PreferenceOutput:
     """A preference loss of a language-model head and its gradients, in one pass of three GEMMs (two if `weight` is
     frozen, one without gradients) and without the logits:
@@ -475,10 +582,12 @@ def linear_preference_loss(
         ignore_index, softcap, logit_scale, temperature, memory_budget, backend, logits_dtype: as in `linear_logps`.
         accumulate_into: fp32 [V, H], to which the weight's gradient is added in forward (a "main grad"); autograd then
             brings none for `weight`. For an upstream gradient of 1: normalise with `totals`, not by scaling the loss.
+        extras: names of `linear_token_stats` outputs to add up over the scored tokens of each sequence, each counting
+            once: `token_weights` do not apply. Those that the loss needs are computed anyhow; nothing else is.
 
     Returns:
         PreferenceOutput: loss (scalar fp32, differentiable w.r.t. hidden, weight and bias), logps [S], ref_logps [S] or
-        None, lengths [S], metrics (TRL's names, one value a pair or sequence).
+        None, lengths [S], metrics (TRL's names, one value a pair or sequence), extras (name -> [S], detached).
 
     Raises:
         ValueError, TypeError: naming the argument, what it got and what it takes. On CUDA a target outside [0, V) gives
@@ -496,6 +605,8 @@ def linear_preference_loss(
         hidden, weight, targets, bias, ignore_index, softcap, logit_scale, temperature, memory_budget, backend,
         logits_dtype,
     )  # fmt: skip
+    needed = tuple(getattr(loss, "needs_extras", ()))
+    options = options._replace(extras=extras_of("extras", (*extras_of("extras", extras).split(), *needed)))
     if isinstance(cu_seqlens, Tensor):
         require(cu_seqlens.device.type == "cpu", "cu_seqlens", f"on {cu_seqlens.device}", "a list or a CPU tensor")
         require(not cu_seqlens.is_floating_point(), "cu_seqlens", cu_seqlens.dtype, "integers", TypeError)
@@ -522,17 +633,18 @@ def linear_preference_loss(
             targets, cu_seqlens, ref_logps, ref_hidden, ref_weight, ref_bias, desirable, kl,
             None if token_weights is None else token_weights.detach(), _totals_tensor(totals, hidden.device, stats),
         )  # fmt: skip
-        value, logps, computed_ref, lengths = _PreferenceLoss.apply(
+        value, logps, computed_ref, lengths, sums = _PreferenceLoss.apply(
             hidden, weight, bias, loss, options, accumulate_into, *inputs
         )
         ref_logps = computed_ref if ref_hidden is not None else ref_logps
         seq = SequenceLogps(logps, lengths, Totals(1, 1, 1), ref_logps, desirable, kl)
+        found = dict(zip(options.extras.split(), sums))
     else:
-        seq, value = _free_loss(
+        seq, value, found = _free_loss(
             loss, hidden, weight, bias, targets, cu_seqlens, ref_logps, (ref_hidden, ref_weight, ref_bias), desirable,
             kl, token_weights, totals, options,
         )  # fmt: skip
-    return PreferenceOutput(value, seq.logps, seq.ref_logps, seq.lengths.long(), losses.metrics(loss, seq))
+    return PreferenceOutput(value, seq.logps, seq.ref_logps, seq.lengths.long(), losses.metrics(loss, seq), found)
 
 
 def _free_loss(
@@ -549,7 +661,7 @@ def _free_loss(
     token_weights: Tensor | None,
     totals: Totals | None,
     options: Options,
-) -> tuple[SequenceLogps, Tensor]:
+) -> tuple[SequenceLogps, Tensor, dict[str, Tensor]]:
     """A callable that says nothing of itself: ordinary autograd over the whole batch, between the log-prob ops."""
     stats = rows.stats_dtype(options.compute_dtype)
     sizes = None if cu_seqlens is None else tuple(b - a for a, b in zip(cu_seqlens, cu_seqlens[1:]))
@@ -559,27 +671,32 @@ def _free_loss(
             return values.double().sum(1)
         return segment_sum(values, on_device(sizes, values.device))
 
-    def sequence_logps(hidden: Tensor, weight: Tensor, bias: Tensor | None, options: Options) -> Tensor:
-        logps = _token_logps(hidden, weight, bias, targets, options, pick=sizes is None)
-        return per_sequence(logps if token_weights is None else logps * token_weights.detach()).to(stats)
+    def sequence_logps(
+        hidden: Tensor, weight: Tensor, bias: Tensor | None, options: Options
+    ) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
+        found = _token_stats(hidden, weight, bias, targets, options, pick=sizes is None)
+        logps = found.logps if token_weights is None else found.logps * token_weights.detach()
+        extras = {name: getattr(found, name).detach() for name in options.extras.split()}
+        unweighted = per_sequence(found.logps.detach()).to(stats) if extras and token_weights is not None else None
+        return per_sequence(logps).to(stats), {k: per_sequence(x).to(stats) for k, x in extras.items()}, unweighted
 
     ref_hidden, ref_weight, ref_bias = reference
     if ref_hidden is not None and ref_weight is not None:
-        no_gradients = options._replace(needs=(False, False, False))
-        ref_logps = sequence_logps(ref_hidden, ref_weight, ref_bias, no_gradients)
+        ref_options = options._replace(needs=(False, False, False), extras="")
+        ref_logps, *_ = sequence_logps(ref_hidden, ref_weight, ref_bias, ref_options)
     lengths = per_sequence(targets != options.ignore_index).to(stats)
-    logps = sequence_logps(hidden, weight, bias, options)
+    logps, extras, unweighted = sequence_logps(hidden, weight, bias, options)
     if totals is None:
         totals = Totals(max(lengths.shape[0], 1), lengths.sum(), lengths.chunk(2)[0].sum())
-    seq = SequenceLogps(logps, lengths, totals, ref_logps, desirable, kl)
+    seq = SequenceLogps(logps, lengths, totals, ref_logps, desirable, kl, extras, unweighted)
     value = losses.evaluate(loss, seq)
-    return replace(seq, logps=logps.detach()), value
+    return replace(seq, logps=logps.detach()), value, extras
 
 
-def _token_logps(
+def _token_stats(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: Options, *, pick: bool
-) -> Tensor:
-    """Token log-probs in the shape of targets. pick: only scored rows enter the GEMM, at a synchronisation on CUDA."""
+) -> TokenStats:
+    """In the shape of targets. pick: only scored rows enter the GEMM, at a synchronisation on CUDA."""
     flat_hidden, flat = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
     index = None
     if (pick or flat.device.type == "cpu") and not torch.compiler.is_compiling():
@@ -588,10 +705,16 @@ def _token_logps(
         if count < flat.shape[0]:
             index = torch.nonzero_static(scored, size=count)[:, 0]
             flat = flat[index]
-    logps = _LinearLogps.apply(flat_hidden, weight, bias, flat, index, options)
-    if index is not None:
-        logps = logps.new_zeros(targets.numel()).index_copy(0, index, logps)
-    return logps.view(targets.shape)
+    found = _TokenStats.apply(flat_hidden, weight, bias, flat, index, options)
+
+    def placed(values: Tensor) -> Tensor:
+        if index is not None:
+            values = values.new_zeros(targets.numel()).index_copy(0, index, values)
+        return values.view(targets.shape)
+
+    logps, *others = found
+    asked = options.extras.split()
+    return TokenStats(placed(logps), **{name: placed(x) for name, x in zip(rows.EXTRAS, others) if name in asked})
 
 
 def _totals_tensor(totals: Totals | None, device: torch.device, dtype: torch.dtype) -> Tensor | None:

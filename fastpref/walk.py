@@ -14,6 +14,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import accumulate
 from types import ModuleType
 from typing import NamedTuple
 
@@ -32,14 +33,26 @@ from .rows import native
 
 @dataclass(frozen=True)
 class Scored:
-    """The rows of `hidden` that predict a scored token, in the order of the batch."""
+    """The rows of `hidden` that predict a scored token, in the order they are walked: the batch's, or a plan's."""
 
     hidden: Tensor  # [*, H] as given
     index: Tensor | None  # [N] rows of hidden; None: all of them, in order
     targets: Tensor  # [N]
-    counts: tuple[int, ...]  # rows of each sequence, on the host
+    counts: tuple[int, ...]  # rows of each sequence, in the order of the batch, on the host
     lengths: Tensor  # [S] int64: scored tokens of each sequence
     weights: Tensor | None  # [N] token weights
+
+    def reordered(self, order: Sequence[tuple[int, int]]) -> Scored:
+        """Rows by ranges of sequences, one range after another."""
+        starts = [0, *accumulate(self.counts)]
+        spans = [(starts[a], starts[b]) for a, b in order]
+
+        def taken(x: Tensor) -> Tensor:
+            return torch.cat([x[a:b] for a, b in spans])
+
+        index = torch.arange(starts[-1], device=self.targets.device) if self.index is None else self.index
+        weights = None if self.weights is None else taken(self.weights)
+        return replace(self, index=taken(index), targets=taken(self.targets), weights=weights)
 
     def rows(self, start: int, end: int, buffer: Tensor | None) -> Tensor:
         """hidden rows [start, end) in the buffer's dtype: a view where nothing has to be gathered or cast."""
@@ -65,6 +78,7 @@ class Options(NamedTuple):
     compute_dtype: torch.dtype  # of the GEMMs' operands and the stash
     logits_dtype: torch.dtype  # what the first GEMM writes
     needs: tuple[bool, bool, bool]  # gradients wanted: hidden, weight, bias
+    extras: str = ""  # names of `rows.EXTRAS`, with spaces between: no op takes a list of strings
 
 
 class Head(NamedTuple):
@@ -76,11 +90,13 @@ class Head(NamedTuple):
     kernels: ModuleType
     ignore_index: int
     logits_dtype: torch.dtype
+    extras: tuple[str, ...]  # beside log-probs and residuals
 
     def residual(self, logits: Tensor, targets: Tensor, out: Tensor | None) -> rows.RowStats:
         return self.kernels.residual(
-            logits, targets, out, transform=self.transform, bias=self.bias, ignore_index=self.ignore_index
-        )
+            logits, targets, out, transform=self.transform, bias=self.bias, ignore_index=self.ignore_index,
+            extras=self.extras,
+        )  # fmt: skip
 
 
 def score(
@@ -171,6 +187,22 @@ def _mm(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
     return torch.mm(a, b, out_dtype=out.dtype, out=out)  # CUDA: fp32 from bf16 / fp16 operands
 
 
+# A fp32 GEMM on the CPU packs the whole head before it multiplies; slices of it are packed into the cache. C 512, H
+# 1024, V 128256 on two cores: 769 ms whole, 657 ms by 2048 columns, 786 ms by 8192; C 2048, H 512, V 32000: 349 and
+# 336 ms. A bf16 GEMM takes the same time either way, and so do dX and dW.
+LOGITS_COLS = 2048
+
+
+def _logits(x: Tensor, weight: Tensor, out: Tensor) -> Tensor:
+    """x W^T, [rows, cols]."""
+    if out.device.type != "cpu" or x.dtype != torch.float32:
+        return _mm(x, weight.t(), out)
+    for start in range(0, weight.shape[0], LOGITS_COLS):
+        part = slice(start, start + LOGITS_COLS)
+        torch.mm(x, weight[part].t(), out=out[:, part])
+    return out
+
+
 def _add_mm(total: Tensor, a: Tensor, b: Tensor, begun: bool, product: Tensor | None) -> None:
     """total (+)= a b in the precision of total; by way of `product` where no GEMM does that."""
     if product is not None:
@@ -217,7 +249,7 @@ class _Sum:
         self.begun, other.begun = True, False
 
 
-class _WeightGrad(_Sum):
+class WeightGrad(_Sum):
     """dW: added up in fp32 and rounded once; or added to a buffer of the caller's."""
 
     def __init__(self, weight: Tensor, compute_dtype: torch.dtype, schedule: Plan, into: Tensor | None) -> None:
@@ -252,11 +284,12 @@ class _WeightGrad(_Sum):
         return self.grad if self.total is self.grad else self.grad.copy_(self.total)
 
 
-class _HiddenGrad:
+class HiddenGrad:
     """dX, [*, H] in the dtype of hidden: rows written where they belong, zero where nothing is scored."""
 
     def __init__(self, scored: Scored, buffer: Tensor | None) -> None:
-        empty = torch.empty_like if scored.index is None else torch.zeros_like
+        covered = scored.index is None or scored.index.shape[0] == scored.hidden.shape[0]
+        empty = torch.empty_like if covered else torch.zeros_like
         self.grad = empty(scored.hidden, memory_format=torch.contiguous_format)
         self.index, self.buffer = scored.index, buffer
 
@@ -281,9 +314,9 @@ class _HiddenGrad:
         """Scored rows [start, end) times one late scalar."""
         if self.index is None:
             self.grad[start:end].mul_(scale)
-        else:
-            rows_CH = self.grad.index_select(0, self.index[start:end]).mul_(scale)
-            self.grad.index_copy_(0, self.index[start:end], rows_CH)
+            return
+        for index in self.index[start:end].split(1024):
+            self.grad.index_copy_(0, index, self.grad.index_select(0, index).mul_(scale))
 
     def put_rows(self, start: int, rows_CH: Tensor) -> None:
         if self.index is None:
@@ -302,12 +335,9 @@ class _HiddenGrad:
 
 def _tiles(group: Group, tile_rows: int) -> Iterator[tuple[int, int, int]]:
     """(first row, end row, place in the stash) of every tile of a group."""
-    place = 0
-    for start, stop in group.segments:
-        for first in range(start, stop, tile_rows):
-            end = min(first + tile_rows, stop)
-            yield first, end, place
-            place += end - first
+    start, stop = group.span
+    for first in range(start, stop, tile_rows):
+        yield first, min(first + tile_rows, stop), first - start
 
 
 class Walk:
@@ -318,8 +348,11 @@ class Walk:
         p = schedule.problem
         stats = rows.stats_dtype(head.weight.dtype)
         self.logps, self.lse, self.scale = (head.weight.new_zeros(p.rows, dtype=stats) for _ in range(3))
+        self.extras = {name: head.weight.new_zeros(p.rows, dtype=stats) for name in head.extras}
         self.stash = self.tile(schedule.stash_rows) if stash is None else stash
-        self.x_buffer = self.empty(schedule.tile_rows, p.hidden) if p.gathered else None
+        # Operands of one GEMM after another. "groups": gathered x, then dX before it is scattered, then scaled x.
+        most = max(schedule.tile_rows, schedule.stash_rows) if schedule.scheme == "groups" else schedule.tile_rows
+        self.x_buffer = self.empty(most, p.hidden) if p.gathered else None
         self.scratch: Tensor | None = None
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -331,6 +364,10 @@ class Walk:
         pitch = vocab if self.head.weight.device.type == "cpu" else -(-vocab // 8) * 8
         return self.empty(count, pitch, dtype=dtype)[:, :vocab]
 
+    def operand(self, count: int) -> Tensor:
+        """[count, H] in the compute dtype, what it held gone."""
+        return self.empty(count, self.plan.problem.hidden) if self.x_buffer is None else self.x_buffer[:count]
+
     @property
     def swept_in_place(self) -> bool:
         return self.head.logits_dtype == self.head.weight.dtype
@@ -341,56 +378,98 @@ class Walk:
         for first, end, place in _tiles(group, self.plan.tile_rows):
             count = end - first
             out = stash[place : place + count] if stash is not None and place + count <= kept else None
-            if out is not None and self.swept_in_place:
-                logits = out
-            else:
-                if self.scratch is None:
-                    self.scratch = self.tile(self.plan.tile_rows, self.head.logits_dtype)
-                logits = self.scratch[:count]
-            _mm(self.scored.rows(first, end, self.x_buffer), self.head.weight.t(), logits)
+            logits = self.logits(first, end, out)
             found = self.head.residual(logits, self.scored.targets[first:end], out)
             self.logps[first:end] = found.logp
             self.lse[first:end] = found.lse
             if found.scale is not None:
                 self.scale[first:end] = found.scale
+            for name, values in self.extras.items():
+                values[first:end] = getattr(found, name)
+
+    def logits(self, first: int, end: int, out: Tensor | None) -> Tensor:
+        """Those of a tile, in `out` where they can be swept in place."""
+        if out is not None and self.swept_in_place:
+            logits = out
+        else:
+            if self.scratch is None:
+                self.scratch = self.tile(self.plan.tile_rows, self.head.logits_dtype)
+            logits = self.scratch[: end - first]
+        return _logits(self.scored.rows(first, end, self.x_buffer), self.head.weight, logits)
+
+    def sweep_again(
+        self, logits: Tensor, first: int, start: int, out: Tensor, grads: tuple[Tensor, Tensor] | None
+    ) -> None:
+        """Rows from `first` and columns from `start` on, made again: their residuals, or with grads = (g_l, g_H) of the
+        log-probs and entropies, [N], the gradient of the logits."""
+        count, cols = logits.shape
+        mine, head = slice(first, first + count), self.head
+        bias = None if head.bias is None else head.bias[start : start + cols]
+        known = [self.lse[mine]]
+        sweep = head.kernels.residual_given_lse
+        if grads is not None:
+            known += [self.extras["entropy"][mine], grads[0][mine], grads[1][mine]]
+            sweep = head.kernels.gradient_given_lse
+        sweep(
+            logits, self.scored.targets[mine], *known, out,
+            col_offset=start, transform=head.transform, bias=bias, ignore_index=head.ignore_index,
+        )  # fmt: skip
+
+    def late_scale(self, ga: Tensor, gh: Tensor | None) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """What rows made again are multiplied with at the end, [N], and what is swept into them."""
+        # A device keeps ignored rows: whatever they get from above, they count for nothing.
+        ga = ga.masked_fill(self.scored.targets == self.head.ignore_index, 0.0)
+        factor = self.head.transform.row_factor
+        if gh is None:
+            return ga * factor, None
+        gh = gh.masked_fill(self.scored.targets == self.head.ignore_index, 0.0)
+        # The larger of the two stays outside: a mean over 10^5 tokens would leave fp16's range.
+        norm = torch.maximum(ga.abs(), gh.abs())
+        divisor = norm.masked_fill(norm == 0, 1.0)
+        return norm * factor, (ga / divisor, gh / divisor)
 
     def forward_only(self) -> Tensor:
         for group in self.plan.groups:
             self.forward(group, None)
         return self.logps
 
-    def frozen(self, dx: _HiddenGrad) -> None:
+    def frozen(self, dx: HiddenGrad) -> None:
         """No weight gradient wanted: U W at once; the rows of dX are scaled when the scalars are known."""
         for block in self.plan.groups:
             self.forward(block, self.stash)
             dx.put(block.segments[0][0], self.stash[: block.rows], self.head.weight, None)
 
+    def frozen_again(self, ga: Tensor, gh: Tensor, dx: HiddenGrad) -> None:
+        """dX for gradients of log-probs and entropies, which `frozen` did not know."""
+        scale, grads = self.late_scale(ga, gh)
+        for block in self.plan.groups:
+            for first, end, place in _tiles(block, self.plan.tile_rows):
+                out = self.stash[place : place + end - first]
+                self.sweep_again(self.logits(first, end, out), first, 0, out, grads)
+            start, end = block.segments[0]
+            dx.put(start, self.stash[: block.rows], self.head.weight, scale[start:end])
+
     def backward(
-        self, group: Group, w: Tensor, dx: _HiddenGrad | None, dw: _WeightGrad | None, db: Tensor | None
+        self, group: Group, w: Tensor, dx: HiddenGrad | None, dw: WeightGrad | None, db: Tensor | None
     ) -> None:
         """Gradients of a group whose residuals are all in the stash. w = g a scale, [N]."""
         if group.rows == 0:
             return
-        scaled = self.empty(group.rows, self.plan.problem.hidden) if dw is not None else None
-        place = 0
-        for start, end in group.segments:
-            stash = self.stash[place : place + end - start]
-            if dx is not None:
-                dx.put(start, stash, self.head.weight, w[start:end])
-            if scaled is not None:
-                self.scaled_rows(start, end, w[start:end], scaled[place : place + end - start])
-            if db is not None:
-                db += torch.mv(stash.t(), w[start:end].to(stash.dtype))
-            place += end - start
-        if dw is not None and scaled is not None:
-            dw.add(self.stash[: group.rows], scaled)
+        start, end = group.span
+        stash, w = self.stash[: group.rows], w[start:end]
+        if dx is not None:
+            dx.put(start, stash, self.head.weight, w)
+        if dw is not None:
+            dw.add(stash, self.scaled_rows(start, end, w, self.operand(group.rows)))
+        if db is not None:
+            db += torch.mv(stash.t(), w.to(stash.dtype))
 
     def backward_long(
         self,
         group: Group,
         coefficients: Tensor,
         weights: Tensor | None,
-        dx: _HiddenGrad | None,
+        dx: HiddenGrad | None,
         scratches: list[_Sum],
         db: list[Tensor],
     ) -> None:
@@ -408,21 +487,30 @@ class Walk:
                 if dx is not None:
                     dx.put(first, stash, self.head.weight, w)
                 if scratches:
-                    scaled = self.empty(end - first, self.plan.problem.hidden)
+                    scaled = self.operand(end - first)
                     scratches[min(i, len(scratches) - 1)].add(stash, self.scaled_rows(first, end, w, scaled))
                 if db:
                     db[min(i, len(db) - 1)] += torch.mv(stash.t(), w.to(stash.dtype))
 
     def recompute(
-        self, w: Tensor, ga: Tensor, dx: _HiddenGrad | None, dw: _WeightGrad | None, db: Tensor | None
+        self,
+        w: Tensor,
+        ga: Tensor,
+        dx: HiddenGrad | None,
+        dw: WeightGrad | None,
+        db: Tensor | None,
+        gh: Tensor | None = None,
     ) -> None:
         """The first rows' residuals are in the stash (w = g a scale); the others' (ga = g a) are made again, slice by
-        slice of the vocabulary, so that each slice of dW is complete at once: no [V, H] sum in fp32.
+        slice of the vocabulary, so that each slice of dW is complete at once: no [V, H] sum in fp32. With gradients of
+        the entropies, gh, all rows are.
         """
-        p, kept, cols, head = self.plan.problem, self.plan.stash_rows, self.plan.slice_cols, self.head
+        p, cols, head = self.plan.problem, self.plan.slice_cols, self.head
+        kept = self.plan.stash_rows if gh is None else 0
         self.scratch = None
         stash, again = self.stash[:kept], p.rows - kept
-        factor = torch.cat((w[:kept], ga[kept:] * head.transform.row_factor))
+        late, grads = self.late_scale(ga, gh)
+        factor = torch.cat((w[:kept], late[kept:]))
         if dx is not None:
             for first in range(0, kept, self.plan.tile_rows):
                 end = min(first + self.plan.tile_rows, kept)
@@ -437,13 +525,9 @@ class Walk:
         for start in range(0, p.vocab, cols):
             end = min(start + cols, p.vocab)
             weight, size = head.weight[start:end], again * (end - start)
-            logits = _mm(x, weight.t(), scratch[:size].view(again, -1))
-            u = tile[:size].view(again, -1)
-            bias = None if head.bias is None else head.bias[start:end]
-            head.kernels.residual_given_lse(
-                logits, self.scored.targets[kept:], self.lse[kept:], u,
-                col_offset=start, transform=head.transform, bias=bias, ignore_index=head.ignore_index,
-            )  # fmt: skip
+            logits = _logits(x, weight, scratch[:size].view(again, end - start))
+            u = tile[:size].view(again, end - start)
+            self.sweep_again(logits, kept, start, u, grads)
             if dx_sum is not None:
                 _add_mm(dx_sum, u, weight, start > 0, product)
             if dw is not None and scaled is not None:
@@ -471,7 +555,8 @@ def head_of(weight: Tensor, bias: Tensor | None, options: Options) -> Head:
     kernels = rows.choose(options.backend, weight.device, options.compute_dtype)
     transform = rows.Transform(options.logit_scale, options.softcap, options.temperature)
     compute = weight.to(options.compute_dtype).contiguous()
-    return Head(compute, bias, transform, kernels, options.ignore_index, options.logits_dtype)
+    extras = tuple(options.extras.split())
+    return Head(compute, bias, transform, kernels, options.ignore_index, options.logits_dtype, extras)
 
 
 def problem_of(
@@ -483,27 +568,23 @@ def problem_of(
     return Problem(
         counts, weight.shape[1], weight.shape[0], compute.itemsize, options.logits_dtype.itemsize,
         grad.itemsize, needs_hidden_grad=needs[0], needs_weight_grad=needs[1] or needs[2], coupling=coupling,
-        scratches=scratches, late=late, cast_weight=weight.dtype != compute,
+        scratches=scratches, late=late, entropy_grad=late and "entropy" in options.extras,
+        cast_weight=weight.dtype != compute,
         gathered=index is not None or hidden.dtype != compute,
         device="cuda" if fp32_gemms(weight.device) else "cpu",
     )  # fmt: skip
 
 
 def gradients(
-    scored: Scored,
-    head: Head,
-    schedule: Plan,
-    weight: Tensor,
-    bias: Tensor | None,
-    needs: Sequence[bool],
-    accumulate_into: Tensor | None = None,
-) -> tuple[_HiddenGrad | None, _WeightGrad | None, Tensor | None]:
+    walk: Walk, weight: Tensor, bias: Tensor | None, needs: Sequence[bool], accumulate_into: Tensor | None = None
+) -> tuple[HiddenGrad | None, WeightGrad | None, Tensor | None]:
+    head, schedule = walk.head, walk.plan
     p = schedule.problem
-    buffer = None
-    if p.gathered:
+    buffer = walk.x_buffer
+    if p.gathered and schedule.scheme != "groups":
         buffer = head.weight.new_empty(max(schedule.stash_rows, schedule.tile_rows), p.hidden)
-    dx = _HiddenGrad(scored, buffer) if needs[0] else None
-    dw = _WeightGrad(weight, head.weight.dtype, schedule, accumulate_into) if needs[1] else None
+    dx = HiddenGrad(walk.scored, buffer) if needs[0] else None
+    dw = WeightGrad(weight, head.weight.dtype, schedule, accumulate_into) if needs[1] else None
     db = torch.zeros_like(bias, dtype=rows.stats_dtype(head.weight.dtype)) if needs[2] and bias is not None else None
     return dx, dw, db
 
@@ -531,8 +612,8 @@ def step(
     totals: Totals | None,
     options: Options,
     accumulate_into: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """(loss, logps, ref_logps, lengths, dX, dW, db)."""
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """(loss, logps, ref_logps, lengths, extras [K, S] in the order of options.extras, dX, dW, db)."""
     check_targets(targets, weight.shape[0], options.ignore_index)
     scored = score(hidden, targets, cu_seqlens, options.ignore_index, token_weights)
     head = head_of(weight, bias, options)
@@ -540,33 +621,49 @@ def step(
                          accumulate_into=accumulate_into)  # fmt: skip
     schedule = plan(problem, options.memory_budget)
     counts = on_device(scored.counts, hidden.device)
+    if schedule.order is not None:
+        scored = scored.reordered(schedule.order)
+
+    def collect(group: Group, values: Tensor, into: Tensor, token_weights: Tensor | None) -> None:
+        """Sums over the tokens of every sequence of a group whose rows have been swept."""
+        for (s0, s1), (r0, r1) in zip(group.sequences, group.segments):
+            weights = None if token_weights is None else token_weights[r0:r1]
+            into[s0:s1] = sequence_logps_of(values[r0:r1], weights, counts[s0:s1])
 
     ref_logps = reference if isinstance(reference, Tensor) else None
     if isinstance(reference, tuple):
         # The same tiles as the policy's: a policy that equals its reference has rewards of exactly 0.
         ref_hidden, ref_weight, ref_bias = reference
         check_targets(targets, ref_weight.shape[0], options.ignore_index, "ref_weight")
-        ref_options = options._replace(needs=(False, False, False))
+        ref_options = options._replace(needs=(False, False, False), extras="")
         ref_rows = replace(scored, hidden=ref_hidden.reshape(-1, ref_hidden.shape[-1]))
         ref_problem = problem_of(scored.counts, ref_hidden, ref_weight, scored.index, loss.coupling, ref_options)
         ref_plan = replace(schedule, problem=ref_problem, stash_rows=0)
         ref_walk = Walk(ref_rows, head_of(ref_weight, ref_bias, ref_options), ref_plan)
-        ref_logps = sequence_logps_of(ref_walk.forward_only(), scored.weights, counts)
+        ref_token_logps = ref_walk.forward_only()
+        ref_logps = ref_token_logps.new_zeros(len(scored.counts))
+        for group in schedule.groups if schedule.scheme == "groups" else (schedule.problem.whole,):
+            collect(group, ref_token_logps, ref_logps, scored.weights)
         del ref_walk
 
     walk = Walk(scored, head, schedule)
-    dx, dw, db = gradients(scored, head, schedule, weight, bias, options.needs, accumulate_into)
+    dx, dw, db = gradients(walk, weight, bias, options.needs, accumulate_into)
     lengths = scored.lengths.to(walk.logps.dtype)
     if totals is None:
         totals = Totals(max(len(scored.counts), 1), lengths.sum(), lengths.chunk(2)[0].sum())
     logps = torch.zeros_like(lengths)
-    batch = SequenceLogps(logps, lengths, totals, ref_logps, desirable, kl)
+    extras = lengths.new_zeros(len(walk.extras), lengths.shape[0])
+    named = dict(zip(walk.extras, extras))
+    unweighted = torch.zeros_like(lengths) if named and scored.weights is not None else None
+    batch = SequenceLogps(logps, lengths, totals, ref_logps, desirable, kl, named, unweighted)
 
     def loss_of(group: Group) -> tuple[Tensor, Tensor]:
         """L of a group whose rows have been swept, and g of its sequences."""
-        for (s0, s1), (r0, r1) in zip(group.sequences, group.segments):
-            weights = None if scored.weights is None else scored.weights[r0:r1]
-            logps[s0:s1] = sequence_logps_of(walk.logps[r0:r1], weights, counts[s0:s1])
+        collect(group, walk.logps, logps, scored.weights)
+        for sums, values in zip(extras, walk.extras.values()):
+            collect(group, values, sums, None)
+        if unweighted is not None:
+            collect(group, walk.logps, unweighted, None)
         return losses.loss_and_gradient(loss, batch.select(*group.items, pairs=loss.coupling == "pair"))
 
     def rows_of(group: Group, g: Tensor) -> Tensor:
@@ -617,7 +714,7 @@ def step(
         elif schedule.scheme == "recompute":
             walk.recompute(ga * walk.scale, ga, dx, dw, db)
     return (
-        total, logps, ref_logps, scored.lengths,
+        total, logps, ref_logps, scored.lengths, extras,
         None if dx is None else dx.grad.view(hidden.shape),
         None if dw is None else dw.finish(),
         None if db is None or bias is None else db.to(bias.dtype),

@@ -59,6 +59,33 @@ def token_logps(
     return torch.zeros(targets.shape, dtype=torch.float64).masked_scatter(scored, picked - lse)
 
 
+def token_stats(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None = None,
+    *,
+    ignore_index: int = IGNORE,
+    **transform: float | None,
+) -> dict[str, Tensor]:
+    """fp64, shape of targets, 0 where ignored: log-prob and entropy with their autograd, and the others."""
+    scored = targets != ignore_index
+    z = full_logits(hidden[scored], weight, bias, **transform)
+    log_p = torch.log_softmax(z, -1)
+    p = log_p.exp()
+    found = {
+        "logps": log_p[torch.arange(len(z)), targets[scored]],
+        "entropy": -(p * log_p).sum(-1),
+        "top1": (z.argmax(-1) == targets[scored]).double(),
+        "mean_logit": z.mean(-1).detach(),
+        "log_sum_p2": (p * p).sum(-1).log().detach(),
+    }
+    return {
+        name: torch.zeros(targets.shape, dtype=torch.float64).masked_scatter(scored, values)
+        for name, values in found.items()
+    }
+
+
 def sequence_sums(tokens: Tensor, cu_seqlens: list[int] | None) -> Tensor:
     """[S, T] or, with cu_seqlens, packed [N] -> [S]."""
     if cu_seqlens is None:

@@ -75,6 +75,32 @@ def test_version_info_and_plan(capsys):
     assert "4096 scored rows in 8 sequences" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("columns", [80, 160])
+def test_losses(capsys, monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    assert cli.main(["losses"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= columns
+    rows = {line.split()[0]: line.split() for line in lines if line and not line.startswith(" ")}
+    assert rows.keys() >= set(fastpref.losses.CLASSES)
+    for name, (reference, pairs, scratches) in {
+        "dpo": ("yes", "yes", "1"), "rpo": ("yes", "yes", "2"), "simpo": ("no", "yes", "1"),
+        "kto": ("yes", "no", "1"), "aot": ("yes", "yes*", "-"), "bco": ("yes", "no*", "-"),
+    }.items():  # fmt: skip
+        assert tuple(rows[name][-4:-1]) == (reference, pairs, scratches) and rows[name][-1][4] == "."
+
+
+def test_cached_reference_log_probs(world, tmp_path, capsys):
+    config = write(world, tmp_path / "run.yaml", max_steps=1)
+    assert cli.main(["cache-ref", config, "seed=7"]) == 0
+    assert "dpo: reference log-probs of 16 train examples in " in capsys.readouterr().out
+    assert cli.main(["train", config, "seed=7"]) == 0
+    assert f"16 train examples from {tmp_path / 'run' / 'reference'}" in capsys.readouterr().out
+    line = failed(capsys, ["cache-ref", config, "max_length=50"])
+    assert "00-dpo-train.safetensors: holds reference log-probs of something else: weights (" in line
+    assert "there is nothing to cache" in failed(capsys, ["cache-ref", config, "loss=sft"])
+
+
 def test_bad_command_lines(world, tmp_path, capsys):
     config = write(world, tmp_path / "run.yaml")
     assert "nope.yaml: cannot be read (No such file or directory)" in failed(capsys, ["train", "nope.yaml"])
@@ -110,7 +136,8 @@ def test_out_of_memory_is_one_line(world, tmp_path, capsys, monkeypatch):
     assert "out of GPU memory; lower per_device_train_batch_size" in failed(capsys, ["info"], code=1)
 
 
-def test_ctrl_c_saves_and_ends(world, tmp_path):
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_and_ends(world, tmp_path, signum, code):
     config = write(world, tmp_path / "run.yaml", max_steps=100_000, eval_dataset=None, logging_steps=1)
     command = [sys.executable, "-m", "fastpref", "train", config]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -120,11 +147,11 @@ def test_ctrl_c_saves_and_ends(world, tmp_path):
     try:
         while process.poll() is None and not (metrics.exists() and metrics.stat().st_size):
             time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(signum)
         out, err = process.communicate(timeout=60)
     finally:
         process.kill()
-    assert process.returncode == 130, out + err
+    assert process.returncode == code, out + err
     assert "finishing this step, then saving a checkpoint" in out
     (saved,) = (tmp_path / "run" / "checkpoints").iterdir()
     assert err.count("\n") == 1 and f"saved in {saved}; --resume goes on from there" in err

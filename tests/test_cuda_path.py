@@ -12,8 +12,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fastpref as fp
 from fastpref import plan as make_plan
 from fastpref import rows
+from fastpref.arguments import options_of
+from fastpref.head import _Late
 from fastpref.plan import MIB
 from fastpref.rows import RowStats
+from fastpref.walk import Walk, gradients
 
 VOCAB, HIDDEN = 128256, 4096
 
@@ -24,10 +27,14 @@ class MetaRows:
     @staticmethod
     def residual(logits, targets, out, *, transform, bias=None, ignore_index=-100, extras=()):
         stats = [torch.empty(logits.shape[0], device="meta") for _ in range(3)]
-        return RowStats(*stats)
+        return RowStats(*stats, **{name: torch.empty_like(stats[0]) for name in extras})
 
     @staticmethod
     def residual_given_lse(logits, targets, lse, out, **_):
+        assert out.shape == logits.shape and out.dtype == torch.bfloat16
+
+    @staticmethod
+    def gradient_given_lse(logits, targets, lse, entropy, grad_logps, grad_entropy, out, **_):
         assert out.shape == logits.shape and out.dtype == torch.bfloat16
 
 
@@ -140,6 +147,34 @@ def test_a_loss_that_couples_the_batch_is_recomputed_within_its_budget(walked):
     assert found.scheme == "recompute" and 3 < found.gemms < 4
     assert recorder.flops == pytest.approx(found.flops, rel=1e-6)
     assert recorder.peak - gradients == pytest.approx(found.bytes, rel=0.02)
+
+
+@pytest.mark.parametrize("rows_wanted, budget", [(2000, None), (16384, None), (16384, 8192 * MIB)])
+@pytest.mark.parametrize("weight_grad", [True, False])
+def test_bytes_and_flops_of_an_entropy_gradient(monkeypatch, weight_grad, rows_wanted, budget):
+    """Every row again whatever was stashed, and with the stash within the plan's bytes."""
+    monkeypatch.setattr(rows, "choose", lambda *_: MetaRows)
+    call = inputs([rows_wanted], weight_grad=weight_grad)
+    hidden, weight, targets = (call[name] for name in ("hidden", "weight", "targets"))
+    options = options_of(hidden, weight, targets, None, -100, None, 1.0, 1.0, budget, None, None)
+    options = options._replace(extras="entropy")
+    with torch.no_grad(), Recorder(hidden, weight, targets) as recorder:
+        late = _Late.new(hidden, weight, None, targets, None, options)
+        walk, grads = Walk(*late), torch.empty(rows_wanted, device="meta")
+        dx, dw, _ = gradients(walk, weight, None, options.needs)
+        if weight_grad:
+            walk.forward(late.schedule.problem.whole, walk.stash)
+            walk.recompute(grads, grads, dx, dw, None, grads)
+        else:
+            walk.frozen(dx)
+            walk.frozen_again(grads, grads, dx)
+    assert recorder.flops == 4 * 2 * rows_wanted * VOCAB * HIDDEN
+    made = hidden.nbytes + (weight.nbytes if weight_grad else 0)
+    assert late.schedule.tile_bytes <= late.schedule.budget
+    # The plan counts a sum of the parts of a slice of dW that only a stash brings.
+    assert 0.9 * late.schedule.bytes <= recorder.peak - made <= 1.02 * late.schedule.bytes
+    if weight_grad:
+        assert 2 * late.schedule.stash_rows * VOCAB * 2 <= late.schedule.budget
 
 
 def test_a_main_gradient_needs_no_second_sum(walked):

@@ -15,7 +15,15 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 
-from fastpref.data import Example, batch_order, collate, load_records, records_from_rows, tokenize_records
+from fastpref.data import (
+    Example,
+    batch_order,
+    collate,
+    fill_batches,
+    load_records,
+    records_from_rows,
+    tokenize_records,
+)
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 PAD, BOS, EOS = 0, 1, 2
@@ -560,6 +568,53 @@ def test_collate_pairs():
     assert batch.ref_logps is batch.desirable is batch.kl is None
 
 
+def test_collate_packs_and_shares_prompts():
+    padded = collate(EXAMPLES_OF_PAIRS, PAD)
+    a, b, c = EXAMPLES_OF_PAIRS
+    sequences = [(e.prompt_ids, e.responses[i]) for i in (0, 1) for e in EXAMPLES_OF_PAIRS]
+    packed = collate(EXAMPLES_OF_PAIRS, PAD, layout="packed")
+    assert packed.input_ids.tolist() == [[token for prompt, response in sequences for token in prompt + response]]
+    assert packed.position_ids.tolist() == [[i for p, r in sequences for i in range(len(p) + len(r))]]
+    shared = collate(EXAMPLES_OF_PAIRS, PAD, layout="shared")
+    assert shared.input_ids.tolist() == [[t for e in (a, b, c) for t in e.prompt_ids + e.responses[0] + e.responses[1]]]
+    # the rejected response goes on where the prompt ends, and its first token is predicted by the prompt's last row
+    assert shared.position_ids.tolist() == [[*range(6), 4, 5, 6, 7, *range(5), 2, *range(3), 1, 2, 3]]
+    rows = [[3, 4], [11, 12, 13], [16, 17], [3, 6, 7, 8], [11], [16, 19, 20]]
+    assert shared.score_rows.tolist() == [row for part in rows for row in part]
+    for batch, tokens in ((packed, 29), (shared, 22)):
+        assert batch.targets.tolist() == padded.targets.tolist() and batch.cu_seqlens == padded.cu_seqlens
+        assert batch.lengths == padded.lengths and batch.record_ids == padded.record_ids
+        assert batch.attention_mask is None and batch.input_ids.shape == batch.position_ids.shape == (1, tokens)
+        assert (batch.processed_tokens, batch.saved_tokens) == (tokens, 29 - tokens)
+        assert [e.tokens(batch is shared) for e in EXAMPLES_OF_PAIRS] == ([10, 6, 6] if batch is shared else [14, 8, 7])
+        ids = batch.input_ids[0]
+        for s, (prompt, response) in enumerate(sequences):  # the keys of each segment are its whole sequence
+            keys = batch.attention_plan.keys(ids).split(list(batch.attention_plan.k_lengths))
+            assert prompt + response in [part.tolist() for part in keys]
+            assert ids[batch.score_rows[batch.cu_seqlens[s]]] == prompt[-1]
+    assert padded.attention_plan is None and padded.saved_tokens == 0
+    moved = shared.to("meta")
+    assert moved.attention_plan.cu_seqlens_q.is_meta and moved.attention_plan.q_lengths == (6, 4, 5, 1, 3, 3)
+    with pytest.raises(ValueError, match="layout: got 'ragged', expected one of padded, packed, shared"):
+        collate(EXAMPLES_OF_PAIRS, PAD, layout="ragged")
+
+
+def test_equal_prompts_are_shared_by_all_their_responses():
+    prompt = [BOS, 10, 11]
+    pairs = [Example(0, prompt, ([20, EOS], [21, EOS])), Example(1, [BOS], ([EOS], [22, EOS])),
+             Example(2, prompt, ([23, 24, EOS], [25, EOS]))]  # fmt: skip
+    batch = collate(pairs, PAD, layout="shared")
+    assert batch.input_ids.tolist() == [[*prompt, 20, EOS, 23, 24, EOS, 21, EOS, 25, EOS, BOS, EOS, 22, EOS]]
+    assert batch.attention_plan.k_lengths == (5, 6, 5, 5, 2, 3)
+    assert batch.targets.tolist() == collate(pairs, PAD).targets.tolist()
+    labelled = [Example(0, prompt, ([20, EOS],), True), Example(0, prompt, ([21, EOS],), False),
+                Example(1, [BOS, 12], ([22, EOS],), True)]  # fmt: skip
+    batch, padded = (collate(labelled, PAD, "kto", layout=layout) for layout in ("shared", "padded"))
+    assert batch.input_ids.tolist() == [[*prompt, 20, EOS, 21, EOS, BOS, 12, 22, EOS]]
+    assert batch.kl.targets.tolist() == padded.kl.targets.tolist() and batch.kl.lengths == padded.kl.lengths
+    assert batch.kl.input_ids.tolist() == [[*prompt, 22, EOS, 22, EOS, BOS, 12, 20, EOS]]
+
+
 def test_collate_sft_and_reference_logps():
     examples = [Example(i, [BOS, 10], ([20] * i + [EOS],)) for i in (1, 3)]
     batch = collate(examples, PAD, "sft")
@@ -650,6 +705,39 @@ def test_batch_order_is_random_yet_alike_in_length():
     assert [lengths[i] for b in in_order for i in b] == sorted(lengths)
     with pytest.raises(ValueError, match="batch_size: got 0"):
         batch_order(lengths, 0, seed=0, epoch=0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    tokens=st.lists(st.integers(1, 60), max_size=200),
+    room=st.integers(0, 100),
+    batch_size=st.none() | st.integers(1, 9),
+    window=st.integers(1, 6),
+)
+def test_filled_batches_take_every_index_once_and_keep_their_limits(tokens, room, batch_size, window):
+    limit = max(tokens, default=1) + room
+    batches = fill_batches(tokens, limit, batch_size=batch_size, seed=1, epoch=2, window=window)
+    assert sorted(i for batch in batches for i in batch) == list(range(len(tokens)))
+    assert all(batch and sum(tokens[i] for i in batch) <= limit for batch in batches)
+    assert all(len(batch) <= (batch_size or len(tokens)) for batch in batches)
+
+
+def test_filled_batches_are_full_and_a_function_of_seed_and_epoch():
+    generator = torch.Generator().manual_seed(0)
+    tokens = (torch.randn(3000, generator=generator).mul(0.7).add(6.3).exp().long() + 60).tolist()  # median 600
+    limit = max(16384, max(tokens))
+    base = fill_batches(tokens, limit, seed=0, epoch=0)
+    assert base == fill_batches(tokens, limit, seed=0, epoch=0)
+    assert base != fill_batches(tokens, limit, seed=0, epoch=1) != fill_batches(tokens, limit, seed=1, epoch=0)
+    assert sum(tokens) / (len(base) * limit) > 0.97
+    # pinned: a run that is resumed with another Python or machine goes on with the same data
+    assert fill_batches([3, 1, 2, 5, 4, 1], 6, seed=0, epoch=0) == [[3, 1], [4, 2], [0, 5]]
+    with pytest.raises(ValueError, match="tokens: got 5, expected at most max_tokens = 4"):
+        fill_batches([1, 5], 4, seed=0, epoch=0)
+    with pytest.raises(ValueError, match="max_tokens: got 0"):
+        fill_batches([1], 0, seed=0, epoch=0)
+    with pytest.raises(ValueError, match="batch_size: got 0"):
+        fill_batches([1], 4, batch_size=0, seed=0, epoch=0)
 
 
 # ---- the quickstart's data -------------------------------------------------------------------------------------------

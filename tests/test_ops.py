@@ -8,6 +8,7 @@ from torch import library, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastpref as fp
+from fastpref.rows import EXTRAS
 from tests import oracle
 from tests.oracle import make_batch, relative
 
@@ -45,7 +46,13 @@ def every_call():
                 packed, targets, cu = batch._replace(hidden=hidden.detach()).packed()
                 results = [
                     fp.linear_logps(hidden, weight, batch.targets, **head).sum(),
-                    fp.linear_preference_loss(hidden, weight, batch.targets, loss="kto", **given, **head).loss,
+                    *(
+                        fp.linear_token_stats(hidden, weight, batch.targets, outputs=EXTRAS[:2], **head).entropy.sum()
+                        for _ in range(needs[0])
+                    ),
+                    fp.linear_preference_loss(
+                        hidden, weight, batch.targets, loss="kto", extras=("entropy", "top1"), **given, **head
+                    ).loss,
                     fp.linear_preference_loss(
                         packed.requires_grad_(needs[0]), weight, targets, cu_seqlens=cu, loss=fp.RPO(0.2),
                         ref_hidden=packed.detach(), ref_weight=weight.detach(), ref_bias=batch.bias.detach(),
@@ -141,6 +148,31 @@ def test_compile_linear_logps(weight_grad):
         compare(lambda x, w: (fp.linear_logps(x, w, batch.targets) * upstream).sum(), batch.hidden, batch.weight)
     else:
         compare(lambda x: (fp.linear_logps(x, fixed, batch.targets) * upstream).sum(), batch.hidden)
+
+
+@pytest.mark.parametrize("needs", [TT, TF], ids=["policy", "frozen"])
+@pytest.mark.parametrize("used", ["logps", "entropy", "both"])
+def test_compile_linear_token_stats(used, needs):
+    batch = make_batch()
+    batch.hidden[batch.targets == oracle.IGNORE] = float("nan")  # compiled, no row is left out
+    fixed = batch.weight.clone()
+
+    def call(x, w=fixed):
+        found = fp.linear_token_stats(x, w, batch.targets, memory_budget=40_000)
+        return found.logps.sum() * (used != "entropy") + found.entropy.square().sum() * (used != "logps")
+
+    compare(call, batch.hidden, *([batch.weight] if needs[1] else []))
+
+
+def test_compile_extras():
+    batch = make_batch()
+    refs = oracle.reference_logps(batch)
+
+    def call(x, w):
+        out = fp.linear_preference_loss(x, w, batch.targets, extras=("top1", "log_sum_p2"), ref_logps=refs)
+        return out.loss + out.extras["top1"].sum() + out.extras["log_sum_p2"].sum()
+
+    compare(call, batch.hidden, batch.weight)
 
 
 class Tiny(nn.Module):

@@ -78,6 +78,8 @@ def test_groups_hold_whole_items(problem, budget):
     items = half if problem.coupling == "pair" else len(problem.lengths)
     edges = [group.items for group in found.groups]
     assert [a for a, _ in edges] == [0, *(b for _, b in edges)][: len(edges)] and edges[-1][1] == items
+    sequences = [s for a, b in found.order or ((0, len(problem.lengths)),) for s in range(a, b)]
+    row_of = [row for s in sequences for row in range(starts[s], starts[s + 1])]  # as walked -> as in the batch
     for group in found.groups:
         first, last = group.items
         expected = range(first, last)
@@ -86,7 +88,7 @@ def test_groups_hold_whole_items(problem, budget):
         held = [s for a, b in group.sequences for s in range(a, b)] if problem.coupling != "batch" else list(expected)
         assert held == list(expected)
         assert not group.long or last - first == 1
-        walked = [row for a, b in group.segments for row in range(a, b)]
+        walked = [row_of[row] for a, b in group.segments for row in range(a, b)]
         assert walked == [row for s in expected for row in range(starts[s], starts[s + 1])]
     if problem.coupling == "batch" or problem.late:
         assert len(found.groups) == 1

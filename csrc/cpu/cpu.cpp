@@ -119,9 +119,14 @@ void fold(const Tile& tile, const FoldState& state, int threads) {
   over_rows(tile, threads, [&](int64_t begin, int64_t end) { k.fold(tile, state, begin, end); });
 }
 
-void residual_given_lse(const Tile& tile, const float* lse, const Out& out, int threads) {
+void residual_given_lse(const Tile& tile, const Given& given, const Out& out, int threads) {
   const Kernels& k = kernels();
-  over_rows(tile, threads, [&](int64_t begin, int64_t end) { k.residual_given_lse(tile, lse, out, begin, end); });
+  over_rows(tile, threads, [&](int64_t begin, int64_t end) { k.residual_given_lse(tile, given, out, begin, end); });
+}
+
+void gradient_given_lse(const Tile& tile, const Given& given, const Out& out, int threads) {
+  const Kernels& k = kernels();
+  over_rows(tile, threads, [&](int64_t begin, int64_t end) { k.gradient_given_lse(tile, given, out, begin, end); });
 }
 
 bool advise_huge(uintptr_t address, size_t bytes) {

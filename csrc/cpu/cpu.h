@@ -18,7 +18,8 @@ const Kernels& kernels(const std::string& isa = "");
 
 void residual(const Tile& tile, const Out& out, const Stats& stats, int threads);
 void fold(const Tile& tile, const FoldState& state, int threads);
-void residual_given_lse(const Tile& tile, const float* lse, const Out& out, int threads);
+void residual_given_lse(const Tile& tile, const Given& given, const Out& out, int threads);
+void gradient_given_lse(const Tile& tile, const Given& given, const Out& out, int threads);
 
 // Asks for huge pages under the whole pages inside [address, address + bytes). False where there is no such thing.
 bool advise_huge(uintptr_t address, size_t bytes);

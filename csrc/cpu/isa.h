@@ -10,7 +10,8 @@ struct Kernels {
   // Rows [begin, end) of a tile, on the calling thread.
   void (*residual)(const Tile&, const Out&, const Stats&, int64_t begin, int64_t end);
   void (*fold)(const Tile&, const FoldState&, int64_t begin, int64_t end);
-  void (*residual_given_lse)(const Tile&, const float* lse, const Out&, int64_t begin, int64_t end);
+  void (*residual_given_lse)(const Tile&, const Given&, const Out&, int64_t begin, int64_t end);
+  void (*gradient_given_lse)(const Tile&, const Given&, const Out&, int64_t begin, int64_t end);
   // Test hooks, in place.
   void (*exp)(float* x, int64_t n);
   void (*tanh)(float* x, float* slope, int64_t n);  // slope = 1 - tanh^2

@@ -130,6 +130,7 @@ struct Sums {
   double ez = 0;         // extras: sum E (z - m)
   double e2 = 0;         // sum E^2
   double z = 0;          // sum z
+  bool first = false;    // the target's z is above every z before it
 };
 
 struct Lanes {
@@ -205,13 +206,18 @@ Sums sweep(const Tile& tile, LoadBlock load_z, int64_t row, T* out, Block& block
   const int64_t target = tile.targets[row] - tile.col_offset;
   for (int64_t c = 0; c < tile.cols; c += kBlock) {
     const int64_t n = tile.cols - c < kBlock ? tile.cols - c : kBlock;
-    const float top = load_z(tile, row, c, n, block);
+    const float top = load_z(tile, row, c, n, block), top_before = sums.top;
     if (top > sums.top) sums.top = top;
     if (c == 0) sums.m = finite(top);
     else if (top > sums.m + kLimit<T>) move_m(finite(top), out, c, sums);
     if (target >= c && target < c + n) {
       sums.target = block.z[target - c];
       if constexpr (kSlope) sums.target_slope = block.slope[target - c];
+      if constexpr (kExtras) {
+        int32_t before = sums.target <= top_before && c > 0;
+        for (int64_t i = 0; i < target - c; ++i) before |= block.z[i] >= sums.target;
+        sums.first = !before;
+      }
     }
     exp_block<T, kSlope, kExtras>(block, n, out + c, sums);
     if constexpr (kLargestSum<T> < kLargest) {
@@ -222,7 +228,7 @@ Sums sweep(const Tile& tile, LoadBlock load_z, int64_t row, T* out, Block& block
   return sums;
 }
 
-// ---- the contract's three functions -------------------------------------------------------------------------------
+// ---- the contract's four functions --------------------------------------------------------------------------------
 
 template <class T>
 void store_one(T* p, float x) {
@@ -231,7 +237,7 @@ void store_one(T* p, float x) {
 
 template <class T, bool kSlope, bool kExtras>
 void residual_rows(const Tile& tile, const Out& out, const Stats& stats, int64_t begin, int64_t end) {
-    const LoadBlock load_z = choose_load(tile);
+  const LoadBlock load_z = choose_load(tile);
   const double row_factor = double(tile.logit_scale) / tile.temperature;
   Block block;
   for (int64_t row = begin; row < end; ++row) {
@@ -261,7 +267,7 @@ void residual_rows(const Tile& tile, const Out& out, const Stats& stats, int64_t
     }
     if constexpr (kExtras) {
       put(stats.entropy, log_e - sums.ez / sums.e);
-      put(stats.top1, sums.target >= sums.top && sums.e == sums.e);
+      put(stats.top1, sums.first && sums.target >= sums.top && sums.e < double(kInf));
       put(stats.mean_logit, sums.z / double(tile.cols));
       put(stats.log_sum_p2, __builtin_log(sums.e2) - 2 * log_e);
     }
@@ -311,8 +317,8 @@ void fold(const Tile& tile, const FoldState& state, int64_t begin, int64_t end) 
   }
 }
 
-template <class T, bool kSlope>
-void given_lse_rows(const Tile& tile, const float* lse, const Out& out, int64_t begin, int64_t end) {
+template <class T, bool kSlope, bool kEntropy>
+void given_lse_rows(const Tile& tile, const Given& given, const Out& out, int64_t begin, int64_t end) {
   const LoadBlock load_z = choose_load(tile);
   Block block;
   for (int64_t row = begin; row < end; ++row) {
@@ -322,37 +328,51 @@ void given_lse_rows(const Tile& tile, const float* lse, const Out& out, int64_t 
       continue;
     }
     const int64_t target = tile.targets[row] - tile.col_offset;
-    const vf norm = splat(lse[row]);
+    const vf lse = splat(given.lse[row]);
+    float gl = 1.0f;
+    vf gh = {}, constant = {};
+    if constexpr (kEntropy) {
+      gl = given.grad_logps[row];
+      gh = splat(given.grad_entropy[row]);
+      constant = splat(gl + given.grad_entropy[row] * given.entropy[row]);
+    }
     for (int64_t c = 0; c < tile.cols; c += kBlock) {
       const int64_t n = tile.cols - c < kBlock ? tile.cols - c : kBlock;
       load_z(tile, row, c, n, block);
+      // Without the 1 or g_l at the target.
+      const auto flat = [&](vf z) -> vf {
+        const vf log_p = z - lse, p = exp_vec(log_p);
+        if constexpr (kEntropy) return p != 0.0f ? -p * (gh * log_p + constant) : vf{};  // log p may be -inf
+        else return -p;
+      };
       const auto one = [&](int64_t i) -> vf {
-        const vf p = exp_vec(load(block.z + i) - norm);
-        if constexpr (kSlope) return -p * load(block.slope + i);
-        return -p;
+        const vf g = flat(load(block.z + i));
+        if constexpr (kSlope) return g * load(block.slope + i);
+        else return g;
       };
       int64_t i = 0;
       for (; i + kLanes <= n; i += kLanes) store(u + c + i, one(i));
       if (i < n) store_first(u + c + i, one(i), n - i);
       if (target >= c && target < c + n) {
-        const float p = exp_vec(splat(block.z[target - c]) - norm)[0];
-        store_one(u + target, (1.0f - p) * (kSlope ? block.slope[target - c] : 1.0f));
+        const float g = flat(splat(block.z[target - c]))[0];
+        store_one(u + target, (gl + g) * (kSlope ? block.slope[target - c] : 1.0f));
       }
     }
   }
 }
 
-template <class T>
-void given_lse_out(const Tile& tile, const float* lse, const Out& out, int64_t begin, int64_t end) {
-  if (tile.softcap != 0) given_lse_rows<T, true>(tile, lse, out, begin, end);
-  else given_lse_rows<T, false>(tile, lse, out, begin, end);
+template <class T, bool kEntropy>
+void given_lse_out(const Tile& tile, const Given& given, const Out& out, int64_t begin, int64_t end) {
+  if (tile.softcap != 0) given_lse_rows<T, true, kEntropy>(tile, given, out, begin, end);
+  else given_lse_rows<T, false, kEntropy>(tile, given, out, begin, end);
 }
 
-void residual_given_lse(const Tile& tile, const float* lse, const Out& out, int64_t begin, int64_t end) {
+template <bool kEntropy>
+void given_lse(const Tile& tile, const Given& given, const Out& out, int64_t begin, int64_t end) {
   switch (out.dtype) {
-    case DType::bf16: return given_lse_out<bf16>(tile, lse, out, begin, end);
-    case DType::f16: return given_lse_out<f16>(tile, lse, out, begin, end);
-    default: return given_lse_out<float>(tile, lse, out, begin, end);
+    case DType::bf16: return given_lse_out<bf16, kEntropy>(tile, given, out, begin, end);
+    case DType::f16: return given_lse_out<f16, kEntropy>(tile, given, out, begin, end);
+    default: return given_lse_out<float, kEntropy>(tile, given, out, begin, end);
   }
 }
 
@@ -379,7 +399,7 @@ void tanh_in_place(float* x, float* slope, int64_t n) {
 namespace fastpref::cpu {
 
 extern const Kernels FASTPREF_KERNELS = {
-    FASTPREF_NAME, residual, fold, residual_given_lse, exp_in_place, tanh_in_place,
+    FASTPREF_NAME, residual, fold, given_lse<false>, given_lse<true>, exp_in_place, tanh_in_place,
 };
 
 }  // namespace fastpref::cpu

@@ -30,10 +30,16 @@ void bind_cuda(py::module_& m) {
       py::arg("tile"), py::arg("state"), py::arg("device"), py::arg("stream"), no_gil());
   c.def(
       "residual_given_lse",
-      [](const Tile& tile, uintptr_t lse, const Out& out, int device, uintptr_t stream) {
-        cuda::residual_given_lse(tile, reinterpret_cast<const float*>(lse), out, {device, stream});
+      [](const Tile& tile, const Given& given, const Out& out, int device, uintptr_t stream) {
+        cuda::residual_given_lse(tile, given, out, {device, stream});
       },
-      py::arg("tile"), py::arg("lse"), py::arg("out"), py::arg("device"), py::arg("stream"), no_gil());
+      py::arg("tile"), py::arg("given"), py::arg("out"), py::arg("device"), py::arg("stream"), no_gil());
+  c.def(
+      "gradient_given_lse",
+      [](const Tile& tile, const Given& given, const Out& out, int device, uintptr_t stream) {
+        cuda::gradient_given_lse(tile, given, out, {device, stream});
+      },
+      py::arg("tile"), py::arg("given"), py::arg("out"), py::arg("device"), py::arg("stream"), no_gil());
   c.def(
       "scale_unless_one",
       [](const Out& x, int64_t n, uintptr_t factor, int device, uintptr_t stream) {

@@ -109,13 +109,19 @@ FASTPREF_DEVICE void residual_row_by_cluster(Block& block, const Args& a, int64_
     float e[kPerLane];
     for (int i = 0; i < kPerLane; ++i) e[i] = exp_fast(z[i] - m);
     set_column<T>(y, unit, block.lane, e, 0.0f);
-    sums.add(z, e, m, max8(z));
+    sums.add(z, e, m);
+    sums.template compare<T>(y, z_y, unit, block.lane, z);
   });
-  if (has_edge) sums.add_one(edge_z, edge == y ? 0.0f : exp_fast(edge_z - m), m);
+  if (has_edge) {
+    sums.add_one(edge_z, edge == y ? 0.0f : exp_fast(edge_z - m), m);
+    if constexpr (kExtras) sums.beaten |= edge < y ? edge_z >= z_y : edge > y && edge_z > z_y;
+  }
   WarpResult mine{};
   mine.s = warp_sum(block, sums.s);
-  if constexpr (kExtras)
+  if constexpr (kExtras) {
     mine.ez = warp_sum(block, sums.ez), mine.e2 = warp_sum(block, sums.e2), mine.sz = warp_sum(block, sums.sz);
+    mine.beaten = block.any_in_warp(sums.beaten);
+  }
   if (block.lane == 0) block.shared.results[block.warp] = mine;  // its readers before passed the cluster's barrier
   block.sync();
   if (block.thread < block.ranks) {
@@ -123,15 +129,15 @@ FASTPREF_DEVICE void residual_row_by_cluster(Block& block, const Args& a, int64_
     for (int w = 0; w < kWarps; ++w) {
       const WarpResult& each = block.shared.results[w];
       part.s += each.s, part.ez += each.ez, part.e2 += each.e2, part.sz += each.sz;
+      part.beaten |= each.beaten;
     }
     block.remote(block.thread).parts[block.rank] = part;
   }
   block.sync_cluster();  // the last access to another block's memory is over
   Sums<kExtras> all;
-  all.top = top;
   for (int rank = 0; rank < block.ranks; ++rank) {
     const WarpResult& part = block.shared.parts[rank];
-    all.s += part.s, all.ez += part.ez, all.e2 += part.e2, all.sz += part.sz;
+    all.s += part.s, all.ez += part.ez, all.e2 += part.e2, all.sz += part.sz, all.beaten |= part.beaten;
   }
   const float gain = out.half() ? power_of_two(kHalfGain) : 1.0f;
   if (block.rank == 0 && block.thread == 0) {

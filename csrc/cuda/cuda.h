@@ -23,7 +23,8 @@ enum class Sweep { block, cluster };
 // Sweep::cluster: see cluster.cuh; throws where `cluster_size` gives 0.
 void residual(const Tile&, const Out&, const Stats&, Sweep, Where);
 void fold(const Tile&, const FoldState&, Where);
-void residual_given_lse(const Tile&, const float* lse, const Out&, Where);
+void residual_given_lse(const Tile&, const Given&, const Out&, Where);
+void gradient_given_lse(const Tile&, const Given&, const Out&, Where);
 
 // Thread blocks that share a row of logits in the cluster sweep; 0: this device, or rows this wide, cannot.
 int cluster_size(DType logits, int64_t cols, int device);

@@ -33,7 +33,7 @@ void residual_by_cluster(const Args&, Where);  // cluster.cu
 
 void residual(const Tile& tile, const Out& out, const Stats& stats, Sweep how, Where where) {
   check_shape(tile);
-  const Args a = make_args(tile, out, stats, {}, nullptr);
+  const Args a = make_args(tile, out, stats, {}, {});
   if (how == Sweep::cluster) residual_by_cluster(a, where);
   else dispatch_residual(a, LaunchResidual{a, where});
 }

@@ -1,4 +1,5 @@
-// The row algorithms, one thread block a row: residual, fold and residual_given_lse of fastpref/rows/__init__.py.
+// The row algorithms, one thread block a row: residual, fold, residual_given_lse and gradient_given_lse of
+// fastpref/rows/__init__.py.
 //
 // The sweep reads each logit once. Warps take units of 256 columns in turn and never wait for one another: m, the
 // number that E = exp(z - m) is taken relative to, starts as the maximum of the row's first chunk (the sweep's one
@@ -42,7 +43,7 @@ struct Args {
   Out out;
   Stats stats;
   FoldState state;
-  const float* lse;
+  Given given;
   float pre, post;
   float row_factor;
   bool narrow_in_place;  // out lies over its own, wider rows of logits
@@ -52,6 +53,7 @@ struct WarpResult {
   double s, ez, e2, sz;
   float m, top;
   int shift;
+  bool beaten;
 };
 
 struct Shared {
@@ -189,7 +191,7 @@ FASTPREF_DEVICE float max8(const float* x) {
 
 // ---- sums -----------------------------------------------------------------------------------------------------------
 
-// Of one thread, later of a row: everything but sz and top without the target's column. fp32 within a unit, fp64
+// Of one thread, later of a row: everything but sz without the target's column. fp32 within a unit, fp64
 // beyond: the error of a sum over 512k columns is that of one over 8.
 template <bool kExtras>
 struct Sums {
@@ -197,9 +199,9 @@ struct Sums {
   double ez = 0;            // sum E (z - m)
   double e2 = 0;            // sum E^2
   double sz = 0;            // sum z
-  float top = -kInf;        // max z
+  bool beaten = false;      // some z is larger than the target's, or as large and before it
 
-  FASTPREF_DEVICE void add(const float* z, const float* e, float m, float max_z) {
+  FASTPREF_DEVICE void add(const float* z, const float* e, float m) {
     s += sum8(e);
     if constexpr (kExtras) {
       float ed[kPerLane], ee[kPerLane];
@@ -209,7 +211,19 @@ struct Sums {
         ee[i] = e[i] * e[i];
       }
       ez += sum8(ed), e2 += sum8(ee), sz += sum8(z);
-      top = fmaxf(top, max_z);
+    }
+  }
+
+  // y's own column is left out: its z may have been rounded otherwise than z_y.
+  template <class T>
+  FASTPREF_DEVICE void compare(int y, float z_y, int unit, int lane, const float* z) {
+    if constexpr (kExtras) {
+      const int within = y - unit * kUnit;
+#pragma unroll
+      for (int i = 0; i < kPerLane; ++i) {
+        const int column = lane_column<T>(lane, i);
+        beaten |= column < within ? z[i] >= z_y : column > within && z[i] > z_y;
+      }
     }
   }
 
@@ -217,7 +231,6 @@ struct Sums {
     s += e;
     if constexpr (kExtras) {
       ez += e > 0.0f ? e * (z - m) : 0.0f, e2 += e * e, sz += z;
-      top = fmaxf(top, z);
     }
   }
 
@@ -239,8 +252,9 @@ struct Row {
 };
 
 // Writes E and adds it up, y (-1: none) left out of both: 0 is written there. The sums are right in thread 0.
+// z_y is read only where there are extras.
 template <class T, class U, Map kMap, bool kExtras, class Block>
-FASTPREF_DEVICE Row<kExtras> sweep(Block& block, const Args& a, const Logits<T, kMap>& logits, int y,
+FASTPREF_DEVICE Row<kExtras> sweep(Block& block, const Args& a, const Logits<T, kMap>& logits, int y, float z_y,
                                    const Writer<T, U>& out) {
   constexpr bool kMayBeHalf = std::is_same_v<U, f16> || std::is_same_v<U, Any>;
   const bool half = kMayBeHalf && out.half();
@@ -307,7 +321,8 @@ FASTPREF_DEVICE Row<kExtras> sweep(Block& block, const Args& a, const Logits<T, 
 #pragma unroll
       for (int i = 0; i < kPerLane; ++i) e[i] = exp_fast(z[i] - m);
       set_column<T>(y, unit(k), block.lane, e, 0.0f);
-      sums.add(z, e, m, top);
+      sums.add(z, e, m);
+      sums.template compare<T>(y, z_y, unit(k), block.lane, z);
       if constexpr (!std::is_same_v<U, None>) {
         const float gain = kMayBeHalf ? power_of_two(shift) : 1.0f;
 #pragma unroll
@@ -323,6 +338,7 @@ FASTPREF_DEVICE Row<kExtras> sweep(Block& block, const Args& a, const Logits<T, 
   if (has_edge) {
     const float e = edge == y ? 0.0f : exp_fast(edge_z - m);
     sums.add_one(edge_z, e, m);
+    if constexpr (kExtras) sums.beaten |= edge < y ? edge_z >= z_y : edge > y && edge_z > z_y;
     out.write_one(edge, e * edge_slope * power_of_two(shift));
   }
 
@@ -330,7 +346,7 @@ FASTPREF_DEVICE Row<kExtras> sweep(Block& block, const Args& a, const Logits<T, 
   mine.s = warp_sum(block, sums.s), mine.m = m, mine.shift = shift;
   if constexpr (kExtras) {
     mine.ez = warp_sum(block, sums.ez), mine.e2 = warp_sum(block, sums.e2), mine.sz = warp_sum(block, sums.sz);
-    mine.top = warp_max(block, sums.top);
+    mine.beaten = block.any_in_warp(sums.beaten);
   }
   WarpResult* const results = block.shared.results;
   if (block.lane == 0) results[block.warp] = mine;
@@ -347,7 +363,7 @@ FASTPREF_DEVICE Row<kExtras> sweep(Block& block, const Args& a, const Logits<T, 
       const float shift_m = results[w].m - row.m;
       part.move(shift_m, exp_fast(shift_m));
       row.sums.s += part.s, row.sums.ez += part.ez, row.sums.e2 += part.e2;
-      row.sums.sz += results[w].sz, row.sums.top = fmaxf(row.sums.top, results[w].top);
+      row.sums.sz += results[w].sz, row.sums.beaten |= results[w].beaten;
     }
   }
   if (half) {  // the largest power of two, up to 2^10, that keeps s_other within 2^15
@@ -365,7 +381,7 @@ FASTPREF_DEVICE Row<kExtras> sweep(Block& block, const Args& a, const Logits<T, 
   return row;
 }
 
-// ---- the contract's three functions ---------------------------------------------------------------------------------
+// ---- the contract's four functions ----------------------------------------------------------------------------------
 
 FASTPREF_DEVICE void put(float* where, int64_t row, double value) {
   if (where) where[row] = static_cast<float>(value);
@@ -397,7 +413,7 @@ FASTPREF_DEVICE double write_stats(const Args& a, int64_t row, const Sums<kExtra
   put(a.stats.logp, row, d_y - log_total);
   if constexpr (kExtras) {
     put(a.stats.entropy, row, log_total - (sums.ez + (e_y > 0 ? e_y * d_y : 0.0)) / total);
-    put(a.stats.top1, row, z_y >= sums.top && total < kInf ? 1.0 : 0.0);
+    put(a.stats.top1, row, valid && !sums.beaten && total < kInf ? 1.0 : 0.0);
     put(a.stats.mean_logit, row, sums.sz / static_cast<double>(a.tile.cols));
     put(a.stats.log_sum_p2, row, log(sums.e2 + e_y * e_y) - 2.0 * log_total);
   }
@@ -416,9 +432,10 @@ FASTPREF_DEVICE void residual_row(Block& block, const Args& a, int64_t row) {
   const Logits<T, kMap> logits(a, row);
   const int y = target_column(a.tile, target);
   float z_y = quiet_nan(), slope_y = 1.0f;
-  if (block.thread == 0 && y >= 0) z_y = logits.one(y, slope_y);  // before a barrier, and so before any store
+  // Before a barrier, and so before any store.
+  if ((kExtras || block.thread == 0) && y >= 0) z_y = logits.one(y, slope_y);
 
-  const Row<kExtras> swept = sweep<T, U, kMap, kExtras>(block, a, logits, y, out);
+  const Row<kExtras> swept = sweep<T, U, kMap, kExtras>(block, a, logits, y, z_y, out);
   if (block.thread == 0) {
     const double total = write_stats(a, row, swept.sums, swept.m, y >= 0, z_y);
     if (out.wanted()) {
@@ -435,7 +452,7 @@ FASTPREF_DEVICE void fold_row(Block& block, const Args& a, int64_t row) {
   if (target == a.tile.ignore_index) return;
   const Logits<T, Map::any> logits(a, row);
   const int y = target_column(a.tile, target);
-  const Row<false> slice = sweep<T, None, Map::any, false>(block, a, logits, -1, Writer<T, None>(a.out, row));
+  const Row<false> slice = sweep<T, None, Map::any, false>(block, a, logits, -1, 0.0f, Writer<T, None>(a.out, row));
   if (block.thread == 0) {
     float slope;
     if (y >= 0) a.state.target[row] = logits.one(y, slope);
@@ -452,7 +469,8 @@ FASTPREF_DEVICE void fold_row(Block& block, const Args& a, int64_t row) {
   }
 }
 
-template <class T, class U, class Block>
+// kEntropy: gradient_given_lse, else residual_given_lse.
+template <class T, class U, bool kEntropy, class Block>
 FASTPREF_DEVICE void given_lse_row(Block& block, const Args& a, int64_t row) {
   const Writer<T, U> out(a.out, row);
   const int64_t target = a.tile.targets[row];
@@ -462,7 +480,18 @@ FASTPREF_DEVICE void given_lse_row(Block& block, const Args& a, int64_t row) {
   }
   const Logits<T, Map::any> logits(a, row);
   const int y = target_column(a.tile, target);
-  const float lse = a.lse[row];
+  const float lse = a.given.lse[row];
+  const float gl = kEntropy ? a.given.grad_logps[row] : 1.0f, gh = kEntropy ? a.given.grad_entropy[row] : 0.0f;
+  const float constant = kEntropy ? gl + gh * a.given.entropy[row] : 1.0f;
+  const auto gradient = [&](float z, bool at_y) {
+    const float log_p = z - lse, p = exp_fast(log_p);
+    if constexpr (kEntropy) {
+      const float flat = p != 0.0f ? -p * (gh * log_p + constant) : 0.0f;  // log p may be -inf
+      return at_y ? gl + flat : flat;
+    } else {
+      return at_y ? 1.0f - p : -p;
+    }
+  };
   const int cols = static_cast<int>(a.tile.cols), units = cols / kUnit;
   const int edge = units * kUnit + block.thread;
   const bool has_edge = block.thread < kUnit && edge < cols;
@@ -482,19 +511,13 @@ FASTPREF_DEVICE void given_lse_row(Block& block, const Args& a, int64_t row) {
       float u[kPerLane], slope[kPerLane];
       logits.z(block, raw[k], unit(k), u, slope);
 #pragma unroll
-      for (int i = 0; i < kPerLane; ++i) {
-        const float p = exp_fast(u[i] - lse);
-        const bool at_y = unit(k) * kUnit + lane_column<T>(block.lane, i) == y;
-        u[i] = (at_y ? 1.0f - p : -p) * slope[i];
-      }
+      for (int i = 0; i < kPerLane; ++i)
+        u[i] = gradient(u[i], unit(k) * kUnit + lane_column<T>(block.lane, i) == y) * slope[i];
       out.write(block, unit(k), u);
     }
   }
   if (a.narrow_in_place) block.sync();
-  if (has_edge) {
-    const float p = exp_fast(edge_z - lse);
-    out.write_one(edge, (edge == y ? 1.0f - p : -p) * edge_slope);
-  }
+  if (has_edge) out.write_one(edge, gradient(edge_z, edge == y) * edge_slope);
 }
 
 // ---- which instance a call takes ------------------------------------------------------------------------------------
@@ -540,9 +563,10 @@ void dispatch_logits(const Args& a, const Kernel& kernel) {
   }
 }
 
-inline Args make_args(const Tile& tile, const Out& out, const Stats& stats, const FoldState& state, const float* lse) {
+inline Args make_args(const Tile& tile, const Out& out, const Stats& stats, const FoldState& state,
+                      const Given& given) {
   const bool capped = tile.softcap != 0.0f;
-  Args a{tile, out, stats, state, lse, 1.0f, 1.0f, tile.logit_scale / tile.temperature, false};
+  Args a{tile, out, stats, state, given, 1.0f, 1.0f, tile.logit_scale / tile.temperature, false};
   a.pre = tile.logit_scale / (capped ? tile.softcap : tile.temperature);
   a.post = capped ? tile.softcap / tile.temperature : 1.0f;
   a.narrow_in_place = out.data == tile.logits && out.dtype != tile.dtype;

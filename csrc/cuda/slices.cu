@@ -1,4 +1,4 @@
-// fold and residual_given_lse, one thread block a row (rows.cuh), and scale_unless_one.
+// fold, residual_given_lse and gradient_given_lse, one thread block a row (rows.cuh), and scale_unless_one.
 #include "block.cuh"
 #include "launch.cuh"
 
@@ -12,11 +12,11 @@ __global__ void __launch_bounds__(kThreads, 4) fold_kernel(const __grid_constant
   fold_row<T>(block, a, blockIdx.x);
 }
 
-template <class T>
+template <class T, bool kEntropy>
 __global__ void __launch_bounds__(kThreads, 3) given_lse_kernel(const __grid_constant__ Args a) {
   __shared__ Shared shared;
   GpuBlock block(shared);
-  given_lse_row<T, Any>(block, a, blockIdx.x);
+  given_lse_row<T, Any, kEntropy>(block, a, blockIdx.x);
 }
 
 // A fixed number of blocks, so that those with nothing to do are gone in microseconds.
@@ -51,12 +51,14 @@ struct LaunchFold {
   }
 };
 
+template <bool kEntropy>
 struct LaunchGivenLse {
   const Args& a;
   Where where;
   template <class T>
   void operator()() const {
-    launch_rows(given_lse_kernel<T>, a, where, "launching residual_given_lse");
+    launch_rows(given_lse_kernel<T, kEntropy>, a, where,
+                kEntropy ? "launching gradient_given_lse" : "launching residual_given_lse");
   }
 };
 
@@ -75,14 +77,20 @@ void launch_scale(void* x, int64_t n, const float* factor, Where where) {
 
 void fold(const Tile& tile, const FoldState& state, Where where) {
   check_shape(tile);
-  const Args a = make_args(tile, {}, {}, state, nullptr);
+  const Args a = make_args(tile, {}, {}, state, {});
   dispatch_logits(a, LaunchFold{a, where});
 }
 
-void residual_given_lse(const Tile& tile, const float* lse, const Out& out, Where where) {
+void residual_given_lse(const Tile& tile, const Given& given, const Out& out, Where where) {
   check_shape(tile);
-  const Args a = make_args(tile, out, {}, {}, lse);
-  dispatch_logits(a, LaunchGivenLse{a, where});
+  const Args a = make_args(tile, out, {}, {}, given);
+  dispatch_logits(a, LaunchGivenLse<false>{a, where});
+}
+
+void gradient_given_lse(const Tile& tile, const Given& given, const Out& out, Where where) {
+  check_shape(tile);
+  const Args a = make_args(tile, out, {}, {}, given);
+  dispatch_logits(a, LaunchGivenLse<true>{a, where});
 }
 
 void scale_unless_one(void* x, DType dtype, int64_t n, const float* factor, Where where) {

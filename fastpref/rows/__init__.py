@@ -1,6 +1,6 @@
 """The row contract: sweeps over a `[rows, cols]` tile of logits. Knows no loss, no schedule and no GEMM.
 
-Every implementation (`reference`, `native`, ...) is a module with these three functions, one sweep each:
+Every implementation (`reference`, `native`, ...) is a module with these four functions, one sweep each:
 
     residual(logits, targets, out, *, transform, bias, ignore_index, extras) -> RowStats
         A tile over the WHOLE vocabulary. Per row: log-prob of the target, lse, and the residual row
@@ -19,14 +19,22 @@ Every implementation (`reference`, `native`, ...) is a module with these three f
         U of one slice of the vocabulary once lse is known:
             d logp / d logits = transform.row_factor * out
 
-What holds for all three:
+    gradient_given_lse(logits, targets, lse, entropy, grad_logps, grad_entropy, out, *, col_offset, transform, bias,
+                       ignore_index) -> None
+        The same for g_l logp + g_H H, H = lse - sum p z, once the entropy too is known; g_l and g_H are [rows]:
+            d (g_l logp + g_H H) / d logits = transform.row_factor * out
+        that is out = g_l (onehot - p) - g_H p (z - lse + H), times the softcap's derivative. Whoever stores `out` in
+        fp16 keeps g_l and g_H near 1 and multiplies later.
+
+What holds for all four:
 - z = softcap(logit_scale * (logits + bias)) / temperature, softcap(u) = c tanh(u / c); `out` includes derivatives.
 - logits: [rows, cols], fp32 / bf16 / fp16 (fp64 too in `reference`), last dimension contiguous, any row stride.
+- lse, entropy, grad_logps, grad_entropy: [rows], contiguous, fp32 (fp64 for fp64 logits).
 - targets: [rows] int64. A row whose target is `ignore_index` is not read at all: logp 0, lse 0, scale 0, extras 0 and
   zeros in `out`, so that whatever lies in a padding row stays there. Any other target outside [0, vocab) gives logp NaN
   and never an access out of bounds (in a sliced sweep: a target that no slice contains).
 - Statistics are fp32 (fp64 for fp64 logits). NaN or inf in a row shows in that row's log-prob and in no other's.
-- A column whose z is -inf has probability 0 and residual 0.
+- A column whose z is -inf has probability 0, residual 0 and no part in the entropy or its gradient.
 
 The late scale is what makes one sweep enough: out holds `E - s * onehot` with E = exp(z - m), s = sum E, and
 scale = -row_factor / s, where m need not be the row's maximum, only near it.
@@ -68,7 +76,7 @@ class RowStats(NamedTuple):
     lse: Tensor  # log sum exp z
     scale: Tensor | None  # d logp / d logits = scale[:, None] * out; None when out is None
     entropy: Tensor | None = None  # lse - sum p z, nats
-    top1: Tensor | None = None  # 1.0 where no column has a larger z than the target
+    top1: Tensor | None = None  # 1.0 where the target is the first of the row's largest z; 0.0 beside NaN or +inf
     mean_logit: Tensor | None = None  # mean of z over the columns
     log_sum_p2: Tensor | None = None  # log sum p^2
 
@@ -185,7 +193,8 @@ def scale_rows(x: Tensor, w: Tensor, out: Tensor) -> Tensor:
     for start in range(0, x.shape[0], step):
         end = start + step
         torch.mul(x[start:end], w[start:end, None], out=out[start:end])
-    return out
+    nothing = w == 0
+    return out.masked_fill_(nothing[:, None], 0.0) if nothing.any() else out
 
 
 def scale_unless_one_(tensor: Tensor, factor: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import EXTRAS, FoldState, RowStats, Transform
+from . import FoldState, RowStats, Transform, views
 
 _native: Any = None
 _kernels: Any = None
@@ -30,7 +30,6 @@ else:
     _why_not = "fastpref._native was built without CUDA: put nvcc on PATH or set CUDACXX, and install again"
 
 _DEVICE = "cuda"
-_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 _CAPABILITY = 80
 
 
@@ -50,7 +49,7 @@ def available() -> tuple[bool, str]:
 
 
 def supports(device: torch.device, dtype: torch.dtype) -> bool:
-    return device.type == _DEVICE and dtype in _DTYPES
+    return device.type == _DEVICE and dtype in views.DTYPES
 
 
 def _where(tensor: Tensor) -> tuple[int, int]:
@@ -58,72 +57,9 @@ def _where(tensor: Tensor) -> tuple[int, int]:
     return tensor.device.index, torch.cuda.current_stream(tensor.device).cuda_stream
 
 
-def _check_vector(name: str, vector: Tensor, size: int, device: torch.device, dtype: torch.dtype | None = None) -> None:
-    if tuple(vector.shape) != (size,) or vector.device != device:
-        raise ValueError(f"{name} is {list(vector.shape)} on {vector.device}; it takes [{size}] on {device}")
-    if dtype is not None and vector.dtype != dtype:
-        raise TypeError(f"{name} is {vector.dtype}; it takes {dtype}")
-
-
-def _check_tile(name: str, tile: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
-    if tile.device != device or device.type != _DEVICE:
-        raise ValueError(f"{name} is on {tile.device}; it takes {device if device.type == _DEVICE else _DEVICE}")
-    if tile.dtype not in _DTYPES:
-        raise TypeError(f"{name} is {tile.dtype}; it takes float32, bfloat16, float16")
-    if tuple(tile.shape) != shape or (shape[1] > 1 and tile.stride(1) != 1):
-        raise ValueError(
-            f"{name} is {list(tile.shape)} with strides {tile.stride()}; it takes {list(shape)} with contiguous columns"
-        )
-
-
-def _tile(
-    logits: Tensor, targets: Tensor, transform: Transform, bias: Tensor | None, ignore_index: int, col_offset: int
-) -> tuple[object, tuple]:
-    """The C++ view of a tile, and the tensors that must live until its kernel is launched."""
-    if logits.dim() != 2:
-        raise ValueError(f"logits is {list(logits.shape)}; it takes [rows, cols]")
-    rows, cols = logits.shape
-    _check_tile("logits", logits, (rows, cols), logits.device)
-    _check_vector("targets", targets, rows, logits.device, torch.int64)
-    targets = targets.contiguous()
-    if bias is not None:
-        _check_vector("bias", bias, cols, logits.device)
-        bias = bias.float().contiguous()
-    view = _native.Tile(
-        logits.data_ptr(),
-        _DTYPES[logits.dtype],
-        logits.stride(0),
-        rows,
-        cols,
-        targets.data_ptr(),
-        ignore_index,
-        col_offset,
-        0 if bias is None else bias.data_ptr(),
-        transform.logit_scale,
-        transform.softcap or 0.0,
-        transform.temperature,
-    )
-    return view, (logits, targets, bias)
-
-
-def _out(out: Tensor | None, logits: Tensor) -> object:
-    if out is None:
-        return _native.Out(0, "float32", 0)
-    _check_tile("out", out, tuple(logits.shape), logits.device)
-    if logits.numel():
-        (first, end, pitch), (out_first, out_end, out_pitch) = (
-            (t.data_ptr(), t.data_ptr() + ((t.shape[0] - 1) * t.stride(0) + t.shape[1]) * size, t.stride(0) * size)
-            for t, size in ((logits, logits.element_size()), (out, out.element_size()))
-        )
-        own_rows = out_first == first and out_pitch == pitch and out.element_size() <= logits.element_size()
-        if max(first, out_first) < min(end, out_end) and not own_rows:
-            raise ValueError("out overlaps logits; it takes other memory, or rows that start where those of logits do")
-    return _native.Out(out.data_ptr(), _DTYPES[out.dtype], out.stride(0))
-
-
 @lru_cache(maxsize=64)
 def _cluster_size(dtype: torch.dtype, cols: int, device: int) -> int:
-    return _kernels.cluster_size(_native.Tile(0, _DTYPES[dtype], 0, 0, cols, 0, 0, 0, 0, 1.0, 0.0, 1.0), device)
+    return _kernels.cluster_size(_native.Tile(0, views.DTYPES[dtype], 0, 0, cols, 0, 0, 0, 0, 1.0, 0.0, 1.0), device)
 
 
 def residual(
@@ -139,23 +75,16 @@ def residual(
 ) -> RowStats:
     """See the contract in `fastpref.rows`. Beyond it, `out` may be a narrower view of the memory of its own rows, and
     `cluster` picks the sweep for measurements (True raises where a cluster cannot hold a row)."""
-    tile, alive = _tile(logits, targets, transform, bias, ignore_index, 0)
-    view = _out(out, logits)
-    unknown = set(extras) - set(EXTRAS)
-    if unknown:
-        raise ValueError(f"extras has {sorted(unknown)}; it takes {EXTRAS}")
+    tile, alive = views.tile(_native, _DEVICE, logits, targets, transform, bias, ignore_index)
+    out_view = views.out(_native, out, logits)
+    view, found = views.stats(_native, logits, out is not None, extras)
     device, stream = _where(logits)
     if cluster is None:
         fp16 = out is not None and out.dtype == torch.float16
         cluster = fp16 and _cluster_size(logits.dtype, logits.shape[1], device) > 0
-    wanted = ("logp", "lse", *(("scale",) if out is not None else ()), *extras)
-    values = torch.empty(len(wanted), logits.shape[0], dtype=torch.float32, device=logits.device)
-    found = dict(zip(wanted, values, strict=True))
-    names = ("logp", "lse", "scale", *EXTRAS)
-    stats = _native.Stats(*(found[name].data_ptr() if name in found else 0 for name in names))
-    _kernels.residual(tile, view, stats, cluster, device, stream)
+    _kernels.residual(tile, out_view, view, cluster, device, stream)
     del alive
-    return RowStats(**{"scale": None, **found})
+    return found
 
 
 def fold(
@@ -168,12 +97,8 @@ def fold(
     bias: Tensor | None = None,
     ignore_index: int = -100,
 ) -> None:
-    tile, alive = _tile(logits, targets, transform, bias, ignore_index, col_offset)
-    for name, vector in state._asdict().items():
-        _check_vector(f"state.{name}", vector, logits.shape[0], logits.device, torch.float32)
-        if not vector.is_contiguous():
-            raise ValueError(f"state.{name} has stride {vector.stride()}; it takes a contiguous tensor")
-    _kernels.fold(tile, _native.FoldState(*(vector.data_ptr() for vector in state)), *_where(logits))
+    tile, alive = views.tile(_native, _DEVICE, logits, targets, transform, bias, ignore_index, col_offset)
+    _kernels.fold(tile, views.state(_native, state, logits), *_where(logits))
     del alive
 
 
@@ -188,11 +113,32 @@ def residual_given_lse(
     bias: Tensor | None = None,
     ignore_index: int = -100,
 ) -> None:
-    tile, alive = _tile(logits, targets, transform, bias, ignore_index, col_offset)
-    _check_vector("lse", lse, logits.shape[0], logits.device, torch.float32)
-    lse = lse.contiguous()
-    _kernels.residual_given_lse(tile, lse.data_ptr(), _out(out, logits), *_where(logits))
-    del alive
+    tile, alive = views.tile(_native, _DEVICE, logits, targets, transform, bias, ignore_index, col_offset)
+    given, vectors = views.given(_native, logits, lse=lse)
+    _kernels.residual_given_lse(tile, given, views.out(_native, out, logits), *_where(logits))
+    del alive, vectors
+
+
+def gradient_given_lse(
+    logits: Tensor,
+    targets: Tensor,
+    lse: Tensor,
+    entropy: Tensor,
+    grad_logps: Tensor,
+    grad_entropy: Tensor,
+    out: Tensor,
+    *,
+    col_offset: int,
+    transform: Transform,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+) -> None:
+    tile, alive = views.tile(_native, _DEVICE, logits, targets, transform, bias, ignore_index, col_offset)
+    given, vectors = views.given(
+        _native, logits, lse=lse, entropy=entropy, grad_logps=grad_logps, grad_entropy=grad_entropy
+    )
+    _kernels.gradient_given_lse(tile, given, views.out(_native, out, logits), *_where(logits))
+    del alive, vectors
 
 
 def scale_unless_one_(tensor: Tensor, factor: Tensor) -> Tensor:
@@ -203,6 +149,6 @@ def scale_unless_one_(tensor: Tensor, factor: Tensor) -> Tensor:
     if not tensor.is_contiguous() or not supports(tensor.device, tensor.dtype):
         return tensor.mul_(factor.reshape(()))
     factor = factor.float()
-    x = _native.Out(tensor.data_ptr(), _DTYPES[tensor.dtype], 0)
+    x = _native.Out(tensor.data_ptr(), views.DTYPES[tensor.dtype], 0)
     _kernels.scale_unless_one(x, tensor.numel(), factor.data_ptr(), *_where(tensor))
     return tensor

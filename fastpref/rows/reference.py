@@ -56,7 +56,7 @@ def residual(
     if "entropy" in extras:
         found["entropy"] = -torch.where(probs > 0, probs * (z - lse[:, None]), 0.0 * probs).sum(1)
     if "top1" in extras:
-        found["top1"] = (z_target >= z.amax(1)).to(lse.dtype)
+        found["top1"] = ((z.argmax(1) == targets) & (lse < torch.inf)).to(lse.dtype)
     if "mean_logit" in extras:
         found["mean_logit"] = z.mean(1)
     if "log_sum_p2" in extras:
@@ -114,3 +114,30 @@ def residual_given_lse(
     if slope is not None:
         u *= slope
     out.copy_(u.masked_fill_((targets == ignore_index)[:, None], 0.0))
+
+
+def gradient_given_lse(
+    logits: Tensor,
+    targets: Tensor,
+    lse: Tensor,
+    entropy: Tensor,
+    grad_logps: Tensor,
+    grad_entropy: Tensor,
+    out: Tensor,
+    *,
+    col_offset: int,
+    transform: Transform,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+) -> None:
+    z, slope = _transformed(logits, transform, bias)
+    column = targets - col_offset
+    inside = (column >= 0) & (column < logits.shape[1])
+    log_p = z - lse[:, None]
+    probs = torch.exp(log_p)
+    grad = probs * (grad_logps[:, None] + grad_entropy[:, None] * (log_p + entropy[:, None]))
+    grad = torch.where(probs == 0, 0.0, grad).neg_()  # log p is -inf there
+    grad.scatter_add_(1, column.clamp(0, logits.shape[1] - 1)[:, None], torch.where(inside, grad_logps, 0.0)[:, None])
+    if slope is not None:
+        grad *= slope
+    out.copy_(grad.masked_fill_((targets == ignore_index)[:, None], 0.0))

@@ -76,7 +76,7 @@ UNALIGNED = Config(1024, 4)  # rows that start anywhere: a load an element, each
 
 def configs() -> dict[str, tuple[Config, ...]]:
     """Every configuration in which each kernel can be launched."""
-    rows = ("_residual_kernel", "_fold_kernel", "_residual_given_lse_kernel", "_scale_rows_kernel")
+    rows = ("_residual_kernel", "_fold_kernel", "_given_lse_kernel", "_scale_rows_kernel")
     return dict.fromkeys(rows, (ALIGNED, UNALIGNED)) | {"_scale_unless_one_kernel": (ALIGNED,)}
 
 
@@ -138,12 +138,19 @@ if triton is not None:
         return tl.sum(tl.reshape(x, [BLOCK // 4, 4]), 1)
 
     @triton.jit
+    def _preferred(z, c, z_y, y):
+        """1.0 where argmax prefers column c to y: a larger z, or the same before it. Not y's own column, whose z may
+        have been rounded otherwise than z_y."""
+        return tl.where((c != y) & ((z > z_y) | ((z == z_y) & (c < y))), 1.0, 0.0)
+
+    @triton.jit
     def _sweep(
-        row_ptr, bias_ptr, out_ptr, start, width, y, pre, post, limit, lift, m, s, ez, sz, p2, top,
+        row_ptr, bias_ptr, out_ptr, start, width, y, z_y, pre, post, limit, lift, m, s, ez, sz, p2, beaten,
         TRANSFORM: tl.constexpr, ENTROPY: tl.constexpr, TOP1: tl.constexpr, MEAN: tl.constexpr, P2: tl.constexpr,
         MASKED: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
-        """One block of a row. s, ez, p2: sums of E, E (z - m), E^2 without the target; sz: sum of z; top: maximum of z.
+        """One block of a row. s, ez, p2: sums of E, E (z - m), E^2 without the target; sz: sum of z; beaten: 1.0 once
+        there was a column that argmax prefers to y.
 
         All threads' loads of a block come before any thread's stores of it: the stores wait for m, which waits for the
         block's maximum, a reduction across the program. So a store may hit the bytes of any logit in this block or an
@@ -187,8 +194,12 @@ if triton is not None:
                 z = tl.where(c < width, z, 0.0)
             sz += _sum4(z, BLOCK)
         if TOP1:
-            top = tl.maximum(top, highest)
-        return m, s, ez, sz, p2, top
+            # One number a row: a vector of them takes the registers that all extras together do not have.
+            if (y >= start) & (y < start + BLOCK):
+                beaten = tl.maximum(beaten, tl.max(_preferred(z, c, z_y, y), 0))
+            else:
+                beaten = tl.maximum(beaten, _preferred(highest, start, z_y, y))
+        return m, s, ez, sz, p2, beaten
 
     @triton.jit(do_not_specialize=["logits_stride", "out_stride", "ignore_index"])
     def _residual_kernel(
@@ -260,25 +271,23 @@ if triton is not None:
 
             m = tl.maximum(tl.max(z_r, 0) + lift, _LOWEST)
             s = tl.zeros([BLOCK // 4], tl.float32)
-            ez, sz, p2, top = 0.0, 0.0, 0.0, 0.0
+            ez, sz, p2, beaten = 0.0, 0.0, 0.0, 0.0
             if ENTROPY:
                 ez = tl.zeros([BLOCK // 4], tl.float32)
             if MEAN:
                 sz = tl.zeros([BLOCK // 4], tl.float32)
             if P2:
                 p2 = tl.zeros([BLOCK // 4], tl.float32)
-            if TOP1:
-                top = tl.cast(-float("inf"), tl.float32)
             # No mask on whole blocks: accesses stay 16 bytes wide for every width, not only for multiples of 16.
             whole = width // BLOCK * BLOCK
             for start in range(0, whole, BLOCK):
-                m, s, ez, sz, p2, top = _sweep(
-                    row_ptr, bias_ptr, out_ptr, start, even, y, pre, post, limit, lift, m, s, ez, sz, p2, top,
+                m, s, ez, sz, p2, beaten = _sweep(
+                    row_ptr, bias_ptr, out_ptr, start, even, y, z_y, pre, post, limit, lift, m, s, ez, sz, p2, beaten,
                     TRANSFORM, ENTROPY, TOP1, MEAN, P2, False, BLOCK,
                 )  # fmt: skip
             if whole < even:
-                m, s, ez, sz, p2, top = _sweep(
-                    row_ptr, bias_ptr, out_ptr, whole, even, y, pre, post, limit, lift, m, s, ez, sz, p2, top,
+                m, s, ez, sz, p2, beaten = _sweep(
+                    row_ptr, bias_ptr, out_ptr, whole, even, y, z_y, pre, post, limit, lift, m, s, ez, sz, p2, beaten,
                     TRANSFORM, ENTROPY, TOP1, MEAN, P2, True, BLOCK,
                 )  # fmt: skip
 
@@ -307,8 +316,9 @@ if triton is not None:
                 ez_r = tl.sum(tl.where(e_r > 0, e_r * (z_r - m), 0.0), 0)
                 tl.store(entropy_ptr + row, log_total - (tl.sum(ez, 0) + ez_r + ez_y) / total)
             if TOP1:
-                hit = (z_y >= tl.maximum(top, tl.max(z_r, 0))) & (total == total)  # max skips NaN; a sum does not
-                tl.store(top1_ptr + row, tl.where(hit, 1.0, 0.0))
+                # Comparisons skip NaN; a sum does not.
+                beaten = tl.maximum(beaten, tl.max(_preferred(z_r, rest, z_y, y), 0))
+                tl.store(top1_ptr + row, tl.where(valid & (beaten == 0) & (total == total), 1.0, 0.0))
             if MEAN:
                 tl.store(mean_logit_ptr + row, (tl.sum(sz, 0) + tl.sum(tl.where(rest < width, z_r, 0.0), 0)) / width)
             if P2:
@@ -354,12 +364,12 @@ if triton is not None:
             whole = width // BLOCK * BLOCK
             for start in range(0, whole, BLOCK):
                 m, s, _, _, _, _ = _sweep(
-                    row_ptr, bias_ptr, None, start, width, -1, pre, post, limit, 0.0, m, s, 0.0, 0.0, 0.0, 0.0,
+                    row_ptr, bias_ptr, None, start, width, -1, 0.0, pre, post, limit, 0.0, m, s, 0.0, 0.0, 0.0, 0.0,
                     TRANSFORM, False, False, False, False, False, BLOCK,
                 )  # fmt: skip
             if whole < width:
                 m, s, _, _, _, _ = _sweep(
-                    row_ptr, bias_ptr, None, whole, width, -1, pre, post, limit, 0.0, m, s, 0.0, 0.0, 0.0, 0.0,
+                    row_ptr, bias_ptr, None, whole, width, -1, 0.0, pre, post, limit, 0.0, m, s, 0.0, 0.0, 0.0, 0.0,
                     TRANSFORM, False, False, False, False, True, BLOCK,
                 )  # fmt: skip
             tl.store(maximum_ptr + row, m)
@@ -367,24 +377,32 @@ if triton is not None:
 
     @triton.jit
     def _given_lse(
-        row_ptr, bias_ptr, out_ptr, start, width, y, lse, pre, post,
-        TRANSFORM: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr,
+        row_ptr, bias_ptr, out_ptr, start, width, y, lse, gl, gh, constant, pre, post,
+        ENTROPY: tl.constexpr, TRANSFORM: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
         c = start + tl.arange(0, BLOCK)
         z, slope = _load_z(row_ptr, bias_ptr, c, width, pre, post, TRANSFORM, MASKED)
-        p = tl.exp(z - lse)
-        u = tl.where(c == y, 1.0 - p, -p)
+        log_p = z - lse
+        p = tl.exp(log_p)
+        if ENTROPY:
+            u = tl.where(p != 0, -p * (gh * log_p + constant), 0.0)  # log p may be -inf
+            u = tl.where(c == y, gl + u, u)
+        else:
+            u = tl.where(c == y, 1.0 - p, -p)
         if TRANSFORM == _SOFTCAP:
             u *= slope
         _store(out_ptr, c, width, u, MASKED)
 
     @triton.jit(do_not_specialize=["logits_stride", "out_stride", "col_offset", "ignore_index"])
-    def _residual_given_lse_kernel(
+    def _given_lse_kernel(
         logits_ptr,  # [rows, width]
         logits_stride,  # in units of LOGITS_UNIT elements
         targets_ptr,  # [rows] int64
         bias_ptr,  # [width] or None
-        lse_ptr,  # [rows] fp32
+        lse_ptr,  # [rows] fp32, as the three that follow
+        entropy_ptr,  # None, as the two that follow: of the log-prob alone
+        grad_logps_ptr,
+        grad_entropy_ptr,
         out_ptr,  # [rows, width]
         out_stride,  # in units of OUT_UNIT elements
         width,
@@ -397,6 +415,7 @@ if triton is not None:
         OUT_UNIT: tl.constexpr,
         BLOCK: tl.constexpr,
     ):
+        ENTROPY: tl.constexpr = entropy_ptr is not None
         row = tl.program_id(0).to(tl.int64)
         target = tl.load(targets_ptr + row)
         out_ptr += row * out_stride * OUT_UNIT
@@ -407,11 +426,21 @@ if triton is not None:
             column = target - col_offset
             y = tl.where((column >= 0) & (column < width), column, -1).to(tl.int32)
             lse = tl.load(lse_ptr + row)
+            gl, gh, constant = 1.0, 0.0, 1.0
+            if ENTROPY:
+                gl, gh = tl.load(grad_logps_ptr + row), tl.load(grad_entropy_ptr + row)
+                constant = gl + gh * tl.load(entropy_ptr + row)
             whole = width // BLOCK * BLOCK
             for start in range(0, whole, BLOCK):
-                _given_lse(row_ptr, bias_ptr, out_ptr, start, width, y, lse, pre, post, TRANSFORM, False, BLOCK)
+                _given_lse(
+                    row_ptr, bias_ptr, out_ptr, start, width, y, lse, gl, gh, constant, pre, post,
+                    ENTROPY, TRANSFORM, False, BLOCK,
+                )  # fmt: skip
             if whole < width:
-                _given_lse(row_ptr, bias_ptr, out_ptr, whole, width, y, lse, pre, post, TRANSFORM, True, BLOCK)
+                _given_lse(
+                    row_ptr, bias_ptr, out_ptr, whole, width, y, lse, gl, gh, constant, pre, post,
+                    ENTROPY, TRANSFORM, True, BLOCK,
+                )  # fmt: skip
 
     @triton.jit
     def _scale_row_block(x_ptr, out_ptr, w, start, width, MASKED: tl.constexpr, BLOCK: tl.constexpr):
@@ -636,16 +665,49 @@ def residual_given_lse(
     bias: Tensor | None = None,
     ignore_index: int = -100,
 ) -> None:
+    _launch_given_lse(
+        logits, targets, out, {"lse": lse, "entropy": None, "grad_logps": None, "grad_entropy": None},
+        col_offset, transform, bias, ignore_index,
+    )  # fmt: skip
+
+
+def gradient_given_lse(
+    logits: Tensor,
+    targets: Tensor,
+    lse: Tensor,
+    entropy: Tensor,
+    grad_logps: Tensor,
+    grad_entropy: Tensor,
+    out: Tensor,
+    *,
+    col_offset: int,
+    transform: Transform,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+) -> None:
+    _launch_given_lse(
+        logits, targets, out, {"lse": lse, "entropy": entropy, "grad_logps": grad_logps, "grad_entropy": grad_entropy},
+        col_offset, transform, bias, ignore_index,
+    )  # fmt: skip
+
+
+def _launch_given_lse(
+    logits: Tensor, targets: Tensor, out: Tensor, given: dict[str, Tensor | None], col_offset: int,
+    transform: Transform, bias: Tensor | None, ignore_index: int,
+) -> None:  # fmt: skip
     targets, bias = _check(logits, targets, bias, out)
     rows, width = logits.shape
-    _check_vector("lse", lse, rows, logits.device, torch.float32)
+    for name, vector in given.items():
+        if vector is not None:
+            _check_vector(name, vector, rows, logits.device, torch.float32)
     if rows:
         kind, pre, post = _transform_args(transform)
         config, (logits_unit, out_unit) = _alignment(logits, out)
         _launch(
-            _residual_given_lse_kernel, rows, logits.device,
+            _given_lse_kernel, rows, logits.device,
             (
-                logits, logits.stride(0) // logits_unit, targets, bias, lse.contiguous(),
+                logits, logits.stride(0) // logits_unit, targets, bias,
+                *(None if vector is None else vector.contiguous() for vector in given.values()),
                 out, out.stride(0) // out_unit, width, col_offset, ignore_index, pre, post,
             ),
             config, TRANSFORM=kind, LOGITS_UNIT=logits_unit, OUT_UNIT=out_unit,

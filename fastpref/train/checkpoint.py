@@ -7,6 +7,8 @@
 
 A folder with such a name is complete: it was written beside, forced to the disk, and only then renamed. The one with
 step 0 holds the weights a stage starts from, which are its reference: it stays while the run lasts.
+
+A step waits for a copy in host memory, not for the disk: a thread writes the copy while training goes on.
 """
 
 from __future__ import annotations
@@ -16,15 +18,18 @@ import os
 import random
 import re
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy
 import torch
 from safetensors import SafetensorError
+from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .config import UserError
 
@@ -108,6 +113,68 @@ def _existing(path: Path) -> Path:
     return path if path.exists() else _existing(path.parent)
 
 
+class Saver:
+    """Writes in a thread, one save at a time. What fails there is raised by the next call of `check` or `wait`."""
+
+    def __init__(self) -> None:
+        self.thread: threading.Thread | None = None
+        self.error: BaseException | None = None
+
+    def start(self, work: Callable[[], None]) -> None:
+        """Runs `work` beside the caller, after the save before it."""
+        self.wait()
+
+        def run() -> None:
+            try:
+                work()
+            except BaseException as error:  # noqa: BLE001 - raised again in the thread that trains
+                self.error = error
+
+        # daemon: a run that is aborted does not wait for a save that nobody may want; no half of it has a name
+        self.thread = threading.Thread(target=run, name="fastpref-save", daemon=True)
+        self.thread.start()
+
+    def check(self) -> None:
+        """Raises what the last save failed with, if it has."""
+        if self.error is not None:
+            error, self.error = self.error, None
+            raise error
+
+    def join(self) -> None:
+        """Until no save is under way, whatever came of the last one."""
+        if self.thread is not None:
+            self.thread.join()
+            self.thread = None
+
+    def wait(self) -> None:
+        """Until the last save is on the disk; raises what it failed with."""
+        self.join()
+        self.check()
+
+
+def snapshot(value: Any) -> Any:
+    """A copy in host memory of tensors in dicts, lists, tuples. Those that share memory (tied weights) still do."""
+    return _copied(value, {})
+
+
+def _copied(value: Any, done: dict[Any, Tensor]) -> Any:
+    if isinstance(value, dict):
+        return {key: _copied(part, done) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_copied(part, done) for part in value)
+    if not isinstance(value, Tensor):
+        return value
+    if is_traceable_wrapper_subclass(value):  # torchao's quantised states: their parts are ordinary tensors
+        names, context = value.__tensor_flatten__()
+        parts = {name: _copied(getattr(value, name), done) for name in names}
+        return type(value).__tensor_unflatten__(parts, context, value.shape, value.stride())
+    value = value.detach()
+    key = (value.device, value.data_ptr(), value.shape, value.stride(), value.dtype)
+    if value.numel() == 0 or key not in done:
+        done[key] = value.to("cpu", copy=True)
+    return done[key]
+
+
 def remove(path: Path) -> None:
     """Removes a folder; a kill in the middle leaves no half of it under its name."""
     doomed = path.with_name(PARTIAL + "old-" + path.name)
@@ -150,11 +217,15 @@ def _to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_state(folder: Path, state: State, config: dict[str, Any], optimizer: torch.optim.Optimizer | None) -> None:
-    """The part of a checkpoint that is not the model. optimizer: None at the start of a stage, where it is new."""
-    content = {"format": 1, "config": config, **asdict(state)}
+def tensors_of(optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
+    """What a run goes on from, beside weights and `State`. optimizer: None at a stage's start, where it is new."""
+    return {"random": random_state(), "optimizer": None if optimizer is None else optimizer.state_dict()}
+
+
+def write_state(folder: Path, state: dict[str, Any], config: dict[str, Any], tensors: dict[str, Any]) -> None:
+    """The part of a checkpoint that is not the model: a State as a dict, and its `tensors_of`."""
+    content = {"format": 1, "config": config, **state}
     (folder / "state.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    tensors = {"random": random_state(), "optimizer": None if optimizer is None else optimizer.state_dict()}
     torch.save(tensors, folder / "optimizer.pt")
 
 
@@ -170,13 +241,20 @@ def read_state(folder: Path) -> tuple[State, dict[str, Any]]:
         raise UserError(f"{folder}: not a checkpoint that can be read ({error})") from None
 
 
-def read_tensors(folder: Path, device: torch.device) -> dict[str, Any]:
+def read_tensors(folder: Path) -> dict[str, Any]:
+    """What `write_state` got as `tensors`, in host memory."""
     try:
-        found: dict[str, Any] = torch.load(folder / "optimizer.pt", map_location=device, weights_only=True)
+        found: dict[str, Any] = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
         return found
     except Exception as error:  # a damaged zip, pickle, or file
         line = next(iter(str(error).splitlines()), "")
         raise UserError(f"{folder}/optimizer.pt: cannot be read ({line})") from error
+
+
+def seed_everything(seed: int) -> None:
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
 
 
 def random_state() -> dict[str, Any]:

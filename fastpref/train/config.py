@@ -50,12 +50,20 @@ class TrainConfig:
     lora_alpha: int = 32
     lora_dropout: float = 0.05
     lora_target_modules: tuple[str, ...] | None = None  # None: every linear layer but the LM head
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights; LoRA's adapter is float32 in any case
     bf16: bool | None = None  # autocast over fp32 weights; None: on a GPU that has it
-    gradient_checkpointing: bool = False  # recompute activations in the backward pass
+    # Activations made again in the backward pass. selective: all but the matrix products; full: all (true);
+    # offload: as full, and what a layer starts from waits in host memory
+    gradient_checkpointing: Literal["none", "selective", "full", "offload"] = "none"
+    use_liger_kernel: bool = False  # liger-kernel's RMSNorm, RoPE and SwiGLU; on a GPU, where it knows the model
+    # Batches without padding, for which the model's attention must be replaced. None: where that is possible
+    packing: bool | None = None
+    prefix_sharing: bool = True  # packed: equal prompts once a micro-batch (LoRA's dropout is then the same for them)
 
     # run
     output_dir: str = field(kw_only=True)
     overwrite_output_dir: bool = False  # start over in a folder that holds a run
+    reference_dir: str | None = None  # of cached reference log-probs, for several runs; None: output_dir/reference
     seed: int = 42
     report_to: tuple[str, ...] = ()  # "tensorboard", "wandb"
     logging_steps: int = 10
@@ -75,7 +83,8 @@ class TrainConfig:
     loss: str = "dpo"
     loss_options: Mapping[str, Any] = field(default_factory=dict)
     ref_model_name_or_path: str | None = None  # None: the policy as the stage found it
-    per_device_train_batch_size: int = 8  # examples (pairs) a micro-batch
+    per_device_train_batch_size: int | None = None  # examples (pairs) a micro-batch; None: 8, or what its tokens allow
+    max_tokens_per_batch: int | None = None  # a micro-batch is filled up to so many tokens; None: no such limit
     gradient_accumulation_steps: int = 1
     num_train_epochs: float = 1.0
     max_steps: int = -1  # above 0: so many, whatever the epochs
@@ -83,6 +92,9 @@ class TrainConfig:
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = "linear"  # after the warm-up
     warmup_steps: int = 0
     warmup_ratio: float = 0.0  # of the stage's steps; warmup_steps comes first
+    # None: adamw_torch_8bit (stochastic rounding) for bfloat16 weights, else adamw_torch_fused
+    optim: Literal["adamw_torch_fused", "adamw_torch_8bit", "adamw_fp32_master", "adamw_offload"] | None = None
+    optim_in_backward: bool = False  # update each weight as soon as its gradient is there, then free the gradient
     weight_decay: float = 0.0
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999
@@ -120,6 +132,49 @@ class TrainConfig:
                 raise UserError(f"report_to is {target!r}; it takes tensorboard, wandb or none")
         if self.use_peft and self.init_from_config:
             raise UserError("use_peft adapts pretrained weights; init_from_config makes random ones: set one of them")
+        if self.packing is False and self.max_tokens_per_batch:
+            raise UserError("max_tokens_per_batch fills packed batches, and packing is False: set one of them")
+        if not self.stages:  # with stages, each is checked as it is made
+            self._check_optimizer()
+
+    def _check_optimizer(self) -> None:
+        bf16_weights = self.dtype == "bfloat16" and not self.use_peft
+        if self.dtype == "bfloat16" and self.bf16 is False:
+            raise UserError("bf16 is False, but dtype=bfloat16 computes in bf16: leave one of them out")
+        if bf16_weights and self.optimizer == "adamw_torch_fused":
+            raise UserError(
+                "optim is 'adamw_torch_fused', which rounds bfloat16 weights to nearest: at learning rates of "
+                "preference training nearly every update is lost; take adamw_torch_8bit or adamw_fp32_master, or "
+                "dtype=float32"
+            )
+        if self.optimizer == "adamw_fp32_master" and not bf16_weights:
+            raise UserError("optim is 'adamw_fp32_master', but the weights that are trained are fp32: "
+                            "set dtype=bfloat16 (without use_peft), or optim=adamw_torch_fused")  # fmt: skip
+        if self.optim_in_backward and self.optimizer == "adamw_offload":
+            raise UserError("optim_in_backward: adamw_offload frees each gradient already; set one of them")
+        if self.optim_in_backward or self.optimizer == "adamw_offload":
+            what = "optim_in_backward" if self.optim_in_backward else "optim adamw_offload"
+            if self.gradient_accumulation_steps > 1:
+                raise UserError(
+                    f"{what} frees each gradient as it comes, so none is left to add the next micro-batch's to: set "
+                    f"gradient_accumulation_steps=1 (it is {self.gradient_accumulation_steps}) and a larger batch"
+                )
+            if self.max_grad_norm:
+                raise UserError(
+                    f"{what} frees each gradient before the norm of all of them is known: set max_grad_norm=0 (it is "
+                    f"{self.max_grad_norm:g})"
+                )
+
+    @property
+    def optimizer(self) -> str:
+        """`optim`, or what stands for None."""
+        bf16_weights = self.dtype == "bfloat16" and not self.use_peft
+        return self.optim or ("adamw_torch_8bit" if bf16_weights else "adamw_torch_fused")
+
+    @property
+    def batch_size(self) -> int | None:
+        """The most examples of a micro-batch; None: as many as max_tokens_per_batch holds."""
+        return self.per_device_train_batch_size or (None if self.max_tokens_per_batch else 8)
 
     @property
     def loss_fn(self) -> losses.Loss:
@@ -129,7 +184,7 @@ class TrainConfig:
     def kind(self) -> Kind:
         """What the loss trains on: pairs, labelled completions, or completions."""
         loss = self.loss_fn
-        return "kto" if loss.needs_kl else "pair" if loss.pairwise else "sft"
+        return "kto" if loss.needs_desirable else "pair" if loss.pairwise else "sft"
 
     def stage_configs(self) -> list[TrainConfig]:
         """One flat configuration a stage, in order, each with its name."""
@@ -154,23 +209,28 @@ class TrainConfig:
 
 
 _AT_LEAST_1 = (
-    "per_device_train_batch_size", "gradient_accumulation_steps", "per_device_eval_batch_size", "logging_steps",
+    "gradient_accumulation_steps", "per_device_eval_batch_size", "logging_steps",
     "eval_max_new_tokens", "max_skipped_steps", "lora_r", "lora_alpha",
 )  # fmt: skip
 _AT_LEAST_0 = (
     "learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm", "warmup_steps", "save_steps", "seed",
 )  # fmt: skip
-_NONE_OR_1 = ("eval_steps", "save_total_limit", "eval_generate_samples", "max_prompt_length", "memory_budget")
+_NONE_OR_1 = (
+    "eval_steps", "save_total_limit", "eval_generate_samples", "max_prompt_length", "memory_budget",
+    "per_device_train_batch_size", "max_tokens_per_batch",
+)  # fmt: skip
 
 # What a stage cannot have for itself: there is one model and one output folder.
 _RUN_KEYS = (
     "model_name_or_path", "model_revision", "tokenizer_name_or_path", "init_from_config", "trust_remote_code",
-    "use_peft", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "bf16", "gradient_checkpointing",
-    "output_dir", "overwrite_output_dir", "seed", "report_to", "save_total_limit", "stages",
+    "use_peft", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "dtype", "bf16",
+    "gradient_checkpointing", "use_liger_kernel", "packing", "prefix_sharing",
+    "output_dir", "overwrite_output_dir", "reference_dir", "seed", "report_to", "save_total_limit", "stages",
 )  # fmt: skip
 # What may differ between a checkpoint and the run that goes on from it: nothing here changes a weight.
 MAY_DIFFER = (
-    "output_dir", "overwrite_output_dir", "report_to", "logging_steps", "save_steps", "save_total_limit",
+    "output_dir", "overwrite_output_dir", "reference_dir", "report_to", "logging_steps", "save_steps",
+    "save_total_limit",
     "eval_dataset", "eval_steps", "per_device_eval_batch_size", "eval_generate", "eval_max_new_tokens",
     "eval_generate_samples", "memory_budget", "max_skipped_steps",
 )  # fmt: skip
@@ -180,7 +240,9 @@ _TYPES = get_type_hints(TrainConfig)
 
 
 def _loss_classes() -> dict[str, type[losses.Loss]]:
-    return {cls.name: cls for cls in losses.Loss.__subclasses__() if cls.__module__ == losses.__name__}
+    """Those whose options a line of a configuration can hold: not the ones made of other losses."""
+    made_of_losses = (losses.WPO, losses.WeightedSum)
+    return {name: cls for name, cls in losses.CLASSES.items() if not issubclass(cls, made_of_losses)}
 
 
 def _options_of(loss: str) -> dict[str, Any]:
@@ -304,6 +366,8 @@ def _convert(key: str, value: Any, kind: Any) -> Any:
             return None
         return _convert(key, value, next(arg for arg in args if arg is not type(None)))
     if origin is Literal:
+        if isinstance(value, bool) and {"none", "full"} <= set(args):  # gradient_checkpointing, as TRL has it
+            value = "full" if value else "none"
         if value not in args:
             near = difflib.get_close_matches(str(value), args, n=1)
             hint = f" (did you mean {near[0]}?)" if near else ""

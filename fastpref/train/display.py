@@ -13,20 +13,23 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, Tex
 from rich.table import Table
 from rich.text import Text
 
-SHARES = ("rewards/accuracies", "exact_match")
+SHARES = ("rewards/accuracies", "exact_match", "mfu")
 # name, label in the progress line
 SHOWN = (
     ("loss", "loss"),
     ("rewards/margins", "margin"),
     ("rewards/accuracies", "acc"),
     ("tokens_per_s", "tok/s"),
+    ("mfu", "mfu"),
+    ("scored_tokens_per_s", "scored"),
+    ("saved_tokens_per_s", "saved"),
 )
 
 
 def number(name: str, value: float, digits: int = 4) -> str:
     if name.startswith(SHARES):
         return f"{100 * value:.{max(digits - 3, 0)}f} %"
-    if name in ("tokens_per_s", "peak_memory_mib"):
+    if name.endswith("tokens_per_s") or name == "peak_memory_mib":
         return f"{value:,.0f}"
     return f"{value:.{digits}g}" if abs(value) < 1e4 else f"{value:,.0f}"
 

@@ -51,8 +51,10 @@ class MetricSums:
 def loss_inputs(loss: Loss, batch: Batch, kl_logps: Tensor | None, ref_kl_logps: Tensor | None) -> dict[str, Any]:
     """What this loss wants beside hidden rows and targets."""
     inputs: dict[str, Any] = {"ref_logps": batch.ref_logps} if loss.needs_reference else {}
+    if loss.needs_desirable:
+        inputs["desirable"] = batch.desirable
     if loss.needs_kl:
-        inputs |= {"desirable": batch.desirable, "kl_logps": kl_logps, "ref_kl_logps": ref_kl_logps}
+        inputs |= {"kl_logps": kl_logps, "ref_kl_logps": ref_kl_logps}
     return inputs
 
 
@@ -82,7 +84,10 @@ def evaluate(policy: Policy, examples: Sequence[Example], kind: Kind, loss: Loss
     """
     was_training = policy.model.training
     policy.model.eval()
-    batches = [collate([examples[i] for i in batch], pad, kind) for batch in eval_order(examples, batch_size)]
+    batches = [
+        collate([examples[i] for i in batch], pad, kind, layout=policy.layout)
+        for batch in eval_order(examples, batch_size)
+    ]
     totals = totals_of(batches)
     kl_logps = ref_kl_logps = None
     if loss.needs_kl and reference is not None:
@@ -164,7 +169,7 @@ def generate(policy: Policy, tokenizer: PreTrainedTokenizerBase, prompts: Sequen
             width = max(len(prompts[i]) for i in batch)
             ids = torch.tensor([[pad] * (width - len(prompts[i])) + prompts[i] for i in batch])
             mask = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in batch])
-            with torch.no_grad(), policy.autocast():
+            with torch.no_grad(), policy.autocast(), policy.generating():
                 out = model.generate(input_ids=ids.to(policy.device), attention_mask=mask.to(policy.device))
             for i, tokens in zip(batch, out[:, width:].tolist(), strict=True):
                 end = next((n for n, token in enumerate(tokens) if token in stops), len(tokens))

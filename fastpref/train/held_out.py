@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from . import checkpoint, reference
+from .cache import file_of
+from .checkpoint import seed_everything
 from .config import TrainConfig, UserError, load_config
 from .display import Display, evaluation_table
 from .evaluate import eval_order, evaluate, exact_match, generate, pad_token
-from .loop import seed_everything
 from .model import Policy, load_policy, load_reference, load_tokenizer
 from .prepare import load_data
 
@@ -51,7 +52,7 @@ def evaluate_run(
         batches = eval_order(examples, size) if loss.needs_kl else None
         header = reference.header_of(stage, tokenizer, policy.compute_dtype, "", examples, batches)
         if run_dir:
-            cached = run_dir / "reference" / f"{index:02d}-{name}-eval.safetensors"
+            cached = file_of(config, run_dir, index, stage, "eval")
             logps = reference.read(cached, header, any_weights=True)
         if logps is None:
             source_policy = _reference_of(config, stage, index, run_dir, policy)

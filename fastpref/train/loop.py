@@ -6,7 +6,7 @@
             evaluate if due
             for batch in micro-batches:              one global batch: their losses and gradients add up to its own
                 loss.backward()
-            clip, AdamW                              skipped where a gradient is NaN or inf
+            clip, update                             skipped where a gradient is NaN or inf
             log and save if due
     final weights, summary, report
 
@@ -18,18 +18,17 @@ from __future__ import annotations
 
 import json
 import math
-import random
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy
 import torch
 import yaml
 from transformers import PreTrainedTokenizerBase
@@ -37,13 +36,13 @@ from transformers import PreTrainedTokenizerBase
 from fastpref.data import Batch, Example, collate
 
 from . import checkpoint, reference
-from .checkpoint import State
+from .cache import obtain, splits_of
+from .checkpoint import Saver, State, seed_everything
 from .config import TrainConfig, UserError, differing_keys
-from .display import Display, StepBar, duration, evaluation_line
+from .display import Display, StepBar, evaluation_line
 from .evaluate import (
     MetricSums,
     baseline,
-    eval_order,
     evaluate,
     exact_match,
     generate,
@@ -52,8 +51,18 @@ from .evaluate import (
     totals_of,
 )
 from .metrics import MetricsLog, check_report_to, device_name, peak_memory_mib
-from .model import Policy, fingerprint, load_policy, load_reference, load_tokenizer, save_model
-from .optim import learning_rate, make_optimizer
+from .mfu import model_flops, peak_flops
+from .model import (
+    Policy,
+    fingerprint,
+    load_policy,
+    load_reference,
+    load_tokenizer,
+    pick_device,
+    save_model,
+    weights_of,
+)
+from .optim import Updater, check_optimizer, learning_rate
 from .prepare import Data, Schedule, load_data
 from .reference import ReferenceLogps
 from .report import write_report
@@ -90,6 +99,8 @@ class Run:
     stop: StopFlag
     state: State
     resumed: Path | None  # the checkpoint this run goes on from, until its stage has begun
+    goes_on: bool  # from a checkpoint: what lies in the folder is its own
+    saver: Saver = field(default_factory=Saver)
 
 
 class StopFlag:
@@ -149,6 +160,9 @@ def train(config: TrainConfig, *, resume: bool = False, display: Display | None 
     display = display or Display()
     run_dir = Path(config.output_dir)
     check_report_to(config)
+    stages = config.stage_configs()
+    for stage in stages:
+        check_optimizer(stage, pick_device())
     if resume and (run_dir / "summary.json").is_file():
         return _already_complete(run_dir, config, display)
     stop = StopFlag()
@@ -164,7 +178,6 @@ def train(config: TrainConfig, *, resume: bool = False, display: Display | None 
         elif not resume:
             _refuse_used(run_dir, config)
         seed_everything(config.seed)
-        stages = config.stage_configs()
         tokenizer = load_tokenizer(config)
         data = load_data(stages, tokenizer, display)
         if resumed and state.step and state.data != reference.identity(data[state.stage].train):
@@ -183,12 +196,16 @@ def train(config: TrainConfig, *, resume: bool = False, display: Display | None 
             display.say(f"{run_dir}: no checkpoint there yet, starting from the beginning")
         log = MetricsLog(run_dir, config, state.metrics_bytes, state.global_step)
         pad = pad_token(tokenizer)
-        run = Run(run_dir, config, stages, data, tokenizer, pad, policy, display, log, stop, state, resumed)
+        run = Run(run_dir, config, stages, data, tokenizer, pad, policy, display, log, stop, state, resumed,
+                  goes_on=bool(resumed))  # fmt: skip
         try:
             for index in range(state.stage, len(stages)):
                 run_stage(run, index)
+            run.saver.wait()
             return finish(run)
         finally:
+            if not isinstance(sys.exc_info()[1], KeyboardInterrupt):  # asked twice: at once
+                run.saver.join()
             log.close()
 
 
@@ -200,12 +217,6 @@ def _already_complete(run_dir: Path, config: TrainConfig, display: Display) -> d
     display.say(f"{run_dir}: this run is complete")
     show_summary(display, run_dir, summary)
     return summary
-
-
-def seed_everything(seed: int) -> None:
-    random.seed(seed)
-    numpy.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
 
 
 def _refuse_used(run_dir: Path, config: TrainConfig) -> None:
@@ -232,7 +243,9 @@ def _describe(policy: Policy) -> str:
     size = f"{total / 1e9:.2f}B" if total >= 1e9 else f"{total / 1e6:.2f}M"
     share = "" if trained == total else f" ({100 * trained / total:.2g} % trained)"
     dtype = str(policy.compute_dtype).removeprefix("torch.")
-    return f"{type(policy.model).__name__}, {size} parameters{share}, {dtype}"
+    batches = {"padded": "padded batches", "packed": "packed batches", "shared": "packed batches with shared prompts"}
+    because = f" ({policy.padded_because})" if policy.padded_because else ""
+    return f"{type(policy.model).__name__}, {size} parameters{share}, {dtype}, {batches[policy.layout]}{because}"
 
 
 # ---- reference -------------------------------------------------------------------------------------------------------
@@ -251,36 +264,23 @@ def reference_logps(run: Run, index: int, schedule: Schedule) -> tuple[Reference
         if stage.ref_model_name_or_path:
             source = load_reference(stage, run.tokenizer, stage.ref_model_name_or_path)
         state.reference = fingerprint(source.model)
-    found: list[ReferenceLogps | None] = []
-    kto = stage.loss_fn.needs_kl
-    for split, examples in (("train", data.train), ("eval", data.eval)):
-        if not examples:
-            found.append(None)
-            continue
-        size = stage.per_device_eval_batch_size
-        batches = (schedule.all_batches() if split == "train" else eval_order(examples, size)) if kto else None
-        path = run.dir / "reference" / f"{index:02d}-{stage.name}-{split}.safetensors"
-        header = reference.header_of(
-            stage, run.tokenizer, run.policy.compute_dtype, state.reference or "", examples, batches
-        )
-        logps = reference.read(path, header)
-        if logps is None:
-            source = source or _starting_policy(run, index)
-            with run.display.counting(f"{stage.name}: reference log-probs, {split}") as show:
-                started = time.monotonic()
-                logps = reference.compute(source, examples, stage.kind, size, run.pad, run.stop.tick(show), batches)
-            reference.write(path, header, logps, examples)
-            seconds = duration(time.monotonic() - started)
-            run.display.say(f"{stage.name}: reference log-probs of {len(examples):,} {split} examples in {seconds}")
-        else:
-            run.display.say(f"{stage.name}: reference log-probs of {len(examples):,} {split} examples from {path}")
-        found.append(logps)
+    found: dict[str, ReferenceLogps] = {}
+
+    def the_reference() -> Policy:
+        nonlocal source
+        source = source or _starting_policy(run, index)
+        return source
+
+    for split in splits_of(run.config, run.dir, index, stage, data, schedule):
+        found[split.name] = obtain(
+            split, run.tokenizer, state.reference or "", run.policy, the_reference, run.display, run.stop.tick,
+            replace=run.goes_on or stage.overwrite_output_dir,
+        )  # fmt: skip
     del source
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     checkpoint.restore_random_state(generators)
-    assert found[0] is not None
-    return found[0], found[1]
+    return found["train"], found.get("eval")
 
 
 def _starting_policy(run: Run, index: int) -> Policy:
@@ -310,14 +310,13 @@ def run_stage(run: Run, index: int) -> None:
     name, loss = stage.name or "", stage.loss_fn
     schedule = Schedule(stage, data.train, run.config.seed + index)
     steps = schedule.steps
-    parameters = list(policy.trainable().values())
-    optimizer = make_optimizer(parameters, stage)
+    updater, flops = Updater(policy.trainable().values(), stage), model_flops(policy)
     policy.model.train()
     resumed, run.resumed = run.resumed, None
     if resumed:
-        tensors = checkpoint.read_tensors(resumed, policy.device)
+        tensors = checkpoint.read_tensors(resumed)
         if tensors["optimizer"] is not None:
-            optimizer.load_state_dict(tensors["optimizer"])
+            updater.optimizer.load_state_dict(tensors["optimizer"])
         checkpoint.restore_random_state(tensors["random"])
     state.data = reference.identity(data.train)
     state.history.setdefault(name, {})
@@ -334,27 +333,34 @@ def run_stage(run: Run, index: int) -> None:
                 if state.step == steps:
                     break
                 run.stop.check()
+                run.saver.check()
                 started = time.perf_counter()
                 first, micro_batches = schedule.of_step(state.step)
-                batches = [collate([examples[i] for i in batch], run.pad, stage.kind) for batch in micro_batches]
+                batches = [
+                    collate([examples[i] for i in batch], run.pad, stage.kind, layout=policy.layout)
+                    for batch in micro_batches
+                ]
                 kl = []
                 if loss.needs_kl and train_ref:
                     kl = [train_ref.of_batch(first + i) for i in range(len(batches))]
                 rate = learning_rate(stage, state.step, steps)
-                values = train_step(policy, parameters, optimizer, stage, batches, rate, kl)
-                _count(state, values, batches, time.perf_counter() - started)
+                values = train_step(policy, updater, stage, batches, rate, kl)
+                _count(state, values, batches, time.perf_counter() - started, flops.of(batches) if flops else math.nan)
                 if state.skipped_in_a_row >= stage.max_skipped_steps:
                     raise TrainingError(_why_stopped(run, name))
                 if state.step % stage.logging_steps == 0 or state.step == steps:
                     _log(run, bar, name, schedule.epoch(state.step), rate)
                 bar.advance(state.step)
                 if stage.save_steps and state.step % stage.save_steps == 0 and state.step < steps:
-                    save_checkpoint(run, optimizer)
+                    save_checkpoint(run, updater.optimizer)
     except _Interrupted:
         where = f"{name} step {state.step}/{steps}"
         if state.step or index:
-            where += f", saved in {save_checkpoint(run, optimizer)}; --resume goes on from there"
+            where += f", saved in {save_checkpoint(run, updater.optimizer)}; --resume goes on from there"
+            run.saver.wait()
         raise Stopped(run.stop.signum, f"stopped at {where}") from None
+    finally:
+        updater.close()
     state.history[name] |= {
         "steps": steps, "num_tokens": state.num_tokens, "seconds": state.seconds, "skipped_steps": state.skipped,
     }  # fmt: skip
@@ -367,14 +373,14 @@ def run_stage(run: Run, index: int) -> None:
 
 def train_step(
     policy: Policy,
-    parameters: list[torch.nn.Parameter],
-    optimizer: torch.optim.Optimizer,
+    updater: Updater,
     stage: TrainConfig,
     batches: Sequence[Batch],
     rate: float,
     ref_kl_logps: Sequence[torch.Tensor],
 ) -> dict[str, float]:
-    """One optimiser step on the global batch that `batches` are the parts of. Synchronises once, at its end.
+    """One optimiser step on the global batch that `batches` are the parts of. Synchronises once, at its end (where
+    weights are updated in backward, also before it and once a weight).
 
     Returns the means over the global batch, its loss, and the gradient norm before clipping. Where loss or norm is not
     finite the weights stay as they are.
@@ -385,23 +391,22 @@ def train_step(
     if loss.needs_kl:
         kl_logps, ref_kl = baseline(policy, batches, ref_kl_logps)
     sums, total = MetricSums(), torch.zeros((), device=policy.device)
+    updater.begin(rate)
     for batch in batches:
         out = policy.score(batch, loss, totals, **loss_inputs(loss, batch, kl_logps, ref_kl))
-        out.loss.backward()
+        if not updater.in_backward or math.isfinite(out.loss.item()):
+            out.loss.backward()
         total += out.loss.detach()
         sums.add(out.metrics)
-    norm = torch.nn.utils.clip_grad_norm_(parameters, stage.max_grad_norm or math.inf)
-    values = sums.read(loss=total, grad_norm=norm)
-    if math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"]):
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    values = sums.read(loss=total, grad_norm=updater.gradient_norm())
+    updater.end(math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"]))
     return values
 
 
-def _count(state: State, values: dict[str, float], batches: Sequence[Batch], seconds: float) -> None:
-    tokens = sum(batch.processed_tokens for batch in batches)
+def _count(state: State, values: dict[str, float], batches: Sequence[Batch], seconds: float, flops: float) -> None:
+    tokens, scored, saved = (
+        sum(getattr(batch, name) for batch in batches) for name in ("processed_tokens", "num_tokens", "saved_tokens")
+    )
     state.step += 1
     state.global_step += 1
     state.num_tokens += tokens
@@ -409,7 +414,9 @@ def _count(state: State, values: dict[str, float], batches: Sequence[Batch], sec
     finite = math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])
     state.skipped += not finite
     state.skipped_in_a_row = 0 if finite else state.skipped_in_a_row + 1
-    window = {"tokens": float(tokens), "seconds": seconds} | (values if finite else {})
+    window = {"tokens": float(tokens), "scored_tokens": float(scored), "saved_tokens": float(saved), "seconds": seconds}
+    window["flops"] = flops
+    window |= values if finite else {}
     for name, value in window.items():
         if not math.isnan(value):
             total, count = state.window.get(name, (0.0, 0))
@@ -419,14 +426,21 @@ def _count(state: State, values: dict[str, float], batches: Sequence[Batch], sec
 def _log(run: Run, bar: StepBar, name: str, epoch: float, rate: float) -> None:
     """Means over the steps since the last line."""
     state = run.state
-    (tokens, _), (seconds, _) = state.window.pop("tokens"), state.window.pop("seconds")
+    seconds, flops = state.window.pop("seconds")[0], state.window.pop("flops", (0.0, 0))[0]
+    tokens, scored, saved = (state.window.pop(name)[0] for name in ("tokens", "scored_tokens", "saved_tokens"))
     values = {key: total / count for key, (total, count) in state.window.items()}
     values |= {
         "learning_rate": rate,
         "num_tokens": state.num_tokens,
         "tokens_per_s": tokens / seconds,
+        "scored_tokens_per_s": scored / seconds,
         "peak_memory_mib": peak_memory_mib(run.policy.device),
     }
+    if run.policy.layout == "shared":
+        values["saved_tokens_per_s"] = saved / seconds
+    peak = peak_flops(device_name(run.policy.device), run.policy.compute_dtype)
+    if flops and peak:
+        values["mfu"] = flops / seconds / peak
     if state.skipped:
         values["skipped_steps"] = state.skipped
     state.window = {}
@@ -435,6 +449,7 @@ def _log(run: Run, bar: StepBar, name: str, epoch: float, rate: float) -> None:
 
 
 def _why_stopped(run: Run, name: str) -> str:
+    run.saver.wait()
     saved = checkpoint.checkpoints(run.dir)
     return (
         f"{name} step {run.state.step}: loss or gradients were NaN or inf {run.state.skipped_in_a_row} steps in a row; "
@@ -443,20 +458,32 @@ def _why_stopped(run: Run, name: str) -> str:
 
 
 def save_checkpoint(run: Run, optimizer: torch.optim.Optimizer | None) -> Path:
-    """Saves where the run stands, then removes checkpoints beyond the limit."""
-    state = run.state
-    name = run.stages[state.stage].name or ""
+    """Saves where the run stands, then removes checkpoints beyond the limit; goes on while a thread writes a copy."""
+    state, stage = run.state, run.stages[run.state.stage]
+    name = stage.name or ""
+    run.saver.wait()
     path = run.dir / "checkpoints" / checkpoint.folder_name(state.stage, name, state.step)
     if path.is_dir():  # just resumed from it, or saved at this step already
         return path
     state.metrics_bytes = run.log.size()
+    tensors, weights = checkpoint.tensors_of(optimizer), weights_of(run.policy)
+    beside = stage.optimizer != "adamw_offload"  # its states fill the host's memory: no room for a copy
+    if beside:
+        tensors, weights = checkpoint.snapshot(tensors), checkpoint.snapshot(weights)
+    content = asdict(state)
 
     def write(folder: Path) -> None:
-        save_model(run.policy, run.tokenizer, folder)
-        checkpoint.write_state(folder, state, run.config.to_dict(), optimizer)
+        save_model(run.policy, run.tokenizer, folder, weights)
+        checkpoint.write_state(folder, content, run.config.to_dict(), tensors)
 
-    checkpoint.save(path, write)
-    checkpoint.remove_old(run.dir, run.config.save_total_limit)
+    def save() -> None:
+        checkpoint.save(path, write)
+        checkpoint.remove_old(run.dir, run.config.save_total_limit)
+
+    if beside:
+        run.saver.start(save)
+    else:
+        save()
     return path
 
 

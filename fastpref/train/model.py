@@ -1,64 +1,71 @@
-"""The policy: a transformers causal LM taken apart into its trunk and its LM head, so that no logits are ever built.
-
-    hidden = trunk(input_ids)            [B, L, H], the last norm included
-    logits = softcap(logit_scale * (hidden @ W.T + bias))        what the fused head computes from W, row by row
-"""
+"""The policy: a transformers causal LM, loaded, taken apart into trunk and LM head (trunk.py), scored and saved."""
 
 from __future__ import annotations
 
 import hashlib
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from fastpref.data import Batch
+from fastpref.attention import backend, own_attention, replace_attention
+from fastpref.data import Batch, Layout
 from fastpref.head import PreferenceOutput, linear_preference_loss
 from fastpref.losses import SFT, LossFunction, Totals
+from fastpref.trunk import Head, check_vocabulary, unwrap
+from fastpref.trunk import take_apart as find_parts
 
 from .config import TrainConfig, UserError
+from .kernels import use_liger_kernels
 
 
 @dataclass(frozen=True)
 class Policy:
-    """A model and its parts. Weights are fp32; with `compute_dtype` bf16 the forward pass runs under autocast."""
+    """A model and its parts. fp32 weights with `compute_dtype` bf16: the forward pass runs under autocast."""
 
     model: Any  # what is trained, saved and generates: a PreTrainedModel, or a PeftModel around one
     trunk: Any
-    head: nn.Linear
-    logit_scale: float
-    softcap: float | None
+    head: Head
     device: torch.device
     compute_dtype: torch.dtype
     memory_budget: int | None
+    layout: Layout = "padded"  # of the batches it takes
+    padded_because: str = ""  # why not packed, where that was left to the program
+    own_attention: str = ""  # the model's own attention, where packed batches have replaced it
+    offload: bool = False  # what autograd saves outside checkpointed layers waits in host memory: the layers' inputs
 
     def hidden_rows(self, batch: Batch) -> Tensor:
         """[N, H]: the hidden rows that predict a scored token."""
         # No attention mask: padding is on the right, where causal attention never reaches it from a real token, and
         # without a mask SDPA takes its faster causal kernel.
-        positions = {} if batch.position_ids is None else {"position_ids": batch.position_ids}  # not all take any
-        with self.autocast():
-            hidden = self.trunk(input_ids=batch.input_ids, use_cache=False, **positions).last_hidden_state
+        packed: dict[str, Any] = {}  # not every trunk takes positions
+        if batch.attention_plan is not None:
+            packed = {"position_ids": batch.position_ids, "attention_plan": batch.attention_plan}
+        with self.autocast(), self._saving():
+            hidden = self.trunk(input_ids=batch.input_ids, use_cache=False, **packed).last_hidden_state
         return hidden.reshape(-1, hidden.shape[-1]).index_select(0, batch.score_rows)
 
     def score(self, batch: Batch, loss: LossFunction, totals: Totals | None = None, **inputs: Any) -> PreferenceOutput:
         """One call of `linear_preference_loss` on a batch that is on the device. `inputs` go to it as they are."""
         hidden = self.hidden_rows(batch)
         with self.autocast():  # the head then works in bf16, and its weight's gradient is still fp32
+            hidden, weight, bias = self.head.operands(hidden)
             return linear_preference_loss(
                 hidden,
-                self.head.weight,
+                weight,
                 batch.targets,
                 loss=loss,
                 cu_seqlens=batch.cu_seqlens,
-                bias=self.head.bias,
-                softcap=self.softcap,
-                logit_scale=self.logit_scale,
+                bias=bias,
+                softcap=self.head.softcap,
+                logit_scale=self.head.logit_scale,
                 memory_budget=self.memory_budget,
                 totals=totals,
                 **inputs,
@@ -70,9 +77,16 @@ class Policy:
             return self.score(batch, SFT()).logps
 
     def autocast(self) -> AbstractContextManager[Any]:
-        if self.compute_dtype == torch.float32:
+        if self.compute_dtype == self.head.weight.dtype:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self.compute_dtype)
+
+    def generating(self) -> AbstractContextManager[None]:
+        """The model with the attention it came with, which knows masks and caches."""
+        return own_attention(unwrap(self.model), self.own_attention) if self.own_attention else nullcontext()
+
+    def _saving(self) -> AbstractContextManager[Any]:
+        return torch.autograd.graph.save_on_cpu(pin_memory=True) if self.offload else nullcontext()
 
     def trainable(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
@@ -91,7 +105,7 @@ def load_tokenizer(config: TrainConfig) -> PreTrainedTokenizerBase:
 
 
 def load_policy(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, weights: str | Path | None = None) -> Policy:
-    """The model to train, fp32 on the GPU if there is one. weights: a folder this module's `save_model` wrote.
+    """The model to train, in `config.dtype`, on the GPU if there is one. weights: a folder that `save_model` wrote.
 
     Raises UserError for a model that cannot be loaded, is not a causal LM, or computes its logits in a way that the
     fused head does not (found by comparing the two on a few tokens).
@@ -99,9 +113,10 @@ def load_policy(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, weights
     adapted = config.use_peft
     model = _load_model(config, weights if weights and not adapted else None)
     _no_dropout(model)
-    if config.gradient_checkpointing:  # the newer of the two names came with transformers 5, the older goes with 6
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})  # reentrant, a frozen embedding (LoRA) would cut the gradients off
+    if config.gradient_checkpointing == "offload" and model.device.type == "cpu":
+        raise UserError("gradient_checkpointing is 'offload', from a GPU to host memory; the device is cpu: set full")
+    if config.gradient_checkpointing != "none":
+        enable_checkpointing(model, config.gradient_checkpointing)
     if adapted:
         model = _with_lora(config, model, weights)
     return take_apart(model, config, tokenizer)
@@ -118,8 +133,34 @@ def pick_device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
+def enable_checkpointing(model: Any, kind: str) -> None:
+    """Every layer keeps its input alone (kind "full", "offload"), or also attention and wide matrix products
+    ("selective"), and makes the rest again in the backward pass."""
+    options: dict[str, Any] = {"use_reentrant": False}  # reentrant, a frozen embedding would cut the gradients off
+    if kind == "selective":
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, keep_products)
+    # the newer of the two names came with transformers 5, the older goes with 6
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    try:
+        enable(options)
+    except ValueError as error:
+        raise UserError(f"gradient_checkpointing is {kind!r}: {_first_line(error)}") from None
+
+
+def keep_products(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """Keeps what is dear to make again for its size: attention, and products at least as wide as their input. The
+    narrowing ones are cheap (K and V of grouped queries) or not needed (the MLP's last: only the residual sees it)."""
+    name = op.overloadpacket.__name__
+    keep = "attention" in name or "attn" in name
+    if op in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+        inner, outer = args[-1].shape
+        keep = outer >= inner
+    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+
 def _load_model(config: TrainConfig, weights: str | Path | None) -> Any:
     name = str(weights or config.model_name_or_path)
+    dtype = getattr(torch, config.dtype)
     common: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
     if not weights:
         common["revision"] = config.model_revision
@@ -127,10 +168,10 @@ def _load_model(config: TrainConfig, weights: str | Path | None) -> Any:
         if config.init_from_config and not weights:
             settings = AutoConfig.from_pretrained(name, **common)
             common.pop("revision")
-            model: Any = AutoModelForCausalLM.from_config(settings, dtype=torch.float32, **common)
+            model: Any = AutoModelForCausalLM.from_config(settings, dtype=dtype, **common)
         else:
-            model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, use_safetensors=True, **common)
-        return model.to(pick_device())
+            model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True, **common)
+        model = model.to(pick_device())
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # missing files, the hub, the network, a class that is no causal LM: each its own kind
@@ -138,6 +179,9 @@ def _load_model(config: TrainConfig, weights: str | Path | None) -> Any:
         if "safetensors" in line:
             line += "; only safetensors weights are loaded, because pickled ones can run code"
         raise UserError(f"{name}: no causal language model that loads ({line})") from error
+    if config.use_liger_kernel:
+        use_liger_kernels(model)
+    return model
 
 
 def _first_line(error: Exception) -> str:
@@ -178,69 +222,67 @@ def _with_lora(config: TrainConfig, model: Any, weights: str | Path | None) -> A
 
 
 def take_apart(model: Any, config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> Policy:
-    """Finds trunk and head, and proves on a few tokens that together they give the model's own logits."""
-    inner = model.get_base_model() if config.use_peft and hasattr(model, "get_base_model") else model
-    what = type(inner).__name__
-    trunk, head = inner.base_model, inner.get_output_embeddings()
-    if type(head) is not nn.Linear:
-        found = "none" if head is None else type(head).__name__
-        hint = "; leave the LM head out of lora_target_modules" if "lora" in type(head).__module__ else ""
-        raise UserError(f"{what}: its LM head is {found}, the fused head takes a torch.nn.Linear{hint}")
-    if trunk is inner:
-        raise UserError(f"{what}: has no trunk apart from its LM head")
-    if len(tokenizer) > head.out_features:
-        size = head.out_features
-        raise UserError(f"{what}: its vocabulary of {size} is smaller than the tokenizer's {len(tokenizer)}")
-    settings = inner.config.get_text_config()
-    scale = getattr(settings, "logit_scale", None) or 1.0  # Cohere
-    scale /= getattr(settings, "logits_scaling", None) or 1.0  # Granite
-    scale *= getattr(settings, "lm_head_multiplier", None) or 1.0  # Falcon-H1
-    softcap = getattr(settings, "final_logit_softcapping", None)  # Gemma 2
-    softcap = softcap or getattr(settings, "logits_soft_cap", None)  # RecurrentGemma
+    """Finds trunk and head (see `fastpref.trunk`), and checks that the vocabulary holds the tokenizer's ids."""
+    try:
+        check_vocabulary(model, tokenizer)
+        parts = find_parts(model)
+    except ValueError as error:
+        raise UserError(str(error)) from None
     device = next(model.parameters()).device
-    bf16 = config.bf16
-    if bf16 is None:
+    bf16 = config.bf16 or config.dtype == "bfloat16"
+    if config.bf16 is None and not bf16:
         bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
-    policy = Policy(
+    compute_dtype = torch.bfloat16 if bf16 else torch.float32
+    layout, own, because = _layout(config, model, parts.trunk, compute_dtype)
+    return Policy(
         model=model,
-        trunk=trunk,
-        head=head,
-        logit_scale=float(scale),
-        softcap=softcap,
+        trunk=parts.trunk,
+        head=parts.head,
         device=device,
-        compute_dtype=torch.bfloat16 if bf16 else torch.float32,
+        compute_dtype=compute_dtype,
         memory_budget=config.memory_budget,
+        layout=layout,
+        padded_because=because,
+        own_attention=own,
+        offload=config.gradient_checkpointing == "offload",
     )
-    _prove(policy, what)
-    return policy
 
 
-@torch.no_grad()
-def _prove(policy: Policy, what: str) -> None:
-    """A class may scale hidden rows or logits in a way that no common name tells; then its loss would be another's."""
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(policy.head.out_features, (1, 12), generator=generator).to(policy.device)
-    was_training = policy.model.training
-    policy.model.eval()
-    expected = policy.model(input_ids=ids, use_cache=False).logits.float()
-    padded = torch.cat((ids, ids.flip(1)), dim=1)  # what stands behind a token must not change it: right padding
-    hidden = policy.trunk(input_ids=padded, use_cache=False).last_hidden_state[:, : ids.shape[1]]
-    logits = policy.head(hidden).float() * policy.logit_scale
-    if policy.softcap is not None:
-        logits = policy.softcap * torch.tanh(logits / policy.softcap)
-    policy.model.train(was_training)
-    error = float((logits - expected).abs().max() / expected.abs().max().clamp(min=1e-6))
-    if not error < 1e-3:
-        raise UserError(
-            f"{what}: trunk and LM head do not give its logits (relative difference {error:.1g}); it computes them in "
-            "a way that the fused head does not know, or does not attend causally"
-        )
+def _layout(config: TrainConfig, model: Any, trunk: Any, compute_dtype: torch.dtype) -> tuple[Layout, str, str]:
+    """(layout, name of the attention that packed batches replaced, why the layout is padded)."""
+    asked = config.packing or any(stage.max_tokens_per_batch for stage in config.stage_configs())
+    if config.packing is False:
+        return "padded", "", ""
+    device = next(model.parameters()).device
+    if not asked and device.type == "cuda" and backend(device, compute_dtype) == "torch":
+        return "padded", "", f"no attention kernel of variable length for {compute_dtype} on this GPU"
+    try:
+        own = replace_attention(unwrap(model), trunk, compute_dtype)
+    except ValueError as error:
+        if asked:
+            raise UserError(f"{error}; packing=false (without max_tokens_per_batch) pads instead") from None
+        return "padded", "", str(error)
+    return "shared" if config.prefix_sharing else "packed", own, ""
 
 
-def save_model(policy: Policy, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Weights as safetensors (LoRA: the adapter's alone), configuration, tokenizer: what from_pretrained loads."""
-    policy.model.save_pretrained(folder)
+def save_model(
+    policy: Policy, tokenizer: PreTrainedTokenizerBase, folder: Path, weights: dict[str, Tensor] | None = None
+) -> None:
+    """Weights as safetensors (LoRA: the adapter's alone), configuration, tokenizer: what from_pretrained loads.
+
+    weights: a copy of `weights_of(policy)` instead of what the model holds now.
+    """
+    policy.model.save_pretrained(folder, state_dict=weights)
     tokenizer.save_pretrained(folder)
+
+
+def weights_of(policy: Policy) -> dict[str, Tensor]:
+    """The tensors that `save_model` writes: all, or with LoRA those that are trained."""
+    found: dict[str, Tensor] = policy.model.state_dict()
+    if not hasattr(policy.model, "peft_config"):
+        return found
+    trained = policy.trainable()
+    return {name: tensor for name, tensor in found.items() if name in trained}
 
 
 def fingerprint(model: nn.Module) -> str:

@@ -1,30 +1,230 @@
-"""The optimiser and its learning rate. The rate is a function of the step alone: a resumed run needs no state of it."""
+"""The optimiser and its learning rate. The rate is a function of the step alone: a resumed run needs no state of it.
+
+    optim               weights       states, bytes a weight    what makes small updates count
+    adamw_torch_fused   fp32          8                         fp32 weights
+    adamw_torch_8bit    bf16 or fp32  2.03                      stochastic rounding (torchao)
+    adamw_fp32_master   bf16          10                        the 16 bits that a bf16 weight lacks, kept beside it
+    adamw_offload       bf16 or fp32  14 in host memory         the same, the step taken on the host (torchao)
+
+At preference learning rates an update is far below half a unit in the last place of a bf16 weight (2^-9 of it), so
+that rounding to nearest throws nearly all of them away: bf16 weights with plain AdamW are refused.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
-from .config import TrainConfig
+from .config import TrainConfig, UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+SLICE = 2**24  # weights that MasterAdamW updates at a time
+
+
+class _ExactLoad(torch.optim.Optimizer):
+    """torch casts what it loads to the parameter's dtype: fp32 moments of a bf16 weight would come back rounded."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        for index, values in state_dict["state"].items():
+            p = parameters[index]
+            for name, value in values.items():
+                if isinstance(value, Tensor) and value.ndim:
+                    self.state[p][name] = value.to(p.device)
+
+
+class MasterAdamW(_ExactLoad):
+    """AdamW (arXiv 1711.05101) on bf16 parameters with a fp32 master copy that costs 2 bytes a weight.
+
+    The bits of the master are those of the bf16 parameter, shifted up by 16, plus `low` (int16): the parameter is the
+    master rounded to nearest. Update rule: torch's fused AdamW on the master, one parameter at a time, fp32 moments;
+    bitwise the weights that fp32 training with the same gradients has. The forward pass, and the model that is saved,
+    see the master rounded: a step shows there once the steps together reach half a unit in the last place.
+    fp32 parameters are their own master.
+    """
+
+    def __init__(self, params: Any, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
+                 weight_decay: float = 0.0) -> None:  # fmt: skip
+        # "fused" is what makes torch load a step count to the device of its weight
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "fused": True})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
+        if closure is not None:
+            raise ValueError("closure: MasterAdamW takes gradients as they are, not a closure")
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    self._update(p, group)
+
+    def _update(self, p: Tensor, group: dict[str, Any]) -> None:
+        state = self.state[p]
+        if not state:
+            state["step"] = torch.zeros((), device=p.device)
+            state["exp_avg"] = torch.zeros_like(p, dtype=torch.float32)
+            state["exp_avg_sq"] = torch.zeros_like(p, dtype=torch.float32)
+            if p.dtype == torch.bfloat16:
+                state["low"] = torch.zeros_like(p, dtype=torch.int16)
+        parts = [p.detach(), p.grad, state["exp_avg"], state["exp_avg_sq"]]
+        if "low" in state:
+            parts.append(state["low"])
+        before = state["step"].clone()
+        # in slices: a fp32 master and gradient of the whole LM head would be 4 GiB for an 8B model
+        slices = zip(*(part.view(-1).split(SLICE) if p.numel() > SLICE else (part,) for part in parts))
+        for weight, gradient, exp_avg, exp_avg_sq, *low in slices:
+            master = join(weight, low[0]) if low else weight
+            state["step"].copy_(before)
+            adamw(
+                [master], [gradient.float()], [exp_avg], [exp_avg_sq], [], [state["step"]], fused=True, amsgrad=False,
+                beta1=group["betas"][0], beta2=group["betas"][1], lr=group["lr"], weight_decay=group["weight_decay"],
+                eps=group["eps"], maximize=False,
+            )  # fmt: skip
+            if low:
+                split(master, weight, low[0])
+
+
+def join(high: Tensor, low: Tensor) -> Tensor:
+    """The fp32 number whose bits are those of `high` (bf16) shifted up by 16, plus `low` (int16)."""
+    return (high.detach().view(torch.int16).to(torch.int32).bitwise_left_shift_(16)).add_(low).view(torch.float32)
+
+
+def split(value: Tensor, high: Tensor, low: Tensor) -> None:
+    """Writes `value` (fp32) as `high` (bf16), rounded to nearest, and `low` (int16), so that `join` gives it back."""
+    bits = value.view(torch.int32)
+    rounded = (bits + 0x8000).bitwise_right_shift_(16)
+    low.copy_(bits - (rounded << 16))
+    high.detach().view(torch.int16).copy_(rounded)
+
+
+def _adamw_8bit() -> type[torch.optim.Optimizer]:
+    from torchao.optim import AdamW8bit
+
+    class AdamW8bitExact(_ExactLoad, AdamW8bit):  # type: ignore[misc, valid-type]
+        """torchao's, with fp32 moments where a tensor is too small to be quantised: in bf16 a second moment cannot
+        decay, 0.999 of a number rounds to that number."""
+
+        def _new_buffer(self, p: Tensor, signed: bool) -> Tensor:
+            buffer: Tensor = super()._new_buffer(p, signed)
+            quantized = getattr(buffer, "_local_tensor", buffer)
+            return buffer if hasattr(quantized, "codes") else buffer.float()
+
+    return AdamW8bitExact
+
+
+def check_optimizer(config: TrainConfig, device: torch.device) -> None:
+    """Raises UserError for an optimiser that cannot run here: before the run, not at its first step."""
+    name = config.optimizer
+    if name in ("adamw_torch_8bit", "adamw_offload"):
+        try:
+            from torchao import optim  # noqa: F401
+        except ImportError as error:
+            why = "not installed" if isinstance(error, ModuleNotFoundError) else f"broken here ({error})"
+            hint = "" if config.optim else " (the default for dtype=bfloat16)"
+            other = "; optim=adamw_fp32_master needs only torch, and more memory" if config.dtype == "bfloat16" else ""
+            raise UserError(f"optim {name}{hint} needs torchao, which is {why}: pip install torchao{other}") from None
+    if name == "adamw_offload" and device.type != "cuda":
+        raise UserError(f"optim adamw_offload keeps states of a GPU's weights in host memory; the device is {device}")
 
 
 def make_optimizer(parameters: Iterable[nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW (arXiv 1711.05101), fused, fp32 states. Matrices decay; biases and norm weights do not."""
+    """AdamW (arXiv 1711.05101) as `config.optimizer` says. Matrices decay; biases and norm weights do not."""
     parameters = list(parameters)
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=config.learning_rate,
-        betas=(config.adam_beta1, config.adam_beta2),
-        eps=config.adam_epsilon,
-        fused=True,
-    )
+    groups = [group for group in groups if group["params"]]
+    options: dict[str, Any] = {
+        "lr": config.learning_rate,
+        "betas": (config.adam_beta1, config.adam_beta2),
+        "eps": config.adam_epsilon,
+    }
+    if config.optimizer == "adamw_torch_8bit":
+        return _adamw_8bit()(groups, **options, bf16_stochastic_round=True)  # type: ignore[call-arg]
+    if config.optimizer == "adamw_fp32_master":
+        return MasterAdamW(groups, **options)
+    if config.optimizer == "adamw_offload":
+        from torchao.optim import CPUOffloadOptimizer
+
+        return CPUOffloadOptimizer(groups, MasterAdamW, offload_gradients=True, **options)  # type: ignore[no-any-return]
+    return torch.optim.AdamW(groups, **options, fused=True)
+
+
+class Updater:
+    """An optimiser and when it runs: after the backward passes of a step, or inside the only one, gradient by gradient.
+
+        updater.begin(rate)
+        loss.backward()                     of every micro-batch
+        norm = updater.gradient_norm()      clips, where a gradient is still there to be clipped
+        updater.end(finite)                 the update, unless a gradient is NaN or inf; the gradients are gone
+
+    In backward (`optim_in_backward`) each weight is updated as soon as its gradient is complete, which is then freed:
+    the largest gradient is all that is ever held. Each is checked first, at the price of one synchronisation a weight.
+    From the first one that is not finite the step goes no further; weights whose finite gradients came before keep
+    their update. adamw_offload sends gradients to the host as they come and updates all weights or none.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], config: TrainConfig) -> None:
+        self.parameters = list(parameters)
+        self.in_backward = config.optim_in_backward
+        self.offloads = config.optimizer == "adamw_offload"
+        self.streams = self.in_backward or self.offloads
+        self.max_norm = config.max_grad_norm or math.inf
+        self.norms: list[Tensor] = []
+        self.broken = False
+        self.hooks: list[Any] = []
+        if self.streams:  # before the optimiser's own hooks, which free the gradients
+            self.hooks = [p.register_post_accumulate_grad_hook(self._arrived) for p in self.parameters]
+        self.optimizer = make_optimizer(self.parameters, config)
+
+    def begin(self, rate: float) -> None:
+        self.norms, self.broken = [], False
+        for group in self.optimizer.param_groups:
+            if isinstance(group["lr"], Tensor):  # torchao compiles its step and would do so again for every number
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
+
+    def _arrived(self, p: Tensor) -> None:
+        assert p.grad is not None
+        norm = torch.linalg.vector_norm(p.grad, dtype=torch.float32)
+        self.norms.append(norm)
+        if not self.in_backward:
+            return
+        self.broken = self.broken or not math.isfinite(norm.item())
+        if not self.broken:
+            self.optimizer.step()  # no other weight has a gradient at this moment
+        p.grad = None
+
+    def gradient_norm(self) -> Tensor:
+        """Of all gradients, before clipping."""
+        if self.streams:
+            if not self.norms:  # no backward pass: the loss was not finite
+                return torch.full((), math.nan, device=self.parameters[0].device)
+            return torch.linalg.vector_norm(torch.stack(self.norms))
+        return torch.nn.utils.clip_grad_norm_(self.parameters, self.max_norm)
+
+    def end(self, finite: bool) -> None:
+        if finite and not self.in_backward:
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def close(self) -> None:
+        """Leaves the weights without hooks: those of a former optimiser would take the next one's gradients."""
+        for hook in self.hooks:
+            hook.remove()
+        if self.offloads:  # torchao keeps no handles of its own
+            for p in self.parameters:
+                (p._post_accumulate_grad_hooks or {}).clear()  # type: ignore[attr-defined]
 
 
 def learning_rate(config: TrainConfig, step: int, steps: int) -> float:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from fastpref.data import Example, Record, batch_order, load_records, tokenize_records
+from fastpref.data import Example, Record, batch_order, fill_batches, load_records, tokenize_records
 
 from .config import TrainConfig, UserError
 from .display import Display
@@ -54,6 +55,8 @@ def load_data(
     found = []
     for stage in stages:
         data = Data([] if held_out_only else tokenized(stage.train_dataset, stage, "train"))
+        if stage.max_tokens_per_batch and data.train:
+            data.train = _within_budget(stage, data.train, read(stage.train_dataset), display)
         if stage.eval_dataset is not None:
             data.eval = tokenized(stage.eval_dataset, stage, "held-out")
             if stage.eval_generate:
@@ -67,32 +70,85 @@ def load_data(
     return found
 
 
+def _within_budget(
+    stage: TrainConfig, examples: list[Example], records: Sequence[Record], display: Display
+) -> list[Example]:
+    """An example that fills more than a whole batch follows `overlong_response`: "drop" leaves it out, and says so."""
+    limit, share = stage.max_tokens_per_batch or 0, stage.prefix_sharing
+    long = [e for e in examples if e.tokens(share) > limit]
+    if not long:
+        return examples
+    tokens, where = long[0].tokens(share), records[long[0].record_id].source
+    what = f"{where}: prompt and responses are {tokens:,} tokens, more than max_tokens_per_batch={limit} holds"
+    if stage.overlong_response != "drop" or len(long) == len(examples):
+        raise UserError(
+            f"{what} ({len(long)} of {len(examples)} examples are like that): raise max_tokens_per_batch, lower "
+            "max_length, or set overlong_response to drop"
+        )
+    display.say(f"{stage.name} train: {len(long):,} of {len(examples):,} examples dropped (first: {what})")
+    return [e for e in examples if e.tokens(share) <= limit]
+
+
 class Schedule:
     """Which micro-batches make up which step: a function of configuration and data lengths, so it needs no state."""
 
     def __init__(self, stage: TrainConfig, examples: Sequence[Example], seed: int) -> None:
-        self.lengths = [e.length for e in examples]
-        self.batch_size, self.accumulation = stage.per_device_train_batch_size, stage.gradient_accumulation_steps
-        self.seed = seed
-        self.micro_batches = math.ceil(len(self.lengths) / self.batch_size)  # of one epoch
-        self.steps_per_epoch = math.ceil(self.micro_batches / self.accumulation)
+        self.seed, self.batch_size, self.max_tokens = seed, stage.batch_size, stage.max_tokens_per_batch
+        if self.max_tokens:
+            self.lengths = [e.tokens(stage.prefix_sharing) for e in examples]
+        else:
+            self.lengths = [e.length for e in examples]
+        self.accumulation = stage.gradient_accumulation_steps
+        self._epoch: tuple[int, list[list[int]]] = (-1, [])
+        self._begins = [(0, 0)]  # of each epoch so far, and of the next: its first step, its first micro-batch
         self.steps = stage.max_steps
         if self.steps < 1:
-            self.steps = math.ceil(stage.num_train_epochs * self.steps_per_epoch)
-        self._epoch: tuple[int, list[list[int]]] = (-1, [])
+            whole = math.floor(stage.num_train_epochs)
+            rest = (stage.num_train_epochs - whole) * self._steps(whole) if stage.num_train_epochs > whole else 0
+            self.steps = self._begin(whole)[0] + math.ceil(rest)
 
     def of_step(self, step: int) -> tuple[int, list[list[int]]]:
         """The number of the step's first micro-batch, counted from the stage's start; its micro-batches, as indices of
         examples. A step does not reach from one epoch into the next: the last of an epoch may be smaller.
         """
-        epoch, place = divmod(step, self.steps_per_epoch)
-        if epoch != self._epoch[0]:
-            self._epoch = epoch, batch_order(self.lengths, self.batch_size, seed=self.seed, epoch=epoch)
-        start = place * self.accumulation
-        return epoch * self.micro_batches + start, self._epoch[1][start : start + self.accumulation]
+        epoch = self._epoch_of(step)
+        first_step, first_batch = self._begin(epoch)
+        start = (step - first_step) * self.accumulation
+        return first_batch + start, self._batches(epoch)[start : start + self.accumulation]
 
     def epoch(self, step: int) -> float:
-        return step / self.steps_per_epoch
+        epoch = self._epoch_of(step)
+        return epoch + (step - self._begin(epoch)[0]) / self._steps(epoch)
+
+    def _batches(self, epoch: int) -> list[list[int]]:
+        if epoch != self._epoch[0]:
+            if self.max_tokens:
+                batches = fill_batches(
+                    self.lengths, self.max_tokens, batch_size=self.batch_size, seed=self.seed, epoch=epoch
+                )
+            else:
+                batches = batch_order(self.lengths, self.batch_size or 1, seed=self.seed, epoch=epoch)
+            self._epoch = epoch, batches
+        return self._epoch[1]
+
+    def _steps(self, epoch: int) -> int:
+        return self._begin(epoch + 1)[0] - self._begin(epoch)[0]
+
+    def _begin(self, epoch: int) -> tuple[int, int]:
+        while len(self._begins) <= epoch:
+            steps, batches = self._begins[-1]
+            if self.max_tokens:
+                count = len(self._batches(len(self._begins) - 1))
+            else:
+                count = math.ceil(len(self.lengths) / (self.batch_size or 1))
+            self._begins.append((steps + math.ceil(count / self.accumulation), batches + count))
+        return self._begins[epoch]
+
+    def _epoch_of(self, step: int) -> int:
+        epoch = bisect_right(self._begins, step, key=lambda begin: begin[0]) - 1
+        while step >= self._begin(epoch + 1)[0]:
+            epoch += 1
+        return epoch
 
     def all_batches(self) -> list[list[int]]:
         return [batch for step in range(self.steps) for batch in self.of_step(step)[1]]

@@ -7,6 +7,8 @@
         header  JSON in the file's metadata: model, revision, weights, dtype, tokenizer, truncation, records
 
 The file is used again only if every field of its header is the same; a reference model is not needed once it is there.
+While the pass lasts, 01-rpo-train.progress beside it has a line of JSON (that header, batch size and layout) and the
+log-probs so far, fp32, in the order of the batches: a pass that was ended goes on from there.
 """
 
 from __future__ import annotations
@@ -14,19 +16,21 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from fastpref.data import Batch, Example, Kind, batch_order, collate
+from fastpref.data import Batch, Example, Kind, Layout, batch_order, collate
 
 from .checkpoint import PARTIAL, SaveError
 from .config import TrainConfig
@@ -72,31 +76,49 @@ def identity(examples: Sequence[Example]) -> str:
     return hashlib.sha256("".join(e.content_hash for e in examples).encode()).hexdigest()[:32]
 
 
-def mismatched(examples: Sequence[Example], batches: Iterable[Sequence[int]], pad: int) -> Iterator[Batch | None]:
+def mismatched(
+    examples: Sequence[Example], batches: Iterable[Sequence[int]], pad: int, layout: Layout
+) -> Iterator[Batch | None]:
     """KTO: the mismatched sequences of each micro-batch."""
-    return (collate([examples[i] for i in batch], pad, "kto").kl for batch in batches)
+    return (collate([examples[i] for i in batch], pad, "kto", layout=layout).kl for batch in batches)
 
 
 def compute(policy: Policy, examples: Sequence[Example], kind: Kind, batch_size: int, pad: int, tick: Tick,
-            batches: Sequence[Sequence[int]] | None = None) -> ReferenceLogps:  # fmt: skip
-    """Log-probs of all responses, and of KTO's mismatched sequences in `batches`, under `policy`."""
+            batches: Sequence[Sequence[int]] | None = None,
+            progress: Progress | None = None) -> ReferenceLogps:  # fmt: skip
+    """Log-probs of all responses, and of KTO's mismatched sequences in `batches`, under `policy`.
+
+    progress: where what is done is kept, if the pass does not come to its end, and taken from.
+    """
     was_training = policy.model.training
     policy.model.eval()
     order = batch_order([e.length for e in examples], batch_size, seed=0, epoch=0, shuffle=False)
     total = len(order) + len(batches or ())
     responses = len(examples[0].responses)
+    scored: Iterator[Batch | None] = chain(
+        (collate([examples[i] for i in batch], pad, kind, layout=policy.layout) for batch in order),
+        mismatched(examples, batches or (), pad, policy.layout),
+    )
+    found: list[Tensor] = []
+    try:
+        for done, batch in enumerate(scored):
+            tick(done, total)
+            before = None if progress is None or batch is None else progress.take(batch.num_sequences)
+            if batch is None:
+                found.append(torch.empty(0))
+            elif before is not None:
+                found.append(before)
+            else:
+                found.append(policy.sequence_logps(batch.to(policy.device)))
+                if progress is not None:
+                    progress.add(found[-1])
+    finally:
+        if progress is not None:
+            progress.flush()
     logps = torch.empty(len(examples), responses)
-    found: list[tuple[list[int], Tensor]] = []
-    for done, batch in enumerate(order):
-        tick(done, total)
-        values = policy.sequence_logps(collate([examples[i] for i in batch], pad, kind).to(policy.device))
-        found.append((batch, values))
-    for batch, values in found:
-        logps[batch] = values.view(responses, len(batch)).t().cpu()
-    kl: list[Tensor] = []
-    for done, sequences in enumerate(mismatched(examples, batches or (), pad), len(order)):
-        tick(done, total)
-        kl.append(torch.empty(0) if sequences is None else policy.sequence_logps(sequences.to(policy.device)))
+    for indices, values in zip(order, found):
+        logps[indices] = values.view(responses, len(indices)).t().cpu()
+    kl = found[len(order) :]
     policy.model.train(was_training)
     offsets = torch.tensor([0, *accumulate(len(part) for part in kl)])
     return ReferenceLogps(logps, torch.cat([part.cpu() for part in kl]) if kl else torch.empty(0), offsets)
@@ -115,6 +137,80 @@ def read(path: Path, header: dict[str, Any], *, any_weights: bool = False) -> Re
             return ReferenceLogps(*(file.get_tensor(name) for name in ("logps", "kl", "kl_offsets")))
     except (OSError, SafetensorError, ValueError):
         return None
+
+
+def differing(path: Path, header: dict[str, Any]) -> list[str]:
+    """What the header of the file says otherwise than `header`, field by field; none where there is no such file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            saved = json.loads((file.metadata() or {}).get("header", "{}"))
+    except (OSError, SafetensorError, ValueError):
+        return []
+    names = dict.fromkeys([*header, *saved])
+    return [
+        f"{name} ({json.dumps(saved.get(name))} there, {json.dumps(header.get(name))} now)"
+        for name in names
+        if saved.get(name) != header.get(name)
+    ]
+
+
+class Progress:
+    """The log-probs of a pass so far, in a file beside the one it is for. Raises SaveError where that cannot be."""
+
+    EVERY = 64  # batches between two writes: each waits for the device
+
+    def __init__(self, path: Path, header: dict[str, Any], batch_size: int, layout: str) -> None:
+        self.path = path.with_suffix(".progress")
+        first = {"header": header, "batch_size": batch_size, "layout": layout, "order": sys.byteorder}
+        self.head = json.dumps(first).encode() + b"\n"
+        try:
+            content = self.path.read_bytes()
+        except OSError:
+            content = b""
+        ours = content.startswith(self.head)
+        data = content[len(self.head) :] if ours else b""
+        data = data[: len(data) // 4 * 4]
+        self.values = numpy.frombuffer(data, dtype=numpy.float32) if data else numpy.empty(0, numpy.float32)
+        self.restored = 0  # of them, used again
+        self.taken = 0  # log-probs that the file holds of this pass
+        self.pending: list[Tensor] = []
+        self.begun = ours  # whether the file is there and ours
+
+    def take(self, count: int) -> Tensor | None:
+        """The next `count` log-probs, if they were computed before."""
+        if self.pending or self.taken + count > len(self.values):
+            self.values = self.values[: self.taken]
+            return None
+        self.taken += count
+        self.restored += count
+        return torch.from_numpy(self.values[self.taken - count : self.taken].copy())
+
+    def add(self, values: Tensor) -> None:
+        self.values = self.values[: self.taken]
+        self.pending.append(values)
+        if len(self.pending) >= self.EVERY:
+            self.flush()
+
+    def flush(self) -> None:
+        if not self.pending:
+            return
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("r+b" if self.begun else "wb") as file:
+                if not self.begun:
+                    file.write(self.head)
+                file.seek(len(self.head) + 4 * self.taken)
+                file.truncate()
+                file.write(torch.cat([part.float().cpu() for part in self.pending]).numpy().tobytes())
+        except OSError as error:
+            raise SaveError(f"could not write {self.path}: {error.strerror}") from error
+        self.begun = True
+        self.taken += sum(len(part) for part in self.pending)
+        self.pending = []
+
+    def discard(self) -> None:
+        """Removes the file: the pass has come to its end."""
+        self.path.unlink(missing_ok=True)
 
 
 def write(path: Path, header: dict[str, Any], reference: ReferenceLogps, examples: Sequence[Example]) -> None:

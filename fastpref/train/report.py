@@ -491,7 +491,8 @@ def _settings(stage: str, config: Row) -> Row:
     for section in sections if isinstance(sections, list) else ():
         if isinstance(section, dict) and stage in (section.get("name"), section.get("loss")):
             config = config | section
-    keys = ("loss", "beta", "eta", "learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps")
+    keys = ("loss", "beta", "eta", "learning_rate", "per_device_train_batch_size", "max_tokens_per_batch",
+            "gradient_accumulation_steps")  # fmt: skip
     return {key: config[key] for key in keys if isinstance(config.get(key), (str, int, float))}
 
 

@@ -45,11 +45,12 @@ struct RunFold {
   }
 };
 
+template <bool kEntropy>
 struct RunGivenLse {
   const Args& a;
   template <class T>
   void operator()() const {
-    each_row(a, 0, [&](Block& block, int64_t row) { given_lse_row<T, Any>(block, a, row); });
+    each_row(a, 0, [&](Block& block, int64_t row) { given_lse_row<T, Any, kEntropy>(block, a, row); });
   }
 };
 
@@ -60,16 +61,20 @@ PYBIND11_MODULE(emulated_cuda, m) {
   m.def("devices", [] { return std::vector<int>{90}; });
   m.def("cluster_size", [](const Tile&, int) { return ranks; });
   m.def("residual", [](const Tile& tile, const Out& out, const Stats& stats, bool cluster, int, uintptr_t) {
-    const Args a = make_args(tile, out, stats, {}, nullptr);
+    const Args a = make_args(tile, out, stats, {}, {});
     if (cluster) dispatch_logits(a, RunCluster{a});
     else dispatch_residual(a, RunResidual{a});
   });
   m.def("fold", [](const Tile& tile, const FoldState& state, int, uintptr_t) {
-    const Args a = make_args(tile, {}, {}, state, nullptr);
+    const Args a = make_args(tile, {}, {}, state, {});
     dispatch_logits(a, RunFold{a});
   });
-  m.def("residual_given_lse", [](const Tile& tile, uintptr_t lse, const Out& out, int, uintptr_t) {
-    const Args a = make_args(tile, out, {}, {}, reinterpret_cast<const float*>(lse));
-    dispatch_logits(a, RunGivenLse{a});
+  m.def("residual_given_lse", [](const Tile& tile, const Given& given, const Out& out, int, uintptr_t) {
+    const Args a = make_args(tile, out, {}, {}, given);
+    dispatch_logits(a, RunGivenLse<false>{a});
+  });
+  m.def("gradient_given_lse", [](const Tile& tile, const Given& given, const Out& out, int, uintptr_t) {
+    const Args a = make_args(tile, out, {}, {}, given);
+    dispatch_logits(a, RunGivenLse<true>{a});
   });
 }

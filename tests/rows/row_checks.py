@@ -41,12 +41,32 @@ def oracle(logits: Tensor, targets: Tensor, transform: Transform, bias: Tensor |
         "lse": lse[:, 0],
         "grad": grad * slope * transform.logit_scale / transform.temperature,
         "entropy": -(p * (z - lse).masked_fill(p == 0, 0.0)).sum(1),
-        "top1": (z_y >= top[:, 0]).double(),
+        "top1": (z.argmax(1) == targets).double(),
         "mean_logit": z.mean(1),
         "log_sum_p2": 2 * (top - lse)[:, 0] + (e * e).sum(1).log(),
         "factor": transform.logit_scale / transform.temperature,
         "error": z.abs().max() * 2.0**-23,  # a rounding of z to fp32, nats
     }
+
+
+def gradient_oracle(
+    logits: Tensor, targets: Tensor, transform: Transform, bias: Tensor | None, gl: Tensor, gh: Tensor
+) -> tuple[Tensor, Tensor]:
+    """d (gl logp + gh entropy) / d logits by fp64 autograd, and the size of what is rounded on the way there: every
+    target valid, every logit finite."""
+    x = logits.double().requires_grad_()
+    z = (x + (0.0 if bias is None else bias.double())) * transform.logit_scale
+    if transform.softcap is not None:
+        z = transform.softcap * torch.tanh(z / transform.softcap)
+    log_p = torch.log_softmax(z / transform.temperature, 1)
+    p = log_p.exp()
+    entropy = -(p * log_p).sum(1)
+    total = gl.double() * log_p.gather(1, targets[:, None])[:, 0] + gh.double() * entropy
+    (grad,) = torch.autograd.grad(total.sum(), x)
+    with torch.no_grad():
+        size = p * (gl.double().abs()[:, None] + gh.double().abs()[:, None] * (log_p.abs() + entropy[:, None]))
+        size.scatter_add_(1, targets[:, None], gl.double().abs()[:, None])
+    return grad, size * transform.logit_scale / transform.temperature
 
 
 def random_case(rows: int, vocab: int, dtype: torch.dtype = FP32, std: float = 3.0, seed: int = 0):

@@ -72,7 +72,8 @@ def rows(request, kernels):
     if request.param == "cluster" and re.search("slices|mass", request.node.name):
         pytest.skip("there is one sweep of a slice")
     residual = functools.partial(cuda.residual, cluster=request.param == "cluster")
-    return SimpleNamespace(residual=residual, fold=cuda.fold, residual_given_lse=cuda.residual_given_lse)
+    slices = {name: getattr(cuda, name) for name in ("fold", "residual_given_lse", "gradient_given_lse")}
+    return SimpleNamespace(residual=residual, **slices)
 
 
 # The whole contract.
@@ -167,13 +168,14 @@ def test_a_launch_without_a_gpu_is_a_clean_error():
     tile = _native.Tile(logits.data_ptr(), "float32", 64, 2, 64, targets.data_ptr(), -100, 0, 0, 1.0, 0.0, 1.0)
     stats = _native.Stats(*(logits.data_ptr(),) * 2, 0, 0, 0, 0, 0)
     out = _native.Out(logits.data_ptr(), "float32", 64)
-    state = _native.FoldState(*(logits.data_ptr(),) * 3)
+    state, given = _native.FoldState(*(logits.data_ptr(),) * 3), _native.Given(*(logits.data_ptr(),) * 4)
     for call in (
         lambda: _native.cuda.cluster_size(tile, 0),
         lambda: _native.cuda.residual(tile, out, stats, False, 0, 0),
         lambda: _native.cuda.residual(tile, out, stats, True, 0, 0),
         lambda: _native.cuda.fold(tile, state, 0, 0),
-        lambda: _native.cuda.residual_given_lse(tile, logits.data_ptr(), out, 0, 0),
+        lambda: _native.cuda.residual_given_lse(tile, given, out, 0, 0),
+        lambda: _native.cuda.gradient_given_lse(tile, given, out, 0, 0),
         lambda: _native.cuda.scale_unless_one(out, 64, logits.data_ptr(), 0, 0),
     ):
         with pytest.raises(RuntimeError, match="fastpref CUDA rows, .*: cudaError"):
@@ -244,7 +246,8 @@ SWEEPS = [
         ("bf16", "None"), ("bf16", "bf16"), ("f16", "None"), ("f16", "f16"),
     )),
     *(f"{kernel.format(t)}" for t in ("float", "bf16", "f16") for kernel in (
-        "residual_kernel<{}, Any, 2, true>", "fold_kernel<{}>", "given_lse_kernel<{}>",
+        "residual_kernel<{}, Any, 2, true>", "fold_kernel<{}>", "given_lse_kernel<{}, false>",
+        "given_lse_kernel<{}, true>",
         "cluster_kernel<{}, false>", "cluster_kernel<{}, true>",
     )),
 ]  # fmt: skip

@@ -18,6 +18,7 @@ from row_checks import BF16, DTYPES, FP16, FP32, ROUNDING, check_grad, check_sta
 
 from fastpref.rows import EXTRAS, FoldState, RowStats, Transform, cuda, fold_finish
 
+SLICES = ("fold", "residual_given_lse", "gradient_given_lse")
 AVAILABLE, WHY = cuda.available()
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not AVAILABLE, reason=WHY)]
 
@@ -66,15 +67,15 @@ def residual(logits, targets, out, *, cluster=None, **options):
 
 @pytest.fixture
 def kernels():
-    functions = {"residual": residual, "fold": cuda.fold, "residual_given_lse": cuda.residual_given_lse}
-    return SimpleNamespace(**{name: on_gpu(function) for name, function in functions.items()})
+    slices = {name: getattr(cuda, name) for name in SLICES}
+    return SimpleNamespace(**{name: on_gpu(function) for name, function in {"residual": residual, **slices}.items()})
 
 
 @pytest.fixture(params=["chosen", "block", "cluster"])
 def rows(request, kernels):
     cluster = {"chosen": None, "block": False, "cluster": True}[request.param]
     residual = functools.partial(kernels.residual, cluster=cluster)
-    return SimpleNamespace(residual=residual, fold=kernels.fold, residual_given_lse=kernels.residual_given_lse)
+    return SimpleNamespace(residual=residual, **{name: getattr(kernels, name) for name in SLICES})
 
 
 # The whole contract.

@@ -9,7 +9,7 @@ import textwrap
 import numpy as np
 import pytest
 import torch
-from row_checks import DTYPES, FP16, FP32, KINDS, TRANSFORMS, check_grad, check_stats, oracle, random_case
+from row_checks import DTYPES, FP16, FP32, KINDS, ROUNDING, TRANSFORMS, check_grad, check_stats, oracle, random_case
 
 from fastpref import _native
 from fastpref.rows import EXTRAS, FoldState, RowStats, Transform, fold_finish, native
@@ -102,6 +102,13 @@ def test_every_transform_and_dtype_on_every_instruction_set(isa):
                         logits, targets, stats.lse, out, col_offset=0, transform=transform, bias=bias
                     )
                     check_grad(torch.full((3,), transform.row_factor), out, want | {"error": 2e-6 + want["error"]})
+                # Without an entropy gradient the two sweeps of a slice are one.
+                again, zeros = torch.empty_like(out), torch.zeros(3)
+                native.gradient_given_lse(
+                    logits, targets, stats.lse, stats.entropy, zeros + 1, zeros, again,
+                    col_offset=0, transform=transform, bias=bias,
+                )  # fmt: skip
+                torch.testing.assert_close(again, out, rtol=1e-6 + 2 * ROUNDING[again.dtype], atol=1e-7)
                 state = FoldState.new(3, dtype=FP32, device=logits.device)
                 native.fold(logits, targets, state, col_offset=0, transform=transform, bias=bias)
                 check_stats(RowStats(*fold_finish(state, targets, -100), None), want)
@@ -240,7 +247,7 @@ def test_what_it_refuses():
     refused(ValueError, "logits is .*contiguous columns", logits=torch.zeros(6, 4).T)
     refused(ValueError, r"logits is \[4\]", logits=x[:, 0])
     refused(ValueError, r"targets is \[3\]", targets=y[:3])
-    refused(ValueError, "targets is .*int32", targets=y.int())
+    refused(TypeError, "targets is .*int32", targets=y.int())
     refused(ValueError, r"out is \[4, 5\]", out=x[:, :5])
     refused(TypeError, "out is torch.int64", out=x.long())
     refused(ValueError, r"bias is \[5\]", bias=torch.zeros(5))
@@ -249,6 +256,11 @@ def test_what_it_refuses():
         native.fold(x, y, state, col_offset=0, transform=Transform())
     with pytest.raises(ValueError, match=r"lse is \[3\]"):
         native.residual_given_lse(x, y, torch.zeros(3), x, col_offset=0, transform=Transform())
+    with pytest.raises(ValueError, match=r"grad_entropy is \[5\]"):
+        vectors = (torch.zeros(4), torch.zeros(4), torch.zeros(4), torch.zeros(5))
+        native.gradient_given_lse(x, y, *vectors, x, col_offset=0, transform=Transform())
+    refused(ValueError, "extras has", extras=("perplexity",))
+    refused(ValueError, "out overlaps logits", logits=x[:3], targets=y[:3], out=x[1:])
 
 
 def test_supports():

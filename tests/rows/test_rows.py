@@ -8,14 +8,17 @@ import math
 import pytest
 import torch
 from row_checks import (
+    BF16,
     DTYPES,
     FP16,
     FP32,
     IGNORE,
     KINDS,
+    ROUNDING,
     TRANSFORMS,
     check_grad,
     check_stats,
+    gradient_oracle,
     oracle,
     random_case,
     spikes,
@@ -136,7 +139,7 @@ def test_nan_and_inf_stay_in_their_row(rows, poison, column):
     logits[2, column] = poison
     out = torch.empty_like(logits)
     after = rows.residual(logits, targets, out, transform=Transform(), extras=EXTRAS)
-    assert not bool(torch.isfinite(after.logp[2]))
+    assert not bool(torch.isfinite(after.logp[2])) and float(after.top1[2]) == 0
     others = torch.tensor([0, 1, 3, 4])
     assert torch.equal(out[others], clean[others])
     for a, b in zip(before, after, strict=True):
@@ -248,3 +251,88 @@ def test_extras_come_only_when_asked_for(rows):
         stats = rows.residual(logits, targets, None, transform=Transform(), extras=(name,))
         check_stats(stats, want, (name,))
         assert all(getattr(stats, other) is None for other in EXTRAS if other != name)
+
+
+@pytest.mark.parametrize("vocab", [1, 5, 300, 4099])
+def test_top1_is_what_argmax_picks(rows, vocab):
+    """Whole numbers from -2 to 2: every row's maximum stands in many columns."""
+    generator = torch.Generator().manual_seed(vocab)
+    for dtype in (FP32, BF16):
+        logits = torch.randint(-2, 3, (8, vocab), generator=generator).to(dtype)
+        logits[6:] = 1.5
+        for transform in (Transform(), Transform(softcap=3.0, temperature=0.8)):
+            bias = (torch.arange(vocab) % 3).float() if transform.softcap else None
+            z = logits.float() + (0.0 if bias is None else bias)  # exact, and the rest of the transform rises with it
+            first, last = z.argmax(1), vocab - 1 - z.flip(1).argmax(1)
+            targets = torch.where(torch.arange(8) % 3 == 0, first, torch.where(torch.arange(8) % 3 == 1, last, 2))
+            targets %= vocab
+            want = (first == targets).float()
+            assert want.sum() >= 3 and (vocab < 10 or want.sum() < 6)
+            stats = rows.residual(logits, targets, None, transform=transform, bias=bias, extras=("top1",))
+            assert torch.equal(stats.top1, want)
+            out = torch.empty(8, vocab, dtype=BF16)
+            beside = rows.residual(logits, targets, out, transform=transform, bias=bias, extras=EXTRAS)
+            assert torch.equal(beside.top1, want)
+
+
+def test_top1_of_a_maximum_anywhere(rows):
+    """The target before, at and behind the one column that is as large, in every place of a vector, block or unit."""
+    places = [0, 1, 3, 4, 7, 8, 15, 16, 127, 128, 255, 256, 511, 2047, 2048, 2049, 4095, 4096, 4300, 4306, 4307]
+    logits, targets, want = torch.zeros(3 * len(places) - 2, 4308), [], []
+    for one, other in [(a, b) for i, a in enumerate(places) for b in places[max(i - 1, 0) : i + 2]]:
+        logits[len(targets), [one, other]] = 2.0
+        targets.append(one)
+        want.append(float(one <= other))
+    stats = rows.residual(logits, torch.tensor(targets), None, transform=Transform(), extras=("top1",))
+    assert stats.top1.tolist() == want
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_slices_with_the_entropy_gradient(rows, name, dtype):
+    transform, with_bias = TRANSFORMS[name]
+    vocab = 4500
+    logits, targets, bias = random_case(6, vocab, dtype)
+    logits[4, 3000] = 15.0  # a probability near 1
+    bias = bias if with_bias else None
+    gl = torch.tensor([1.0, -0.7, 0.0, 0.4, -1.0, 0.9])
+    gh = torch.tensor([0.5, 1.0, -1.0, 0.0, 1.0, -0.3])
+    want, size = gradient_oracle(logits, targets, transform, bias, gl, gh)
+    known = oracle(logits, targets, transform, bias)
+    vectors = [known["lse"].float(), known["entropy"].float(), gl, gh]
+    cuts = [0, 1, 1300, 1307, 4096, vocab]
+    for out_dtype in DTYPES:
+        out = torch.full((6, vocab), 9.0, dtype=out_dtype)
+        for begin, end in zip(cuts[:-1], cuts[1:], strict=True):
+            rows.gradient_given_lse(
+                logits[:, begin:end], targets, *vectors, out[:, begin:end], col_offset=begin, transform=transform,
+                bias=None if bias is None else bias[begin:end],
+            )  # fmt: skip
+        error = (transform.row_factor * out.double() - want).abs()
+        # As check_grad; lse and entropy are rounded to fp32 here, and the slope of the softcap is below 1.
+        exact = 4e-6 + 3 * float(known["error"]) + 2.0**-22 * float(known["lse"].abs().max())
+        smallest = 2.0**-25 * known["factor"] if out_dtype == FP16 else 0.0
+        limit = 1.01 * ROUNDING[out_dtype] * want.abs() + exact * size + smallest + 1e-12
+        assert bool((error <= limit).all()), f"{float((error / limit).max()):.3g} times the limit"
+
+
+def test_slices_with_the_entropy_gradient_keep_rows_apart(rows):
+    logits, targets, _ = random_case(6, 3000)
+    logits[:, 1000:1100] = -torch.inf
+    targets[1], targets[2] = IGNORE, 3000
+    stats = rows.residual(logits, targets, None, transform=Transform(), extras=("entropy",))
+    vectors = (stats.lse, stats.entropy, torch.ones(6), torch.full((6,), 0.5))
+
+    def swept(logits, out):
+        rows.gradient_given_lse(logits, targets, *vectors, out, col_offset=0, transform=Transform())
+        return out
+
+    clean = swept(logits, torch.full((6, 3000), 7.0))
+    assert bool(torch.isfinite(clean).all()) and bool((clean[:, 1000:1100] == 0).all())
+    assert bool((clean[1] == 0).all())
+    logits[1], logits[4, 20] = torch.nan, torch.nan
+    poisoned = swept(logits, torch.full((6, 3000), 7.0))
+    others = [0, 1, 2, 3, 5]
+    assert torch.equal(poisoned[others], clean[others]) and bool(poisoned[4, 20].isnan())
+    same = logits.clone()
+    assert torch.equal(swept(same, same).nan_to_num(5.0), poisoned.nan_to_num(5.0))  # in place

@@ -95,6 +95,18 @@ def given_lse(width=VOCAB, dtype=FP32, out=BF16, stride=None, bias=False, **tran
     )
 
 
+def gradient(width=VOCAB, dtype=FP32, out=BF16, stride=None, bias=False, **transform) -> Callable[[], object]:
+    return lambda: triton_rows.gradient_given_lse(
+        tile(width, dtype, stride),
+        torch.empty(2, dtype=torch.int64),
+        *(torch.empty(2) for _ in range(4)),
+        tile(width, out, stride),
+        col_offset=8192,
+        transform=Transform(**transform),
+        bias=torch.empty(width, dtype=BF16) if bias else None,
+    )
+
+
 def scale_rows(width, dtype, out) -> Callable[[], object]:
     return lambda: triton_rows.scale_rows_(tile(width, dtype), torch.empty(2), tile(width, out))
 
@@ -119,12 +131,14 @@ def variants() -> Iterator[tuple[str, Callable[[], object]]]:
             yield f"residual {name(dtype)} to {name(out)}", residual(dtype=dtype, out=out)
             if out is not None:
                 yield f"given_lse {name(dtype)} to {name(out)}", given_lse(dtype=dtype, out=out)
+                yield f"gradient {name(dtype)} to {name(out)}", gradient(dtype=dtype, out=out)
                 yield f"scale_rows {name(dtype)} to {name(out)}", scale_rows(4096, dtype, out)
         yield f"fold {name(dtype)}", fold(dtype=dtype)
         yield f"scale_unless_one {name(dtype)}", scale_unless_one(VOCAB * 4096, dtype)
     for dtype in (FP32, BF16):
         yield f"residual {name(dtype)}, everything", residual(dtype=dtype, out="in place", extras=EXTRAS, **FULL)
         yield f"given_lse {name(dtype)}, everything", given_lse(dtype=dtype, out=dtype, **FULL)
+        yield f"gradient {name(dtype)}, everything", gradient(dtype=dtype, out=dtype, **FULL)
         yield f"fold {name(dtype)}, everything", fold(dtype=dtype, **FULL)
     yield "residual, forward only, everything", residual(out=None, extras=EXTRAS, **FULL)
     yield "residual, bias", residual(bias=True)
@@ -144,6 +158,8 @@ def variants() -> Iterator[tuple[str, Callable[[], object]]]:
     yield "fold, unaligned", fold(width=8193)
     yield "given_lse, odd width", given_lse(width=8193, stride=8200)
     yield "given_lse, unaligned", given_lse(width=8193)
+    yield "gradient, odd width", gradient(width=8193, stride=8200, **FULL)
+    yield "gradient, unaligned", gradient(width=8193)
     yield "scale_rows, unaligned", scale_rows(4099, BF16, BF16)
     yield "scale_unless_one, 2^31 elements", scale_unless_one(2**31 + 5, BF16)
 

@@ -57,7 +57,7 @@ def oracle(logits: Tensor, targets: Tensor, transform: Transform, bias: Tensor |
         "lse": lse.detach(),
         "grad": grad,
         "entropy": -(p * log_p.masked_fill(p == 0, 0.0)).sum(1),
-        "top1": (z_y >= z.max(1).values).double().detach(),
+        "top1": (z.argmax(1) == targets).double(),
         "mean_logit": z.detach().mean(1),
         "log_sum_p2": (p * p).sum(1).log(),
     }
@@ -135,7 +135,7 @@ def test_residual_of_every_dtype(platform, in_dtype, out_dtype, variant):
 @pytest.mark.parametrize("extra", EXTRAS)
 def test_one_extra_alone(platform, extra):
     logits, targets = random_logits(platform, 3, 5000), random_targets(platform, 3, 5000)
-    logits[1, targets[1]] = logits[1].max()  # a tie counts as a hit
+    logits[1, targets[1]] = logits[1].max() + 1
     logits[2, 4] = -torch.inf
     want = oracle(logits, targets, Transform(), None)
     stats = triton_rows.residual(logits, targets, None, transform=Transform(), extras=(extra,))
@@ -143,6 +143,28 @@ def test_one_extra_alone(platform, extra):
     assert [name for name in EXTRAS if getattr(stats, name) is not None] == [extra]
     if extra == "top1":
         assert stats.top1.tolist() == [0.0, 1.0, 0.0]
+
+
+@pytest.mark.parametrize("variant", ["plain", "all"])
+@pytest.mark.parametrize("vocab", [1, 5, 4099, 10007])
+def test_top1_is_what_argmax_picks(platform, variant, vocab):
+    """Whole numbers from -2 to 2: every row's maximum stands in many columns."""
+    transform, has_bias = VARIANTS[variant]
+    generator = torch.Generator().manual_seed(vocab)
+    logits = torch.randint(-2, 3, (6, vocab), generator=generator).to(platform.device, BF16)
+    logits[5] = 1.5
+    bias = (torch.arange(vocab, device=platform.device) % 3).float() if has_bias else None
+    z = logits.float() + (0.0 if bias is None else bias)  # exact, and the rest of the transform rises with it
+    first, last = z.argmax(1), vocab - 1 - z.flip(1).argmax(1)
+    targets = torch.stack([first[0], last[1], (first[2] + 1) % vocab, first[3], last[4], first[5]])
+    for extras in (("top1",), EXTRAS):
+        stats = triton_rows.residual(logits, targets, None, transform=transform, bias=bias, extras=extras)
+        assert torch.equal(stats.top1, (first == targets).float())
+    assert stats.top1[[0, 3, 5]].tolist() == [1.0] * 3
+    assert vocab == 1 or stats.top1.sum() < 6
+    outside = torch.full_like(targets, vocab)
+    stats = triton_rows.residual(logits, outside, None, transform=transform, bias=bias, extras=("top1",))
+    assert not stats.top1.any()
 
 
 def test_rows_that_do_not_count(platform):
@@ -358,6 +380,60 @@ def test_slices_of_the_vocabulary(platform, dtype, variant):
         triton_rows.residual_given_lse(logits, targets, out=out, **arguments)
         triton_rows.residual_given_lse(inplace, targets, out=inplace, **arguments)
         assert torch.equal(inplace, out)
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_slices_with_the_entropy_gradient(platform, dtype, variant):
+    transform, has_bias = VARIANTS[variant]
+    vocab, edges = 10007, (0, 3000, 7097, 10007)
+    logits = random_logits(platform, 5, vocab, dtype)
+    logits[1, 8000] = 14.0  # a probability near 1
+    bias = random_logits(platform, 1, vocab, std=1.0)[0] if has_bias else None
+    targets = torch.tensor([5, 8000, 7096, 9000, IGNORE], device=platform.device)
+    gl, gh = (torch.tensor(g, device=platform.device) for g in ([1.0, -0.6, 0.0, 0.8, 1.0], [0.5, 1.0, -1.0, 0.0, 1.0]))
+    counted = slice(0, 4)
+
+    x = logits[counted].double().requires_grad_()
+    z = (x + (0.0 if bias is None else bias.double())) * transform.logit_scale
+    if transform.softcap is not None:
+        z = transform.softcap * torch.tanh(z / transform.softcap)
+    log_p = torch.log_softmax(z / transform.temperature, 1)
+    p = log_p.exp()
+    entropy = -(p * log_p).sum(1)
+    value = gl[counted] * log_p.gather(1, targets[counted, None])[:, 0] + gh[counted] * entropy
+    (want,) = torch.autograd.grad(value.sum(), x)
+    size = p * (gl[counted, None].abs() + gh[counted, None].abs() * (log_p.abs() + entropy[:, None]))
+    size.scatter_add_(1, targets[counted, None], gl[counted, None].double().abs())
+
+    lse = oracle(logits[counted], targets[counted], transform, bias)["lse"]
+    vectors = dict(lse=lse, entropy=entropy.detach())
+    vectors = {name: torch.cat([vector.float(), gl[4:]]) for name, vector in vectors.items()}
+    logits[4] = torch.nan
+    for out_dtype in (dtype, BF16, FP16):
+        out = torch.full((5, 10016), torch.nan, dtype=out_dtype, device=platform.device)
+        for a, b in zip(edges, edges[1:], strict=False):
+            triton_rows.gradient_given_lse(
+                logits[:, a:b], targets, grad_logps=gl, grad_entropy=gh, out=out[:, a:b], col_offset=a,
+                transform=transform, bias=None if bias is None else bias[a:b], **vectors,
+            )  # fmt: skip
+        assert (out[4, :vocab] == 0).all() and out[:, vocab:].isnan().all()
+        error = (transform.row_factor * out[counted, :vocab].double() - want).abs()
+        smallest = 2.0**-24 * transform.row_factor if out_dtype == FP16 else 0.0
+        allowed = 1.01 * platform.rounding(out_dtype) * want.abs() + 1.2e-5 * size.detach() + smallest + 1e-12
+        assert (error <= allowed).all()
+
+
+def test_columns_without_probability_have_no_entropy_gradient(platform):
+    logits, targets = random_logits(platform, 2, 5000), random_targets(platform, 2, 5000)
+    logits[:, 100:4200] = -torch.inf
+    stats = triton_rows.residual(logits, targets, None, transform=Transform(), extras=("entropy",))
+    ones, out = torch.ones_like(stats.lse), torch.empty_like(logits)
+    triton_rows.gradient_given_lse(
+        logits, targets, stats.lse, stats.entropy, ones, ones, out, col_offset=0, transform=Transform()
+    )
+    assert out.isfinite().all() and (out[:, 100:4200] == 0).all()
+    torch.testing.assert_close(out.sum(1), torch.zeros_like(ones), rtol=0, atol=2e-5)
 
 
 def test_a_nan_survives_later_slices(platform):

@@ -7,6 +7,7 @@ import os
 import random
 import subprocess
 import sys
+from dataclasses import asdict
 
 import numpy
 import pytest
@@ -96,14 +97,14 @@ def test_state_and_generators_come_back(tmp_path):
     weight.grad = torch.randn(3)
     optimizer.step()
     state = State(stage=1, step=7, window={"loss": [0.1 + 0.2, 3]}, history={"sft": {"after": {"loss": 1 / 3}}})
-    checkpoint.write_state(tmp_path, state, {"seed": 1}, optimizer)
+    checkpoint.write_state(tmp_path, asdict(state), {"seed": 1}, checkpoint.snapshot(checkpoint.tensors_of(optimizer)))
 
     def draw():
         return torch.rand(3).tolist(), numpy.random.rand(3).tolist(), random.random(), random.gauss(0, 1)
 
     expected = draw()
     assert checkpoint.read_state(tmp_path) == (state, {"seed": 1})
-    tensors = checkpoint.read_tensors(tmp_path, torch.device("cpu"))
+    tensors = checkpoint.read_tensors(tmp_path)
     checkpoint.restore_random_state(tensors["random"])
     assert draw() == expected
     fresh = torch.optim.AdamW([weight], fused=True)
@@ -113,10 +114,10 @@ def test_state_and_generators_come_back(tmp_path):
 
 
 def test_damaged_checkpoints_are_refused(tmp_path):
-    checkpoint.write_state(tmp_path, State(), {}, None)
+    checkpoint.write_state(tmp_path, asdict(State()), {}, checkpoint.tensors_of(None))
     (tmp_path / "optimizer.pt").write_bytes((tmp_path / "optimizer.pt").read_bytes()[:900])
     with pytest.raises(UserError, match="optimizer.pt: cannot be read"):
-        checkpoint.read_tensors(tmp_path, torch.device("cpu"))
+        checkpoint.read_tensors(tmp_path)
     for text in ("", "[]", '{"format": 2, "config": {}}', '{"format": 1, "config": {}, "colour": 1}'):
         (tmp_path / "state.json").write_text(text)
         with pytest.raises(UserError, match="not a checkpoint that can be read"):
@@ -130,7 +131,7 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path):
 
     torch.save({"random": Evil()}, tmp_path / "optimizer.pt")
     with pytest.raises(UserError, match="cannot be read"):
-        checkpoint.read_tensors(tmp_path, torch.device("cpu"))
+        checkpoint.read_tensors(tmp_path)
     assert not (tmp_path / "pwned").exists()
 
 
@@ -140,3 +141,32 @@ def test_one_process_a_folder(tmp_path):
             pass
     with checkpoint.lock(tmp_path):
         pass
+
+
+def test_a_snapshot_is_a_copy_that_shares_what_was_shared():
+    tied = torch.arange(6.0).view(2, 3)
+    own = {"head": tied, "embedding": tied, "states": [tied[:1], {"step": torch.tensor(2.0)}], "rate": 0.1}
+    copy = checkpoint.snapshot(own)
+    tied.zero_()
+    assert copy["head"].tolist() == [[0, 1, 2], [3, 4, 5]] and copy["head"] is copy["embedding"]
+    assert copy["states"][0].tolist() == [[0, 1, 2]] and copy["states"][1]["step"] == 2 and copy["rate"] == 0.1
+
+
+def test_what_fails_in_the_saving_thread_is_raised_where_the_run_is():
+    saver, order = checkpoint.Saver(), []
+
+    def fail():
+        raise SaveError("could not save")
+
+    saver.start(lambda: order.append(1))
+    saver.start(fail)  # after the first
+    with pytest.raises(SaveError):
+        saver.wait()
+    saver.check()
+    saver.start(fail)
+    saver.join()
+    with pytest.raises(SaveError):
+        saver.start(lambda: order.append(2))
+    saver.start(lambda: order.append(3))
+    saver.wait()
+    assert order == [1, 3]

@@ -35,7 +35,7 @@ def test_values_and_defaults(tmp_path):
     assert config.learning_rate == 5e-7  # YAML 1.1 reads 5e-7 as a string
     assert config.max_steps == 7 and isinstance(config.max_steps, int)
     assert config.report_to == ("tensorboard",)
-    assert (config.per_device_train_batch_size, config.max_length, config.bf16) == (8, 1024, None)
+    assert (config.batch_size, config.max_length, config.bf16) == (8, 1024, None)
     assert config.loss_fn == losses.DPO(beta=0.3)
     (stage,) = config.stage_configs()
     assert stage.name == "dpo" and stage.loss_fn == config.loss_fn and stage.kind == "pair"
@@ -87,8 +87,8 @@ def test_to_dict_gives_the_same_configuration_back(tmp_path):
         (BASE + "learning_rate: -1\n", (), "learning_rate is -1.0; it takes at least 0"),
         (BASE + "eval_steps: 0\n", (), "eval_steps is 0; it takes at least 1"),
         (BASE + "adam_beta2: 1\n", (), "adam_beta2 is 1.0; it takes 0 to below 1"),
-        (BASE + "loss: rp\n", (), "loss is 'rp' (did you mean 'rpo'?); it takes dpo"),
-        (BASE + "eta: 0.1\n", (), "eta: no option of loss 'dpo', which takes beta, label_smoothing"),
+        (BASE + "loss: rp\n", (), "loss is 'rp' (did you mean 'rpo'?); it takes aot, "),
+        (BASE + "eta: 0.1\n", (), "eta: no option of loss 'dpo', which takes beta, f_alpha_divergence_coef, f_div"),
         (BASE + "beta: -1\n", (), "beta is -1.0; it takes a number above 0"),
         (BASE + "loss: rpo\nsft: words\n", (), "it takes sum, tokens"),
         (BASE + "loss: slic\nref_model_name_or_path: r\n", (), "ref_model_name_or_path: loss 'slic' has no reference"),

@@ -15,7 +15,7 @@ from fastpref.train import checkpoint
 from fastpref.train.config import config_from_dict
 from fastpref.train.loop import train
 
-TIMES = ("tokens_per_s", "peak_memory_mib")
+TIMES = ("tokens_per_s", "scored_tokens_per_s", "saved_tokens_per_s", "peak_memory_mib")
 
 
 def kill_and_compare(world, tmp_path, quiet, kills, seed):

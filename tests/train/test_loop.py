@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import math
 import os
 import signal
 import sys
+import threading
 import types
 
 import pytest
@@ -60,6 +62,10 @@ def gradients(policy, config, examples, parts, kl_parts):
         {"loss": "hinge"},
         {"loss": "slic"},
         {"loss": "kto", "desirable_weight": 1.3},
+        {"loss": "apo_zero_unpaired"},
+        {"loss": "bco", "delta": 0.3},
+        {"loss": "orpo"},
+        {"loss": "dpo_norm", "f_divergence": "js_divergence"},
     ],
     ids=lambda options: " ".join(map(str, options.values())),
 )
@@ -85,7 +91,7 @@ def test_schedule_covers_every_epoch_once(world, tmp_path):
     config = make(world, tmp_path, max_steps=-1, num_train_epochs=2.5, gradient_accumulation_steps=2)
     examples = [types.SimpleNamespace(length=3 + i % 5) for i in range(22)]  # 6 micro-batches, 3 steps an epoch
     schedule = Schedule(config, examples, seed=1)
-    assert (schedule.steps_per_epoch, schedule.steps) == (3, 8)
+    assert schedule.steps == 8 and [schedule.epoch(step) for step in (0, 3, 6)] == [0, 1, 2]
     steps = [schedule.of_step(step) for step in range(8)]
     assert [first for first, _ in steps] == [0, 2, 4, 6, 8, 10, 12, 14]
     for epoch in (0, 1):
@@ -274,7 +280,7 @@ def test_tensorboard_and_wandb(world, tmp_path, quiet, monkeypatch):
 
 def lines_without_times(run_dir):
     return [
-        {key: value for key, value in row.items() if key not in ("tokens_per_s", "peak_memory_mib")}
+        {key: value for key, value in row.items() if not key.endswith("tokens_per_s") and key != "peak_memory_mib"}
         for row in read_metrics(run_dir)
     ]
 
@@ -408,7 +414,7 @@ def test_a_full_disk_while_saving_leaves_the_earlier_checkpoint(world, tmp_path,
     own = checkpoint.write_state
 
     def write_state(folder, state, *args):
-        if state.step == 4:
+        if state["step"] == 4:
             raise OSError(28, "No space left on device")
         own(folder, state, *args)
 
@@ -419,6 +425,52 @@ def test_a_full_disk_while_saving_leaves_the_earlier_checkpoint(world, tmp_path,
     monkeypatch.undo()
     train(config, resume=True, display=quiet)
     assert [row["step"] for row in read_metrics(tmp_path)] == [0, 2, 4, 6, 6]
+
+
+def test_training_goes_on_while_a_copy_is_saved(world, tmp_path, quiet, monkeypatch):
+    """The save of step 2 cannot end before step 4 is done; what it holds are the weights of step 2."""
+    changes = {"lr_scheduler_type": "constant", "eval_dataset": None, "max_length": 60}
+    train(make(world, tmp_path / "two", max_steps=2, **changes), display=quiet)
+    own, save, done, threads = loop.train_step, loop.save_model, threading.Event(), []
+
+    def save_model(*args):
+        threads.append(threading.current_thread())
+        if len(threads) == 1:
+            assert done.wait(60)
+        save(*args)
+
+    steps = iter(range(1, 99))
+
+    def train_step(*args):
+        values = own(*args)
+        if next(steps) == 4:
+            done.set()
+        return values
+
+    monkeypatch.setattr(loop, "save_model", save_model)
+    monkeypatch.setattr(loop, "train_step", train_step)
+    train(make(world, tmp_path / "run", max_steps=5, save_steps=2, **changes), display=quiet)
+    assert threads[0] is not threading.main_thread() and len(threads) == 3
+    saved = load_file(tmp_path / "run" / "checkpoints" / "00-dpo-00000002" / "model.safetensors")
+    expected = load_file(tmp_path / "two" / "model" / "model.safetensors")
+    assert saved.keys() == expected.keys() and all(torch.equal(saved[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("kind", ["selective", "full"])
+def test_checkpointed_layers_give_the_same_gradients(world, tmp_path, kind):
+    config = make(world, tmp_path)
+    examples, _ = tokenize_records(load_records(config.train_dataset), load_tokenizer(config), "pair", max_length=64)
+    shifted = [dataclasses.replace(e, ref_logps=(-1.0, -2.0)) for e in examples]
+
+    def found(kind):
+        policy = load_policy(make(world, tmp_path, gradient_checkpointing=kind), load_tokenizer(config))
+        policy.model.train()
+        return gradients(policy, config, shifted, [[0, 1, 2]], [])[1]
+
+    assert torch.equal(found(kind), found("none"))
+    assert make(world, tmp_path, gradient_checkpointing=True).gradient_checkpointing == "full"
+    with pytest.raises(UserError, match="gradient_checkpointing is 'offload', from a GPU to host memory; .* cpu"):
+        found("offload")
 
 
 def test_no_checkpoint_to_go_on_from(world, tmp_path):

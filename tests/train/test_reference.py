@@ -7,11 +7,14 @@ import json
 import pytest
 import torch
 from safetensors import safe_open
-from tiny import make
+from tiny import make, read_metrics
 
 from fastpref.data import batch_order, collate, load_records, tokenize_records
 from fastpref.train import reference
-from fastpref.train.model import load_policy, load_tokenizer
+from fastpref.train.cache import cache_reference
+from fastpref.train.config import UserError
+from fastpref.train.loop import train
+from fastpref.train.model import Policy, load_policy, load_tokenizer
 
 
 def tick(done, of):
@@ -105,3 +108,87 @@ def test_loras_reference_is_the_adapter_switched_off(world, tmp_path):
         off = reference.compute(policy, examples, "pair", 4, 0, tick)
     assert torch.equal(off.logps, found.logps)
     assert not torch.allclose(moved.logps, found.logps, atol=1e-2)
+
+
+# ---- fastpref cache-ref ----------------------------------------------------------------------------------------------
+
+
+def test_cached_before_and_used_by_training(world, tmp_path, quiet, monkeypatch):
+    shared = str(tmp_path / "cache")
+    changes = {"loss": "kto", "learning_rate": 1e-2}
+    train(make(world, tmp_path / "plain", **changes), display=quiet)
+    files = cache_reference(make(world, tmp_path / "a", reference_dir=shared, **changes), quiet)
+    assert [path.name for path in files] == ["00-kto-train.safetensors", "00-kto-eval.safetensors"]
+    assert sorted(path.name for path in (tmp_path / "cache").iterdir()) == sorted(path.name for path in files)
+    with monkeypatch.context() as patch:
+        patch.setattr(reference, "compute", lambda *args: pytest.fail("computed again"))
+        for run in "ab":  # another run may share the files
+            train(make(world, tmp_path / run, reference_dir=shared, **changes), display=quiet)
+    assert [row["loss"] for row in read_metrics(tmp_path / "a")] == [
+        row["loss"] for row in read_metrics(tmp_path / "plain")
+    ]
+    assert not (tmp_path / "a" / "reference").exists()
+
+
+def test_another_header_is_refused_by_name(world, tmp_path, quiet):
+    cache_reference(make(world, tmp_path), quiet)
+    config = make(world, tmp_path, max_length=60, model_name_or_path=str(world / "config"), init_from_config=True)
+    for attempt in (cache_reference, train):
+        with pytest.raises(UserError) as caught:
+            attempt(config, display=quiet)
+        message = str(caught.value)
+        assert "00-dpo-train.safetensors: holds reference log-probs of something else: model (" in message
+        assert 'truncation ([64, null, "keep_end", "error"] there, [60, null' in message and "weights (" in message
+        assert "\n" not in message and "revision" not in message
+    train(make(world, tmp_path, max_length=60, max_steps=1, overwrite_output_dir=True), display=quiet)
+
+
+def test_nothing_to_cache(world, tmp_path, quiet):
+    with pytest.raises(UserError, match="nothing to cache: no loss here has a reference"):
+        cache_reference(make(world, tmp_path, loss="sft"), quiet)
+    stages = [{"loss": "sft"}, {"loss": "dpo"}]
+    with pytest.raises(UserError, match="nothing to cache: each reference is what the stage before ends with"):
+        cache_reference(make(world, tmp_path, stages=stages), quiet)
+    named = [{"loss": "sft"}, {"loss": "dpo", "ref_model_name_or_path": str(world / "pretrained")}]
+    assert [path.name for path in cache_reference(make(world, tmp_path, stages=named), quiet)] == [
+        "01-dpo-train.safetensors", "01-dpo-eval.safetensors",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("torn", [False, True])
+def test_an_ended_pass_goes_on_where_it_was(parts, tmp_path, monkeypatch, torn):
+    config, tokenizer, policy, records = parts
+    examples, _ = tokenize_records(records, tokenizer, "kto", max_length=64)
+    batches = batch_order([e.length for e in examples], 6, seed=1, epoch=0)
+    whole = reference.compute(policy, examples, "kto", 6, 0, tick, batches)
+    calls = []
+    own = Policy.sequence_logps
+    monkeypatch.setattr(Policy, "sequence_logps", lambda self, batch: calls.append(0) or own(self, batch))
+    monkeypatch.setattr(reference.Progress, "EVERY", 2)
+
+    def stop_at(step):
+        def stop(done, of):
+            if done == step:
+                raise KeyboardInterrupt
+
+        return stop
+
+    path, passes = tmp_path / "r.safetensors", 2 * len(batches)
+    for stops_at in (3, len(batches) + 1):  # in the log-probs, then in the mismatched ones
+        with pytest.raises(KeyboardInterrupt):
+            progress = reference.Progress(path, {"weights": "w"}, 6, "padded")
+            reference.compute(policy, examples, "kto", 6, 0, stop_at(stops_at), batches, progress)
+    lost = 0
+    if torn:  # the machine went down in the middle of a number: the batch it belongs to is computed again
+        content = progress.path.read_bytes()
+        progress.path.write_bytes(content[:-2])
+        lost = 1
+    assert len(calls) == len(batches) + 1
+    progress = reference.Progress(path, {"weights": "w"}, 6, "padded")
+    again = reference.compute(policy, examples, "kto", 6, 0, tick, batches, progress)
+    assert len(calls) == passes + lost and progress.restored > 0
+    assert torch.equal(again.logps, whole.logps) and torch.equal(again.kl, whole.kl)
+    progress.discard()
+    assert not progress.path.exists()
+    other = reference.Progress(path, {"weights": "x"}, 6, "padded")
+    assert other.take(1) is None

@@ -61,6 +61,7 @@ def settings(world: Path, run_dir: Path, **changes: Any) -> dict[str, Any]:
         "max_length": 64,
         "logging_steps": 2,
         "max_steps": 4,
+        "packing": False,  # most tests make padded batches for the model themselves; test_packing.py is about the rest
     }
     return values | changes
 

@@ -1,11 +1,12 @@
-"""Losses on a handful of log-probs: values and dL/dlogp_s against fp64 formulas, closed forms, TRL and Liger."""
+"""Losses on a handful of log-probs: values and dL/dlogp_s against fp64 formulas and closed forms; names and options.
+
+Against TRL and Liger: test_peers.py. What the schedule relies on: test_traits.py.
+"""
 
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from dataclasses import FrozenInstanceError, replace
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -260,103 +261,3 @@ def test_missing_reference_is_named():
     seq, _ = sequence_logps("dpo", some_logps(), ref_logps=None)
     with pytest.raises(ValueError, match="ref_logps"):
         losses.DPO()(seq)
-
-
-# ------------------------------------------------------------------------------------------- peers
-
-
-def trl_loss(loss_type, logps, refs, lengths, beta, weights=(1.0,), label_smoothing=0.0):
-    """TRL's own `DPOTrainer._compute_loss` on given log-probs: a model whose head already ran, a trainer with no state.
-
-    Each sequence's log-prob is spread over `lengths` completion tokens after a prompt of two.
-    """
-    dpo_trainer = pytest.importorskip("trl.trainer.dpo_trainer")
-    lengths = [int(n) for n in lengths]
-    longest = 2 + max(lengths)
-    completion = torch.zeros(len(lengths), longest, dtype=torch.long)
-    tokens = []
-    for s, n in enumerate(lengths):
-        completion[s, 2 : 2 + n] = 1
-        row = torch.zeros(longest - 1, dtype=logps.dtype)
-        share = torch.linspace(0.5, 1.5, n, dtype=logps.dtype)
-        tokens.append(row.index_put((torch.arange(1, 1 + n),), logps[s] * share / share.sum()))
-    outputs = SimpleNamespace(
-        log_probs=torch.stack(tokens), **{k: torch.zeros(len(lengths), longest - 1) for k in ("entropy", "mean_logits")}
-    )
-    outputs.is_top1 = outputs.entropy.bool()
-
-    def model(**_):
-        return outputs
-
-    model.training = True
-    accelerator = SimpleNamespace(device=torch.device("cpu"), gather=lambda t: t, gather_for_metrics=lambda t: t)
-    trainer = SimpleNamespace(
-        model=model, accelerator=accelerator, aux_loss_enabled=False, ld_alpha=None, precompute_ref_logps=True,
-        f_divergence_type="reverse_kl", beta=beta, loss_types=list(loss_type), loss_weights=list(weights),
-        label_smoothing=label_smoothing, use_weighting=False, _metrics={"train": defaultdict(list)},
-        _total_train_tokens=0, _tp_size=1,
-    )  # fmt: skip
-    ref_c, ref_r = oracle.halves(refs)
-    inputs = {
-        "input_ids": torch.zeros_like(completion), "attention_mask": torch.ones_like(completion),
-        "completion_mask": completion, "ref_chosen_logps": ref_c, "ref_rejected_logps": ref_r,
-    }  # fmt: skip
-    loss = dpo_trainer.DPOTrainer._compute_loss(trainer, model, inputs, False)
-    return loss, {k: v[-1] for k, v in trainer._metrics["train"].items() if v}
-
-
-PEERS = [
-    # ours, (TRL's loss types, their weights)
-    (losses.DPO(beta=0.2), ("sigmoid",), (1.0,)),
-    (losses.Hinge(beta=0.2), ("hinge",), (1.0,)),
-    (losses.IPO(beta=0.2, length_norm="mean"), ("ipo",), (1.0,)),
-    (losses.RPO(beta=0.2, eta=0.6, sft="tokens"), ("sigmoid", "sft"), (1.0, 0.6 * 0.2)),
-]
-
-
-@pytest.mark.parametrize("loss, types, weights", PEERS, ids=lambda x: getattr(x, "name", ""))
-def test_agrees_with_trl(loss, types, weights):
-    logps = some_logps()
-    seq, truth = sequence_logps("dpo", logps)
-    theirs, charted = trl_loss(types, logps, truth["refs"], LENGTHS, beta=0.2, weights=weights)
-    ours = loss(seq)
-    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(gradient(ours, logps), gradient(theirs, logps), rtol=1e-6, atol=1e-7)
-    found = losses.metrics(loss, seq)
-    for key in ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen"):
-        assert found[key].mean().item() == pytest.approx(charted[key], rel=1e-5), key
-
-
-def test_label_smoothing_against_trl_robust():
-    """With A = -log s(h), B = -log s(-h): ours (1-e) A + e B; TRL's robust ((1-e) A - e B) / (1-2e), its sigmoid A."""
-    logps = some_logps()
-    seq, truth = sequence_logps("dpo", logps)
-    e = 0.2
-    plain, _ = trl_loss(("sigmoid",), logps, truth["refs"], LENGTHS, beta=0.2)
-    robust, _ = trl_loss(("robust",), logps, truth["refs"], LENGTHS, beta=0.2, label_smoothing=e)
-    ours = losses.DPO(beta=0.2, label_smoothing=e)(seq)
-    torch.testing.assert_close(ours, 2 * (1 - e) * plain - (1 - 2 * e) * robust, rtol=1e-6, atol=1e-6)
-
-
-def test_kto_agrees_with_liger():
-    kto_loss = pytest.importorskip("liger_kernel.chunked_loss.kto_loss")
-    logps = some_logps()
-    seq, truth = sequence_logps("kto", logps)
-    theirs, chosen, rejected = kto_loss.LigerFusedLinearKTOFunction.preference_loss_fn(
-        logps, truth["desirable"], torch.zeros(6, 1), truth["refs"], beta=0.3, kl=KL
-    )
-    torch.testing.assert_close(losses.KTO(beta=0.3)(seq), theirs, rtol=1e-10, atol=1e-12)
-    found = losses.metrics(losses.KTO(beta=0.3), seq)
-    assert found["rewards/chosen"].nansum().item() == pytest.approx(chosen.item(), rel=1e-5)
-    assert found["rewards/rejected"].nansum().item() == pytest.approx(rejected.item(), rel=1e-5)
-
-
-@pytest.mark.parametrize("ours, theirs", [(losses.DPO(beta=0.2), "sigmoid"), (losses.Hinge(beta=0.2), "hinge")])
-def test_pairs_agree_with_liger(ours, theirs):
-    dpo_loss = pytest.importorskip("liger_kernel.chunked_loss.dpo_loss")
-    logps = some_logps()
-    seq, truth = sequence_logps("dpo", logps)
-    value, *_ = dpo_loss.LigerFusedLinearDPOFunction.preference_loss_fn(
-        *oracle.halves(logps), torch.zeros(6, 1), *oracle.halves(truth["refs"]), beta=0.2, loss_type=theirs
-    )
-    torch.testing.assert_close(ours(seq), value, rtol=1e-10, atol=1e-12)

@@ -1,0 +1,121 @@
+"""Reference log-probs from their file, or computed into it: at the start of a stage, and by `fastpref cache-ref`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from fastpref.data import Example
+
+from . import checkpoint, reference
+from .config import TrainConfig, UserError
+from .display import Display, duration
+from .evaluate import eval_order, pad_token
+from .model import Policy, fingerprint, load_policy, load_reference, load_tokenizer
+from .prepare import Data, Schedule, load_data
+from .reference import ReferenceLogps, Tick
+
+
+@dataclass(frozen=True)
+class Split:
+    """Examples of a stage, and the file that their reference log-probs are in."""
+
+    stage: TrainConfig
+    name: str  # "train" or "eval"
+    examples: Sequence[Example]
+    batches: Sequence[Sequence[int]] | None  # KTO: the micro-batches, whose mismatched sequences are scored too
+    path: Path
+
+
+def file_of(config: TrainConfig, run_dir: Path, index: int, stage: TrainConfig, split: str) -> Path:
+    folder = Path(config.reference_dir) if config.reference_dir else run_dir / "reference"
+    return folder / f"{index:02d}-{stage.name}-{split}.safetensors"
+
+
+def splits_of(
+    config: TrainConfig, run_dir: Path, index: int, stage: TrainConfig, data: Data, schedule: Schedule
+) -> Iterator[Split]:
+    """The training examples, and the held-out ones if there are any."""
+    for name, examples in (("train", data.train), ("eval", data.eval)):
+        if examples:
+            batches = None
+            if stage.loss_fn.needs_kl:
+                held_out = eval_order(examples, stage.per_device_eval_batch_size)
+                batches = schedule.all_batches() if name == "train" else held_out
+            yield Split(stage, name, examples, batches, file_of(config, run_dir, index, stage, name))
+
+
+def obtain(split: Split, tokenizer: PreTrainedTokenizerBase, weights: str, like: Policy, source: Callable[[], Policy],
+           display: Display, watch: Callable[[Any], Tick], *, replace: bool) -> ReferenceLogps:  # fmt: skip
+    """From the file if its header is what it has to be; else computed and written.
+
+    weights: fingerprint of the reference; like: a policy of the same dtype and layout; source: makes the reference;
+    replace: whether a file with another header may be replaced.
+
+    Raises UserError for a file with another header, naming what differs.
+    """
+    stage, examples, path = split.stage, split.examples, split.path
+    header = reference.header_of(stage, tokenizer, like.compute_dtype, weights, examples, split.batches)
+    logps = reference.read(path, header)
+    what = f"{stage.name}: reference log-probs of {len(examples):,} {split.name} examples"
+    if logps is not None:
+        display.say(f"{what} from {path}")
+        return logps
+    different = reference.differing(path, header)
+    if different and not replace:
+        raise UserError(
+            f"{path}: holds reference log-probs of something else: {'; '.join(different)}; delete it, or set another "
+            "reference_dir, or overwrite_output_dir=true"
+        )
+    with display.counting(f"{stage.name}: reference log-probs, {split.name}") as show:
+        started = time.monotonic()
+        size, pad = stage.per_device_eval_batch_size, pad_token(tokenizer)
+        progress = reference.Progress(path, header, size, like.layout)
+        logps = reference.compute(source(), examples, stage.kind, size, pad, watch(show), split.batches, progress)
+    reference.write(path, header, logps, examples)
+    progress.discard()
+    before = f", {progress.restored:,} log-probs of them from an earlier attempt" if progress.restored else ""
+    display.say(f"{what} in {duration(time.monotonic() - started)}{before}")
+    return logps
+
+
+def cache_reference(config: TrainConfig, display: Display | None = None) -> list[Path]:
+    """Computes the reference log-probs that `train` would start with, into the files where it looks for them.
+
+    Goes on where an earlier call was ended. Returns the files. Raises UserError where no stage has a reference that is
+    known before training, and for a file that is there with another header.
+    """
+    display = display or Display()
+    run_dir = Path(config.output_dir)
+    stages = config.stage_configs()
+    wanted = [i for i, stage in enumerate(stages) if stage.loss_fn.needs_reference]
+    known = [i for i in wanted if i == 0 or stages[i].ref_model_name_or_path]
+    if not known:
+        why = "no loss here has a reference" if not wanted else "each reference is what the stage before ends with"
+        raise UserError(f"there is nothing to cache: {why}")
+    found: list[Path] = []
+    with checkpoint.lock(run_dir):
+        checkpoint.seed_everything(config.seed)  # as `train` does: random weights are the same there and here
+        tokenizer = load_tokenizer(config)
+        every = load_data(stages, tokenizer, display)
+        policy = load_policy(config, tokenizer)
+        for index in wanted:
+            stage, data = stages[index], every[index]
+            if index not in known:
+                display.say(f"{stage.name}: its reference is what the stage before ends with; cached when it begins")
+                continue
+            schedule = Schedule(stage, data.train, config.seed + index)
+            source = policy
+            if stage.ref_model_name_or_path:
+                source = load_reference(stage, tokenizer, stage.ref_model_name_or_path)
+            weights = fingerprint(source.model)
+            for split in splits_of(config, run_dir, index, stage, data, schedule):
+                obtain(split, tokenizer, weights, policy, lambda source=source: source, display,  # type: ignore[misc]
+                       lambda show: show, replace=config.overwrite_output_dir)  # fmt: skip
+                found.append(split.path)
+    return found

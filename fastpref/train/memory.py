@@ -1,0 +1,347 @@
+"""What training a model takes of a GPU's memory, term by term, before it is loaded: `fastpref plan --model`.
+
+    weights       bf16 or fp32; under autocast also the bf16 copies it keeps of fp32 matrices
+    gradients     of all weights (gradient accumulation needs them), or of the largest one where they leave as they come
+    optimiser     states; optim.py lists their sizes
+    activations   what waits for the backward pass, all layers together
+    work          the largest of: one layer's backward pass, the LM head's pass (fastpref.plan), the optimiser's step
+    context       CUDA's own, and cuBLAS's workspace: seen by nvidia-smi, not by torch's counters
+
+Parameters are counted, and activations run, on torch's meta device: the model's own code goes through a forward and a
+backward pass over `tokens` tokens in one packed row, every tensor it makes is counted while it lives, and nothing is
+computed. Attention stands in with what a flash kernel keeps: q, k, v, its output and one float a head and token.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, library, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
+
+from fastpref.plan import Problem, plan
+
+from .config import UserError
+from .model import enable_checkpointing
+from .optim import SLICE
+
+GIB = 2**30
+CONTEXT = 0.75 * GIB
+ATTENTION = "fastpref_counted"
+KINDS = ("none", "selective", "full", "offload")  # of gradient_checkpointing, by what is made again: least first
+STEP_BYTES = 4 * 4 * SLICE  # MasterAdamW: fp32 master and gradient of a slice, and the bits that are split off
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes at the end of a forward pass of the trunk, and what its backward pass holds beyond them at its peak."""
+
+    kept: int
+    work: int
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What the terms are made of."""
+
+    parameters: int
+    matrices: int  # of linear layers, the LM head included: what autocast makes bf16 copies of
+    largest: int  # numbers of the largest parameter
+    hidden: int
+    vocab: int
+    adapters: int  # LoRA's parameters
+    tokens: int
+    full: Mapping[str, Activations]  # by gradient_checkpointing, all weights trained
+    lora: Mapping[str, Activations]
+    no_lora: str = ""  # why there is nothing about LoRA
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A way to train, as keys of a configuration."""
+
+    label: str
+    cost: int  # what is given up: nothing, exact moments, accumulation and clipping, speed, full-parameter training
+    keys: Mapping[str, str]
+
+    @property
+    def bf16(self) -> bool:
+        return self.keys["dtype"] == "bfloat16"
+
+    @property
+    def lora(self) -> bool:
+        return "use_peft" in self.keys
+
+
+_STREAMED = {"max_grad_norm": "0"}
+RECIPES = (
+    Recipe("fp32 AdamW", 0, {"dtype": "float32"}),
+    Recipe("bf16, fp32 master", 0, {"dtype": "bfloat16", "optim": "adamw_fp32_master"}),
+    Recipe("bf16, 8-bit AdamW", 1, {"dtype": "bfloat16", "optim": "adamw_torch_8bit"}),
+    Recipe("  + in backward", 2,
+           {"dtype": "bfloat16", "optim": "adamw_torch_8bit", "optim_in_backward": "true"} | _STREAMED),
+    Recipe("bf16, states on host", 3, {"dtype": "bfloat16", "optim": "adamw_offload"} | _STREAMED),
+    Recipe("LoRA on bf16", 4, {"dtype": "bfloat16", "use_peft": "true"}),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Terms:
+    """Bytes of one recipe on the GPU, and in host memory."""
+
+    recipe: Recipe
+    kind: str  # gradient_checkpointing
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    work: int
+    host: int
+    context: int = int(CONTEXT)
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer + self.activations + self.work + self.context
+
+    @property
+    def keys(self) -> dict[str, str]:
+        return {**self.recipe.keys, "gradient_checkpointing": self.kind}
+
+
+def terms(sizes: Sizes, recipe: Recipe, kind: str, memory_budget: int | None = None) -> Terms:
+    """The terms of `recipe`. memory_budget: bytes of workspace for the LM head, None: its default."""
+    s, keys, size = sizes, recipe.keys, 2 if recipe.bf16 else 4
+    acts = (s.lora if recipe.lora else s.full)[kind]
+    trained = s.adapters if recipe.lora else s.parameters
+    grad_size = 4 if recipe.lora else size
+    weights = size * s.parameters + (2 * s.matrices if not recipe.bf16 else 0) + 4 * s.adapters * recipe.lora
+    optim = keys.get("optim", "adamw_torch_fused")
+    state, host, step = {
+        "adamw_torch_fused": (8 * trained, 0, 0),
+        "adamw_fp32_master": (10 * trained, 0, STEP_BYTES),
+        "adamw_torch_8bit": (trained * (2 + 8 / 256), 0, 0),
+        "adamw_offload": (0, 14 * trained, 0),
+    }[optim]
+    gradients = grad_size * trained
+    if "optim_in_backward" in keys:
+        gradients = grad_size * s.largest
+    elif optim == "adamw_offload":
+        gradients = 2 * grad_size * s.largest  # one on its way to the host while the next is made
+    kept = acts.kept * (1 if recipe.bf16 or kind not in ("full", "offload") else 2)  # autocast: fp32 between layers
+    if kind == "offload":
+        kept, host = 0, host + kept
+    head = head_bytes(s, frozen=recipe.lora, grad_size=size, memory_budget=memory_budget)
+    return Terms(recipe, kind, weights, gradients, int(state), kept, max(acts.work, head, step), int(host))
+
+
+def head_bytes(sizes: Sizes, *, frozen: bool, grad_size: int, memory_budget: int | None) -> int:
+    """The LM head's pass if every token is scored: plan's bytes, the rows it reads and their gradient."""
+    lengths = (512,) * (sizes.tokens // 512) + ((sizes.tokens % 512,) if sizes.tokens % 512 else ())
+    problem = Problem(
+        lengths=lengths, hidden=sizes.hidden, vocab=sizes.vocab, grad_itemsize=grad_size,
+        needs_weight_grad=not frozen, coupling="sequence", scratches=1, cast_weight=grad_size == 4, device="cuda",
+    )  # fmt: skip
+    return plan(problem, memory_budget).bytes + 2 * 2 * sizes.tokens * sizes.hidden
+
+
+# ---- the table -------------------------------------------------------------------------------------------------------
+
+
+def choose(sizes: Sizes, gpu_bytes: int, memory_budget: int | None = None) -> tuple[list[Terms], Terms | None]:
+    """All recipes with all kinds of checkpointing, and of those that fit the one that gives up least: in its recipe,
+    then in copies of activations to the host and back, then in what is made again."""
+    found = [
+        terms(sizes, recipe, kind, memory_budget)
+        for recipe in RECIPES
+        for kind in KINDS
+        if sizes.lora or not recipe.lora
+    ]
+    fitting = [t for t in found if t.total <= gpu_bytes]
+    return found, min(fitting, key=lambda t: (t.recipe.cost, t.kind == "offload"), default=None)
+
+
+def plan_text(model: str, sizes: Sizes, gpu_gib: float, memory_budget: int | None = None) -> str:
+    """The table of terms, and the command line of the best recipe that fits."""
+    found, best = choose(sizes, int(gpu_gib * GIB), memory_budget)
+    names = ("weights", "gradients", "optimiser", "activations", "work", "context", "total", "host")
+    lines = [
+        f"{model}: {sizes.parameters / 1e9:.2f}B parameters, {sizes.tokens:,} tokens a micro-batch; GiB on the "
+        "GPU, and in host memory",
+        f"{'recipe':21}{'checkpointing':14}" + "".join(f"{name:>{len(name) + 2}}" for name in names) + "  ",
+    ]
+    for t in found:
+        parts = (t.weights, t.gradients, t.optimizer, t.activations, t.work, t.context, t.total, t.host)
+        cells = "".join(f"{part / GIB:{len(name) + 2}.1f}" for name, part in zip(names, parts))
+        fits = "best" if t is best else "fits" if t.total <= gpu_gib * GIB else ""
+        lines.append(f"{t.recipe.label if t.kind == KINDS[0] else '':21}{t.kind:14}{cells}  {fits}".rstrip())
+    if sizes.no_lora:
+        lines.append(f"without LoRA: {sizes.no_lora}")
+    if best is None:
+        lines.append(f"nothing fits {gpu_gib:g} GiB: take fewer --max-tokens, a larger GPU, or several")
+        return "\n".join(lines)
+    keys = " ".join(f"{key}={value}" for key, value in best.keys.items())
+    host = f" (and {best.host / GIB:.0f} GiB of host memory)" if best.host else ""
+    lines.append(f"best for {gpu_gib:g} GiB{host}:")
+    lines.append(f"  fastpref train CONFIG.yaml model_name_or_path={model} {keys}")
+    return "\n".join(lines)
+
+
+# ---- sizes of a model ------------------------------------------------------------------------------------------------
+
+
+def load_sizes(model: str, tokens: int, lora_r: int = 16, revision: str = "main") -> Sizes:
+    """From a hub id (its config.json alone is read) or a local folder. Raises UserError for one that cannot be."""
+    try:
+        config = AutoConfig.from_pretrained(model, revision=revision)
+    except Exception as error:  # no file, no network, no permission, an unknown model type: each its own kind
+        where = "no usable config.json" if Path(model).is_dir() else "no folder, and not to be had from the hub"
+        raise UserError(f"--model {model}: {where} ({_first_line(error)})") from None
+    return measure(config, tokens, lora_r)
+
+
+def measure(config: Any, tokens: int, lora_r: int = 16) -> Sizes:
+    """Sizes of the causal LM that `config` describes; activations of `tokens` tokens in bf16."""
+    model = _on_meta(config)
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Linear):
+        raise UserError(f"{type(model).__name__}: its LM head is {type(head).__name__}; fastpref takes a linear layer")
+    linear = {id(m.weight): m.weight for m in model.modules() if isinstance(m, nn.Linear)}
+    counts = [p.numel() for p in model.parameters()]
+    full = _by_kind(model, tokens)
+    adapters, lora, no_lora = 0, {}, ""
+    try:
+        import peft
+
+        settings = peft.LoraConfig(task_type="CAUSAL_LM", r=lora_r, lora_dropout=0.05, target_modules="all-linear")
+        with torch.device("meta"):
+            adapted = peft.get_peft_model(_on_meta(config), settings)
+        adapters = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+        lora = _by_kind(adapted.get_base_model(), tokens)
+    except ImportError:
+        no_lora = "it needs peft (pip install peft)"
+    except (ValueError, TypeError, RuntimeError) as error:  # what peft does not adapt, a mixture's experts say
+        no_lora = _first_line(error)
+    return Sizes(
+        parameters=sum(counts), matrices=sum(w.numel() for w in linear.values()), largest=max(counts),
+        hidden=head.in_features, vocab=head.out_features, adapters=adapters, tokens=tokens, full=full, lora=lora,
+        no_lora=no_lora,
+    )  # fmt: skip
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def _by_kind(model: Any, tokens: int) -> dict[str, Activations]:
+    try:
+        found = {kind: _activations(model, tokens, kind) for kind in KINDS[:-1]}
+    except UserError:
+        raise
+    except Exception as error:  # code that looks at values, which the meta device has none of
+        what = type(model).__name__
+        raise UserError(f"{what}: its activations cannot be counted without data ({_first_line(error)})") from None
+    return found | {"offload": found["full"]}  # the same tensors, elsewhere
+
+
+def _on_meta(config: Any) -> Any:
+    AttentionInterface.register(ATTENTION, _attention)
+    with torch.device("meta"):
+        try:
+            return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation=ATTENTION)
+        except ValueError as error:
+            raise UserError(f"{config.model_type}: no causal language model ({_first_line(error)})") from None
+
+
+@library.custom_op("fastpref::counted_attention", mutates_args=())
+def _counted_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """What a flash kernel gives: q, k, v [B, heads, T, d] -> output [B, T, heads, d], log-sum-exp [B, heads, T]."""
+    raise NotImplementedError("memory is counted on the meta device")
+
+
+@_counted_attention.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    batch, heads, tokens, _ = q.shape
+    return q.new_empty(batch, tokens, heads, v.shape[-1]), q.new_empty(batch, heads, tokens, dtype=torch.float32)
+
+
+def _keep(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs, *output)
+
+
+def _attention_backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor, ...]:
+    q, k, v, _, lse = ctx.saved_tensors
+    sums = (torch.empty_like(q, dtype=torch.float32), torch.empty_like(lse))  # dq adds up in fp32; rows of dO * O
+    found = tuple(torch.empty_like(part) for part in (q, k, v))
+    del sums
+    return found
+
+
+_counted_attention.register_autograd(_attention_backward, setup_context=_keep)
+
+
+def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any) -> Any:
+    return _counted_attention(query, key, value)[0], None
+
+
+class _Live(TorchDispatchMode):
+    """Bytes of the storages made under it and alive, now and at most."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self.seen: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        inputs = [a.untyped_storage() for a in args if isinstance(a, Tensor)]
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                if storage not in self.seen and all(storage is not other for other in inputs):
+                    self.add(storage)
+        return out
+
+    def add(self, storage: Any) -> None:
+        self.seen.add(storage)
+        size = storage.nbytes()
+        self.now += size
+        self.most = max(self.most, self.now)
+        weakref.finalize(storage, self.gone, size)
+
+    def gone(self, size: int) -> None:
+        self.now -= size
+
+
+def _activations(model: Any, tokens: int, kind: str) -> Activations:
+    """Of the trunk's passes over `tokens` tokens in one row."""
+    disable = getattr(model, "activation_checkpointing_disable", None) or model.gradient_checkpointing_disable
+    disable()
+    if kind != "none":
+        enable_checkpointing(model, kind)
+    model.train()
+    return count(model, torch.zeros(1, tokens, dtype=torch.int64, device="meta"))
+
+
+def count(model: Any, ids: Tensor) -> Activations:
+    """Runs the trunk of `model` forward and backward, gradients of weights leaving as they come."""
+    hooks = [
+        p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+        for p in model.parameters()
+        if p.requires_grad
+    ]
+    try:
+        with _Live() as live:
+            hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+            kept = live.now
+            live.most = 0
+            hidden.backward(torch.empty_like(hidden))
+        return Activations(kept, live.most - kept)
+    finally:
+        for hook in hooks:
+            hook.remove()

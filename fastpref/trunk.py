@@ -1,0 +1,340 @@
+"""A transformers causal language model taken apart into its trunk and its LM head, so that no logits are ever built.
+
+    hidden = trunk(input_ids)                                    [B, L, H], the last norm included
+    logits = softcap(logit_scale * (hidden W^T + b))             what the fused head computes, row by row
+
+Nothing here knows a model family: trunk and head are asked for by transformers' own names, scale and softcap are read
+from the configuration, and all of it is proven on a few tokens against the model's own logits.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# What configurations say about the logits. The names do not settle what is done with the number, nor whether before or
+# behind the head (Granite divides logits by logits_scaling, MiniCPM3 hidden states, HyperCLOVA X multiplies; MPT has a
+# logit_scale and ignores it), so that each stands for the factors it may mean, the usual one first; the proof decides.
+_FACTORS: dict[str, Callable[[float, Any], tuple[float, ...]]] = {
+    "logit_scale": lambda value, _: (value, 1.0),  # Cohere
+    "logits_scaling": lambda value, _: (1 / value, value, 1.0),  # Granite, HyperCLOVA X, MiniCPM3
+    "lm_head_multiplier": lambda value, _: (value, 1.0),  # Falcon-H1
+    "output_multiplier": lambda value, _: (value, 1.0),  # maximal-update parametrisations
+    "logits_mup_width_multiplier": lambda value, _: (1 / value, 1.0),
+    "dim_model_base": lambda value, config: (value / config.hidden_size, 1.0),  # MiniCPM
+}
+_SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap")  # Gemma 2, RecurrentGemma
+
+
+@dataclass(frozen=True)
+class Head:
+    """An LM head and what the model does with its logits."""
+
+    module: nn.Module
+    softcap: float | None = None
+    logit_scale: float = 1.0
+
+    def operands(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(hidden, weight, bias) whose product hidden weight^T + bias [..., V] is what the module computes. See
+        `linear_operands`."""
+        return linear_operands(self.module, hidden)
+
+    @property
+    def weight(self) -> Tensor:
+        """[V, H] of a plain head."""
+        return _plain(self.module)[0]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """[V] of a plain head that has one."""
+        return _plain(self.module)[1]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What `take_apart` finds. model: without DDP, torch.compile or PEFT around it."""
+
+    model: Any
+    trunk: Any
+    head: Head
+
+
+def take_apart(model: Any) -> Parts:
+    """Trunk and head of a transformers causal LM, or of a PeftModel around one, proven on a few tokens to give the
+    model's own logits: two forward passes of at most 24 tokens. A model without weights to run (on the meta device, or
+    sharded) is taken apart without proof, if its configuration leaves no doubt.
+
+    Raises:
+        ValueError: no trunk, no linear LM head, or logits that come about in another way; with what was looked for.
+    """
+    inner = unwrap(model)
+    module = head_of(inner)
+    trunk = getattr(inner, "base_model", None)
+    if trunk is None or trunk is inner:
+        raise ValueError(f"{type(inner).__name__}: has no trunk apart from its LM head (looked for .base_model)")
+    candidates = list(_logit_maths(inner))
+    if not _runs(inner):
+        return Parts(inner, trunk, Head(module, *_undoubted(inner, candidates)))
+    with torch.no_grad(), evaluating(inner):
+        ids = _some_tokens(inner, module)
+        expected = inner(input_ids=ids, use_cache=False).logits
+        behind = torch.cat((ids, ids.flip(1)), dim=1)  # must not change what comes before: right padding
+        hidden = trunk(input_ids=behind, use_cache=False).last_hidden_state[:, : ids.shape[1]]
+        z = F.linear(*linear_operands(module, hidden))
+    return Parts(inner, trunk, Head(module, *_settled(inner, z, expected, candidates)))
+
+
+def logit_maths(model: Any) -> tuple[float | None, float]:
+    """(softcap, logit_scale) of what `model` does with its LM head's output, proven on a few tokens: one forward pass.
+
+    The same as in `take_apart`, for who reads hidden states at the head's door instead of running the trunk.
+    """
+    inner = unwrap(model)
+    module = head_of(inner)
+    candidates = list(_logit_maths(inner))
+    if not _runs(inner):
+        return _undoubted(inner, candidates)
+    seen: list[Tensor] = []
+    watch = module.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    try:
+        with torch.no_grad(), evaluating(inner):
+            ids = _some_tokens(inner, module)
+            expected = inner(input_ids=ids, use_cache=False).logits
+            if len(seen) != 1:
+                raise ValueError(f"{type(inner).__name__}: calls its LM head {len(seen)} times in one forward pass")
+            z = F.linear(*linear_operands(module, seen[0]))
+    finally:
+        watch.remove()
+    return _settled(inner, z, expected, candidates)
+
+
+def unwrap(model: Any) -> Any:
+    """The transformers model inside DDP, torch.compile, a PeftModel."""
+    while True:
+        inside = getattr(model, "_modules", {})
+        if "_orig_mod" in inside:  # torch.compile
+            model = inside["_orig_mod"]
+        elif "module" in inside and not hasattr(type(model), "get_output_embeddings"):  # DDP, FSDP 1, DeepSpeed
+            model = inside["module"]
+        elif hasattr(model, "get_base_model"):  # PEFT
+            model = model.get_base_model()
+        else:
+            return model
+
+
+def head_of(inner: Any) -> nn.Module:
+    """The LM head of a transformers model; ValueError if it is nothing that the fused head can compute."""
+    what = type(inner).__name__
+    if not hasattr(inner, "get_output_embeddings"):
+        raise ValueError(f"{what}: not a transformers model (looked for .get_output_embeddings())")
+    module = inner.get_output_embeddings()
+    if module is None:
+        raise ValueError(f"{what}: its LM head is none (looked for .get_output_embeddings())")
+    try:
+        _check(module)
+    except ValueError as error:
+        raise ValueError(f"{what}: {error}") from None
+    return module
+
+
+def check_vocabulary(model: Any, tokenizer: Any) -> None:
+    """ValueError if the tokenizer has ids that the LM head has no row for."""
+    inner = unwrap(model)
+    size = _base(head_of(inner)).out_features
+    if len(tokenizer) > size:
+        what = type(inner).__name__
+        raise ValueError(f"{what}: its vocabulary of {size} is smaller than the tokenizer's {len(tokenizer)}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The head's module: a linear layer, or PEFT's around one
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def linear_operands(module: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(hidden, weight, bias) with hidden weight^T + bias = module(hidden), differentiable in all parameters.
+
+    LoRA on the head, z = x W^T + s D(x) A^T B^T, is one product over H + r columns: [x, s D(x) A^T] [W, B]^T. So its
+    log-probs, its dropout D and the gradients of A and B are exact, with W never rounded to W + s B A. It costs a copy
+    of W, and the third GEMM although W is frozen, because [W, B] is not.
+
+    Raises:
+        ValueError: an empty shard (ZeRO-3), sharded hidden states, or a module whose product is another.
+    """
+    _check(module)
+    if hasattr(hidden, "full_tensor"):
+        raise ValueError("hidden is a DTensor (sequence parallelism?); it takes a tensor that is whole on each rank")
+    if _is_modules_to_save(module):
+        return linear_operands(_active_copy(module), hidden)
+    if not _is_lora(module):
+        weight, bias = _plain(module)
+        return hidden, weight, bias
+    base: Any = module
+    weight, bias = _plain(base.base_layer)
+    if base.disable_adapters or base.merged:
+        return hidden, weight, bias
+    inputs, columns = [hidden], [weight]
+    for name in base.active_adapters:
+        if name in base.lora_A:
+            a, b = base.lora_A[name], base.lora_B[name]
+            x = base.lora_dropout[name](hidden).to(a.weight.dtype)
+            inputs.append((base.scaling[name] * F.linear(x, a.weight)).to(hidden.dtype))
+            columns.append(b.weight.to(weight.dtype))
+            if b.bias is not None:
+                extra = base.scaling[name] * b.bias
+                bias = extra if bias is None else bias + extra
+    return torch.cat(inputs, dim=-1), torch.cat(columns, dim=1), bias
+
+
+def _check(module: nn.Module) -> None:
+    if _is_modules_to_save(module):
+        return _check(_active_copy(module))
+    base = _base(module)
+    found = f"its LM head is {type(module).__module__}.{type(module).__qualname__}"
+    if module is not base:  # LoRA
+        lora: Any = module
+        variants = {
+            *getattr(lora, "lora_variant", {}),
+            *(name for name, on in getattr(lora, "use_dora", {}).items() if on),
+        }
+        if variants.intersection(lora.active_adapters):
+            raise ValueError(f"{found} with a variant of LoRA (DoRA, ...); the fused head takes plain LoRA: leave the "
+                             "LM head out of target_modules")  # fmt: skip
+    # Subclasses with another forward compute something else (quantised weights, ...); FSDP's own ones keep it.
+    if not isinstance(base, nn.Linear) or type(base).forward is not nn.Linear.forward:
+        hint = "; leave the LM head out of target_modules" if "peft" in type(module).__module__ else ""
+        raise ValueError(f"{found}, the fused head takes a torch.nn.Linear (or LoRA around one){hint}")
+
+
+def _base(module: Any) -> Any:
+    """The linear layer inside PEFT's."""
+    if _is_modules_to_save(module):
+        return _base(_active_copy(module))
+    return _base(module.base_layer) if _is_lora(module) else module
+
+
+def _is_lora(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("peft.tuners.lora") and hasattr(module, "base_layer")
+
+
+def _is_modules_to_save(module: nn.Module) -> bool:
+    return type(module).__name__ == "ModulesToSaveWrapper"
+
+
+def _active_copy(module: Any) -> nn.Module:
+    if module.disable_adapters or not module.active_adapters:
+        return module.original_module
+    return module.modules_to_save[module.active_adapters[0]]
+
+
+def _plain(module: nn.Module) -> tuple[Tensor, Tensor | None]:
+    weight, bias = _base(module).weight, _base(module).bias
+    return _whole(weight, "weight"), None if bias is None else _whole(bias, "bias")
+
+
+def _whole(parameter: Tensor, name: str) -> Tensor:
+    if hasattr(parameter, "ds_id"):
+        raise ValueError(f"the LM head's {name} is partitioned by DeepSpeed ZeRO-3; use FSDP2, or ZeRO-2 or below")
+    if parameter.numel() == 0:
+        raise ValueError(
+            f"the LM head's {name} is an empty shard {tuple(parameter.shape)}: call the wrapped model, whose forward "
+            "gathers it, and not the module inside"
+        )
+    if hasattr(parameter, "full_tensor"):
+        # A DTensor. FSDP2's are gathered by its hooks before the head's forward; what is left is tensor-parallel, where
+        # every rank has the same hidden rows, so the gradient of the whole is the same everywhere and each keeps its
+        # part. Each rank holds all of W and dW while the head works: V * H * (2 to 4) bytes twice.
+        return parameter.full_tensor()
+    return parameter
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is done with the logits, and its proof
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _logit_maths(inner: Any) -> Iterator[tuple[float | None, float]]:
+    """(softcap, logit_scale) that the configuration may mean, the likeliest first, each once."""
+    config = inner.config.get_text_config()
+    softcap = next((float(cap) for cap in (getattr(config, name, None) for name in _SOFTCAPS) if cap), None)
+    given = [(meaning, getattr(config, name, None)) for name, meaning in _FACTORS.items()]
+    choices = [meaning(float(value), config) for meaning, value in given if isinstance(value, int | float) and value]
+    seen = set()
+    for chosen in itertools.product(*choices):
+        scale = float(torch.tensor(chosen, dtype=torch.float64).prod()) if chosen else 1.0
+        if scale > 0 and scale not in seen:
+            seen.add(scale)
+            yield softcap, scale
+
+
+def _settled(
+    inner: Any, z: Tensor, expected: Tensor, candidates: list[tuple[float | None, float]]
+) -> tuple[float | None, float]:
+    """The first candidate that makes `expected` of the head's output z, both [1, L, V]."""
+    what = type(inner).__name__
+    if z.shape != expected.shape:
+        raise ValueError(f"{what}: its LM head gives {z.shape[-1]} logits a token, of which it returns "
+                         f"{expected.shape[-1]}; the fused head takes them all")  # fmt: skip
+    # 16-bit models round the logits once or twice on the way, and the second pass has another length.
+    tolerance = 1e-3 if z.dtype in (torch.float32, torch.float64) else 3e-2
+    z, expected = z.double(), expected.double()
+    if not expected.any():  # an LM head of zeros would prove anything
+        return _undoubted(inner, candidates)
+    errors = []
+    for softcap, scale in candidates:
+        logits = scale * z
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        errors.append(float((logits - expected).abs().max() / expected.abs().max().clamp(min=1e-6)))
+        if errors[-1] < tolerance:
+            return softcap, scale
+    names = ", ".join((*_FACTORS, *_SOFTCAPS))
+    raise ValueError(
+        f"{what}: trunk and LM head do not give its logits (relative difference {min(errors):.1g}); it computes them "
+        f"in a way that the fused head does not know (looked for {names} in its config), or does not attend causally"
+    )
+
+
+def _undoubted(inner: Any, candidates: list[tuple[float | None, float]]) -> tuple[float | None, float]:
+    if len(candidates) > 1:
+        scales = " or ".join(f"{scale:g}" for _, scale in candidates)
+        raise ValueError(
+            f"{type(inner).__name__}: its config may mean a logit scale of {scales}, which only a forward pass with "
+            "weights can tell; take it apart before it is sharded"
+        )
+    return candidates[0]
+
+
+def _runs(inner: nn.Module) -> bool:
+    """Whether this process alone can run the model: its weights are real and whole."""
+    return all(
+        not p.is_meta and p.numel() > 0 and not hasattr(p, "full_tensor") and not hasattr(p, "ds_id")
+        for p in inner.parameters()
+    )
+
+
+def _some_tokens(inner: Any, module: nn.Module) -> Tensor:
+    """[1, 12] ids that both the embedding and the head have."""
+    embedding = inner.get_input_embeddings()
+    count = min(_base(module).out_features, getattr(embedding, "num_embeddings", 1 << 62))
+    device = next(embedding.parameters()).device
+    return torch.randint(count, (1, 12), generator=torch.Generator().manual_seed(0)).to(device)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """No dropout; every module's mode as it was afterwards."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
