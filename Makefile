@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/pip --disable-pip-version-check install --quiet --constraint constraints.txt
 BUILD  := setup.py CMakeLists.txt pyproject.toml constraints.txt $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: quickstart test test-slow gpu-check lint clean
+.PHONY: quickstart test test-slow gpu-check readme-bench lint docs clean
 
 # Editable, so that a change of Python needs no second install. Without isolation: torch is no build requirement, and the
 # pinned cmake, ninja and pybind11 are the ones that build.
@@ -35,9 +35,23 @@ test-slow: $(VENV)/installed-tests
 gpu-check:
 	PYTHON=$(PYTHON) bench/gpu_check.sh
 
+# README.md's results, from the rows in bench/results.
+readme-bench: $(VENV)/installed-tests
+	$(BIN)/python -m bench readme
+
 lint: $(VENV)/installed-tests
 	$(BIN)/ruff check .
 	$(BIN)/mypy fastpref
+
+$(VENV)/installed-docs: $(VENV)/installed
+	$(PIP) --no-build-isolation --editable '.[docs]'
+	@touch $@
+
+# The pages are Markdown and read well as they are; this makes a site of them, in build/site.
+docs: $(VENV)/installed-docs
+	$(BIN)/python docs/config_tables.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo build/site/index.html
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info fastpref/_native*.so

@@ -1,1 +1,1 @@
-"""Microbenchmarks. Protocol: README.md; `python -m bench.head_cpu`, `python -m bench.head_gpu`."""
+"""Microbenchmarks. Protocol: README.md; commands: `fastpref bench`, which is `python -m bench`."""

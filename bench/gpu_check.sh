@@ -5,7 +5,8 @@
 #
 #   PYTHON  python3        OUT  bench/results        SECONDS_IN_ALL  470
 #
-# Writes OUT/<date>-<device>-head.json (rows as bench/README.md says) and OUT/<date>-<device>-head.log.
+# Writes OUT/<date>-<device>-head.json (rows as bench/README.md says; the same revision goes on in the same file), its
+# plots in OUT/plots where matplotlib is installed, and OUT/<date>-<device>-head.log.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3} OUT=${OUT:-bench/results} SECONDS_IN_ALL=${SECONDS_IN_ALL:-470}
@@ -47,9 +48,9 @@ else
     echo "== compute-sanitizer is not on PATH: memcheck and racecheck left out"
 fi
 # Its cells stand in the order of their importance; what the time does not reach is recorded as skipped.
-step benchmark "$(left 470)" "$PYTHON" -m bench.head_gpu --output "$name.json" --seconds "$(($(left 470) - 25))"
+step benchmark "$(left 470)" "$PYTHON" -m bench head --device cuda --output "$OUT" --seconds "$(($(left 470) - 25))"
 
-echo "gpu-check: $SECONDS s; $name.json, $name.log"
+echo "gpu-check: $SECONDS s; rows as said above, $name.log"
 if [ ${#failed[@]} -gt 0 ]; then
     echo "gpu-check: failed: ${failed[*]}"
     exit 1

@@ -1,4 +1,4 @@
-"""Common parts of the benchmarks: check, interleaved timing, peak memory, rows of the result, tables, gates.
+"""Common parts of the benchmarks: check, interleaved timing, peak memory, tables.
 
 The protocol is in README.md; this file is where it happens.
 """
@@ -7,19 +7,14 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import importlib.metadata
-import json
 import math
 import os
-import platform
 import statistics
-import subprocess
 import time
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Generic, NamedTuple, TypeVar
 
@@ -29,146 +24,19 @@ from rich.table import Table
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-import fastpref
-
 from .peers import MIB, Implementation, Result
 from .problem import DTYPES, Batch, Shape, Truth, make_batch, relative
+from .records import Row, clock_mhz, label
 
 # The profiler, which counts CPU memory below, announces itself on stderr each time unless this is set before.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
-SCHEMA = 1
 GEMMS_OF = {"forward": 1, "frozen": 2, "step": 3}
 
 # What a result may be off by and still count as the right one. Not a measure of quality (the errors themselves are in
 # the rows): bf16 logits of size 20 are rounded by 0.06.
 LOGP_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.25}  # nats: a token, or a sequence's mean
 GRAD_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.05}  # relative Frobenius norm
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Rows of the result
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Row:
-    """One implementation in one cell: a line of the table, an object of the JSON list. None: not measured."""
-
-    impl: str
-    op: str  # "step": gradients of hidden and weight; "frozen": of hidden; "forward": none
-    loss: str
-    N: int  # scored rows
-    H: int
-    V: int
-    dtype: str
-    status: str = "ok"  # "wrong": not timed; "error", "missing", "skipped": see note
-    note: str = ""
-    version: str = ""
-    backend: str | None = None  # fastpref's row kernels
-    logits_dtype: str = ""
-    budget_mib: float | None = None
-    prompt_share: float = 0.0
-    softcap: float | None = None
-    pairs: int = 0
-    gemms: float | None = None  # GEMMs over N rows it does
-    rounds: int = 0
-    ms_median: float | None = None
-    ms_p10: float | None = None
-    ms_p90: float | None = None
-    ms_gemm: float | None = None  # median of the bare GEMMs (3, 2 or 1 by op) in the same rounds
-    ratio: float | None = None  # median over rounds of time / time of the GEMMs of that round
-    peak_extra_mib: float | None = None  # torch's allocator, beyond what is there after the call
-    peak_rss_mib: float | None = None  # CPU: the process's high-water mark, likewise
-    plan_mib: float | None = None
-    logp_max_err: float | None = None  # nats, worst token; where only sequences are shown, worst sequence / its length
-    logp_err_of: str = ""  # "token" or "sequence"
-    dx_rel_err: float | None = None
-    dw_rel_err: float | None = None
-    loss_err: float | None = None
-
-
-def environment(device: torch.device) -> dict[str, object]:
-    """What a row must say about where it comes from."""
-    cuda = device.type == "cuda"
-    return {
-        "schema": SCHEMA,
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "device": torch.cuda.get_device_name(device) if cuda else _cpu_model(),
-        "driver": _driver() if cuda else None,
-        "cpu": _cpu_model(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "triton": _version("triton"),
-        "fastpref": fastpref.__version__,
-        "revision": _revision(),
-    }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _output_of(*command: str) -> str | None:
-    try:
-        found = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return found.stdout.strip()
-
-
-def _driver() -> str | None:
-    found = _output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-    return found.splitlines()[0] if found else None
-
-
-def _revision() -> str | None:
-    """Git revision of this checkout, "+" if it differs from it."""
-    here = str(Path(__file__).parent)
-    revision = _output_of("git", "-C", here, "rev-parse", "--short=12", "HEAD")
-    if revision and _output_of("git", "-C", here, "status", "--porcelain", "--untracked-files=no"):
-        revision += "+"
-    return revision
-
-
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-class Results:
-    """Rows so far, on disk after every cell: an interrupted run keeps what it has."""
-
-    def __init__(self, path: Path | None, device: torch.device) -> None:
-        self.path, self.environment, self.rows = path, environment(device), list[Row]()
-        if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-
-    def add(self, rows: Iterable[Row]) -> None:
-        self.rows.extend(rows)
-        if self.path is not None:
-            partial = self.path.with_suffix(self.path.suffix + ".partial")
-            plain = [_plain(self.environment | asdict(row)) for row in self.rows]
-            partial.write_text(json.dumps(plain, indent=1) + "\n")
-            os.replace(partial, self.path)
-
-
-def _plain(row: dict[str, object]) -> dict[str, object]:
-    """Six digits; JSON has no inf and no NaN."""
-
-    def plain(value: object) -> object:
-        if not isinstance(value, float):
-            return value
-        return float(f"{value:.6g}") if math.isfinite(value) else str(value)
-
-    return {name: plain(value) for name, value in row.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -181,16 +49,23 @@ class Cell(NamedTuple):
     dtype: str
     op: str
     loss: str
+    benchmark: str = "head"
 
     def row(self, implementation: Implementation, device: str) -> Row:
+        """Still to be measured; "skipped" where no schedule fits its budget."""
         dtype = DTYPES[self.dtype]
         row = self.gap(implementation.name, "ok", "")
         row.version, row.backend = implementation.version, implementation.backend
         row.gemms = implementation.gemms(self.shape, self.op)
         row.logits_dtype = implementation.logits_dtype(dtype, device) if implementation.logits_dtype else self.dtype
         if implementation.plan is not None:
-            plan = implementation.plan(self.shape, self.op, self.loss, dtype, device)
-            row.budget_mib, row.plan_mib, row.gemms = plan.budget / MIB, plan.bytes / MIB, plan.gemms
+            try:
+                plan = implementation.plan(self.shape, self.op, self.loss, dtype, device)
+            except ValueError as error:  # the budget is below what any schedule needs
+                row.status, row.note = "skipped", str(error)
+                row.budget_mib = None if implementation.budget is None else implementation.budget / MIB
+            else:
+                row.budget_mib, row.plan_mib, row.gemms = plan.budget / MIB, plan.bytes / MIB, plan.gemms
         return row
 
     def gap(self, name: str, status: str, note: str) -> Row:
@@ -198,22 +73,32 @@ class Cell(NamedTuple):
         s = self.shape
         return Row(
             name, self.op, self.loss, s.rows, s.hidden, s.vocab, self.dtype, status, note, logits_dtype=self.dtype,
-            prompt_share=s.prompt_share, softcap=s.softcap, pairs=s.pairs,
+            prompt_share=s.prompt_share, softcap=s.softcap, pairs=s.pairs, logits=s.logits, benchmark=self.benchmark,
         )  # fmt: skip
 
     def __str__(self) -> str:
         return f"{self.loss} {self.op}, {self.dtype}, {self.shape}"
 
 
-class Gemms:
-    """The bare GEMMs of an op into buffers that exist, in the inputs' dtype."""
+GEMM_BYTES = 8 * 2**30  # of logits, and as much of residuals
 
-    def __init__(self, batch: Batch, op: str) -> None:
+
+class Gemms:
+    """The bare GEMMs of an op into buffers that exist, in the inputs' dtype.
+
+    Where N x V logits are beyond `most_bytes`: in equal blocks of rows, dW added up.
+    """
+
+    def __init__(self, batch: Batch, op: str, most_bytes: int = GEMM_BYTES) -> None:
         self.op, self.weight, self.x = op, batch.weight.detach(), batch.rows().detach().contiguous()
-        self.logits = self.x.new_empty(batch.shape.rows, batch.shape.vocab)
+        vocab = batch.shape.vocab
+        blocks = -(-len(self.x) * vocab * self.x.itemsize // most_bytes)
+        self.blocks = self.x.chunk(blocks)
+        first = self.blocks[0]
+        self.logits = self.x.new_empty(len(first), vocab)
         if op != "forward":
             # Operands like the real ones: a GPU's clock depends on the bits that it multiplies.
-            torch.mm(self.x, self.weight.t(), out=self.logits)
+            torch.mm(first, self.weight.t(), out=self.logits)
             self.residuals = torch.empty_like(self.logits)
             for rows, out in zip(self.logits.split(256), self.residuals.split(256)):
                 out.copy_(torch.softmax(rows.float(), 1).neg_())
@@ -222,11 +107,16 @@ class Gemms:
             self.dw = torch.empty_like(self.weight)
 
     def __call__(self) -> None:
-        torch.mm(self.x, self.weight.t(), out=self.logits)
-        if self.op != "forward":
-            torch.mm(self.residuals, self.weight, out=self.dx)
-        if self.op == "step":
-            torch.mm(self.residuals.t(), self.x, out=self.dw)
+        done = 0
+        for block in self.blocks:
+            logits = self.logits[: len(block)]
+            torch.mm(block, self.weight.t(), out=logits)
+            if self.op != "forward":
+                residuals = self.residuals[: len(block)]
+                torch.mm(residuals, self.weight, out=self.dx[done : done + len(block)])
+            if self.op == "step":
+                torch.addmm(self.dw, residuals.t(), block, beta=float(done > 0), out=self.dw)
+            done += len(block)
 
 
 def prepare(batch: Batch, op: str) -> None:
@@ -279,14 +169,26 @@ def watched(call: Callable[[], T], device: torch.device) -> Watched[T]:
     return Watched(result, peak - now, milliseconds)
 
 
-def check(implementation: Implementation, batch: Batch, truth: Truth, op: str, loss: str, row: Row) -> float:
-    """Runs it once, in ms; writes errors and memory into the row and marks it wrong if beyond the tolerance."""
+def check(
+    implementation: Implementation,
+    batch: Batch,
+    truth: Truth,
+    op: str,
+    loss: str,
+    row: Row,
+    tolerance: float = 1.0,
+) -> float:
+    """Runs it once, in ms; writes errors and memory into the row and marks it wrong if beyond the tolerance.
+
+    tolerance: times the usual one.
+    """
     prepare(batch, op)
     given = batch if implementation.references else batch.without_references()
     seen = watched(lambda: run(implementation, given, op, loss), batch.device)
     result, row.peak_extra_mib = seen.result, seen.extra_bytes / MIB
     expected = truth.gradients(loss, given)
-    logp_limit, grad_limit = LOGP_TOLERANCE[batch.weight.dtype], GRAD_TOLERANCE[batch.weight.dtype]
+    logp_limit = tolerance * LOGP_TOLERANCE[batch.weight.dtype]
+    grad_limit = tolerance * GRAD_TOLERANCE[batch.weight.dtype]
     wrong = []
 
     off = _largest(result.logps.detach().double() - truth.logps)
@@ -302,7 +204,8 @@ def check(implementation: Implementation, batch: Batch, truth: Truth, op: str, l
 
     # The loss may be off by what its log-probs are off by, twice for the second order.
     row.loss_err = _largest(result.loss.detach().double() - expected.loss)
-    if not row.loss_err <= 1e-3 * (1 + abs(float(expected.loss))) + 2 * off * float(expected.logps.abs().sum()):
+    loss_limit = tolerance * 1e-3 * (1 + abs(float(expected.loss))) + 2 * off * float(expected.logps.abs().sum())
+    if not row.loss_err <= loss_limit:
         wrong.append(f"loss off by {row.loss_err:.2g}")
 
     if op != "forward":
@@ -352,6 +255,16 @@ def keep_freed_memory() -> bool:
     return bool(mallopt(m_mmap_max, 0) and mallopt(m_trim_threshold, -1))
 
 
+def return_freed_memory() -> None:
+    """Between cells and checks, and before an allocation that failed is tried again: the heap, which no longer shrinks
+    by itself, keeps the gaps that every implementation leaves (N 1024, H 64, V 32000, half of it prompt: 2.4 GiB).
+    """
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (OSError, AttributeError):
+        pass
+
+
 def balanced_orders(count: int) -> list[list[int]]:
     """Orders of `count` things: each equally often in every place and after every other (Williams design)."""
     first = [0]
@@ -359,6 +272,54 @@ def balanced_orders(count: int) -> list[list[int]]:
         first.append((first[-1] + (step if step % 2 else -step)) % count)
     square = [[(place + shift) % count for place in first] for shift in range(count)]
     return square if count % 2 == 0 else [order for row in square for order in (row, row[::-1])]
+
+
+@contextmanager
+def memory_limit(device: torch.device) -> Iterator[None]:
+    """On a CPU an allocation beyond what is free fails, where it else would wake the kernel's OOM killer."""
+    free = free_bytes(device)
+    if device.type != "cpu" or free is None:
+        yield
+        return
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    mine = status_bytes("VmData")
+    resource.setrlimit(resource.RLIMIT_DATA, (mine + free, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, before)
+
+
+def status_bytes(name: str) -> int:
+    """A field of /proc/self/status."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name + ":"))
+    return int(line.split()[1]) * 1024
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """What can be allocated now; None where the system does not say. A container's own limit counts."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return None
+    group = Path("/sys/fs/cgroup")
+    try:
+        free = min(free, int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+    except (OSError, ValueError):  # no such files, or "max"
+        pass
+    return free
+
+
+def l2_flush(device: torch.device) -> Callable[[], None]:
+    """A call that leaves nothing of what was read or written before it in the L2 of a GPU."""
+    size = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 64 * MIB)
+    buffer = torch.empty(2 * size, dtype=torch.uint8, device=device)
+    return lambda: None if buffer.zero_() is None else None
 
 
 class Stopwatch:
@@ -388,6 +349,7 @@ class Stopwatch:
 
 
 WARM_SECONDS = 0.5
+CLOCK_SECONDS = 0.2  # nvidia-smi takes about half of them to answer
 
 
 class Contestant(NamedTuple):
@@ -405,11 +367,13 @@ def time_interleaved(
     slow: Sequence[bool] = (),
     deadline: float = math.inf,
     least: int = 3,
+    failed: Callable[[int, Exception], None] | None = None,
 ) -> list[dict[int, float]]:
     """For each contestant {round: ms}; every round runs all of them, in balanced order.
 
     slow: those that take part in `least` rounds only, spread evenly. deadline (time.monotonic): no further round begins
-    after it, once there were `least`.
+    after it, once there were `least`. failed: told of a contestant that raises, which takes part no more; None: raise.
+    Out of memory counts only when the gaps that others left were given back.
     """
     watch, found = Stopwatch(device), [dict[int, float]() for _ in contestants]
     if device.type == "cuda":  # clocks fall while the host checks results
@@ -418,41 +382,78 @@ def time_interleaved(
             contestants[0].call()
             torch.cuda.synchronize(device)
     orders = balanced_orders(len(contestants))
+    out = set[int]()
     slow_rounds = {round(i * (rounds - 1) / max(1, least - 1)) for i in range(min(least, rounds))}
     for number in range(rounds):
         if number >= least and time.monotonic() > deadline:
             break
         taking_part = [i for i in orders[number % len(orders)] if not (slow and slow[i]) or number in slow_rounds]
+        timed = []
         for i in taking_part:
-            contestants[i].before()
-            milliseconds = watch.time(contestants[i].call)
+            if i in out:
+                continue
+            try:
+                milliseconds = _once(contestants[i], watch)
+            except Exception as error:
+                if failed is None:
+                    raise
+                failed(i, error)
+                out.add(i)
+                continue
+            timed.append(i)
             if milliseconds is not None:
                 found[i][number] = milliseconds
         if device.type == "cuda":
-            for i, milliseconds in zip(taking_part, watch.read()):
+            for i, milliseconds in zip(timed, watch.read()):
                 found[i][number] = milliseconds
     return found
 
 
-def fill_times(row: Row, times: dict[int, float], gemms: dict[int, float]) -> None:
-    common = sorted(times.keys() & gemms.keys())
+def _once(contestant: Contestant, watch: Stopwatch) -> float | None:
+    try:
+        contestant.before()
+        return watch.time(contestant.call)
+    except Exception as error:
+        if told(error)[0] != "oom":
+            raise
+    gc.collect()
+    if watch.device.type == "cuda":
+        torch.cuda.empty_cache()
+    else:
+        return_freed_memory()
+    contestant.before()
+    return watch.time(contestant.call)
+
+
+def fill_times(row: Row, times: dict[int, float], limit: dict[int, float]) -> None:
+    """limit: times of what the row is compared with, in the same rounds."""
+    common = sorted(times.keys() & limit.keys())
     if not common:
         row.status, row.note = "skipped", "time budget"
         return
-    values = [times[number] for number in common]
+    row.ms_rounds = values = [times[number] for number in common]
+    row.limit_ms_rounds = [limit[number] for number in common]
     row.rounds = len(values)
     row.ms_median = statistics.median(values)
     tenths = statistics.quantiles(values, n=10, method="inclusive") if len(values) > 1 else values * 9
     row.ms_p10, row.ms_p90 = tenths[0], tenths[-1]
-    row.ms_gemm = statistics.median(gemms[number] for number in common)
-    row.ratio = statistics.median(times[number] / gemms[number] for number in common)
+    row.ms_limit = statistics.median(row.limit_ms_rounds)
+    row.ratio = statistics.median(times[number] / limit[number] for number in common)
 
 
-@lru_cache(maxsize=1)
+_inputs: dict[tuple[Shape, torch.dtype, torch.device], tuple[Batch, Truth]] = {}
+
+
 def inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> tuple[Batch, Truth]:
-    """Cells of one shape follow each other: inputs and truth are made once."""
-    batch = make_batch(shape, dtype, device)
-    return batch, Truth(batch)
+    """Cells of one shape follow each other: inputs and truth are made once, when the last ones are gone."""
+    key = shape, dtype, device
+    if key not in _inputs:
+        _inputs.clear()
+        if device.type == "cpu":
+            return_freed_memory()
+        batch = make_batch(shape, dtype, device)
+        _inputs[key] = batch, Truth(batch)
+    return _inputs[key]
 
 
 SLOW = 2.5  # times the GEMMs: then fewer rounds tell as much
@@ -466,19 +467,24 @@ def measure(
     rounds: int,
     least: int = 3,
     deadline: float = math.inf,
+    tolerance: float = 1.0,
     say: Callable[[str], None] = lambda _: None,
 ) -> list[Row]:
-    """Checks every implementation, then times those that are right. What fails becomes a row, and the run goes on."""
+    """Checks every implementation, then times those that are right. What fails becomes a row, and the run goes on.
+
+    tolerance: see `check`.
+    """
     rows = [cell.row(implementation, device.type) for implementation in implementations]
     try:
         batch, truth = inputs(cell.shape, DTYPES[cell.dtype], device)
-        say(f"{cell}: logits' standard deviation {truth.logits_std:.2f}, mean log-prob {truth.token_logps.mean():.2f}")
+        say(f"  logits' standard deviation {truth.logits_std:.2f}, mean log-prob {truth.token_logps.mean():.2f}")
         gemms = Gemms(batch, cell.op)
         gemms()
         gemms_alone = watched(gemms, device).milliseconds
     except Exception as error:
         for row in rows:
-            row.status, row.note = "error", _told(error)
+            row.status, row.note = told(error)
+        gc.collect()
         return rows
 
     def call(implementation: Implementation) -> Result:
@@ -486,13 +492,15 @@ def measure(
 
     alone = [0.0] * len(rows)
     for i, (row, implementation) in enumerate(zip(rows, implementations)):
-        if cell.loss not in implementation.losses:
+        if row.status != "ok":
+            pass
+        elif cell.loss not in implementation.losses:
             row.status, row.note = "missing", f"has no {cell.loss}"
         elif time.monotonic() > deadline:
             row.status, row.note = "skipped", "time budget"
         else:
             try:
-                alone[i] = check(implementation, batch, truth, cell.op, cell.loss, row)
+                alone[i] = check(implementation, batch, truth, cell.op, cell.loss, row, tolerance)
                 if row.status == "ok" and device.type == "cuda":  # the first call compiled, tuned and loaded things
                     prepare(batch, cell.op)
                     warm = watched(partial(call, implementation), device)
@@ -500,8 +508,8 @@ def measure(
             except NotImplementedError as error:
                 row.status, row.note = "missing", str(error)
             except Exception as error:
-                row.status, row.note = "error", _told(error)
-            _cleared(batch, cell.op, failed=row.status == "error")
+                row.status, row.note = told(error)
+            _cleared(batch, cell.op, failed=row.status in ("error", "oom"))
             say(f"  {implementation.label}: {row.status} {row.note}")
 
     running = [i for i, row in enumerate(rows) if row.status == "ok"]
@@ -509,29 +517,62 @@ def measure(
     contestants += [
         Contestant(partial(prepare, batch, cell.op), partial(call, implementations[i])) for i in running
     ]
-    slow = [False, *(alone[i] > SLOW * gemms_alone for i in running)]
-    gemm_times, *times = time_interleaved(contestants, rounds, device, slow=slow, deadline=deadline, least=least)
-    for i, of_one in zip(running, times):
-        fill_times(rows[i], of_one, gemm_times)
+    # What is compared from revision to revision takes part in every round, however slow.
+    slow = [False, *(rows[i].impl != "fastpref" and alone[i] > SLOW * gemms_alone for i in running)]
+
+    def failed(place: int, error: Exception) -> None:
+        if place == 0:  # nothing to compare with
+            raise error
+        row = rows[running[place - 1]]
+        row.status, row.note = told(error)
+        _cleared(batch, cell.op, failed=True)
+
+    try:
+        gemm_times, *times = time_interleaved(
+            contestants, rounds, device, slow=slow, deadline=deadline, least=least, failed=failed
+        )
+    except Exception as error:
+        for i in running:
+            rows[i].status, rows[i].note = told(error)
+    else:
+        clock = clock_under(gemms, device)
+        for i, of_one in zip(running, times):
+            if rows[i].status == "ok":
+                fill_times(rows[i], of_one, gemm_times)
+                rows[i].clock_mhz = clock
     prepare(batch, "forward")
     return rows
 
 
 def _cleared(batch: Batch, op: str, *, failed: bool) -> None:
-    """No gradients, no tensors held by a traceback, and on a GPU no blocks cut to another one's sizes."""
+    """No gradients, no tensors held by a traceback, and no blocks cut to another one's sizes."""
     prepare(batch, op)
     if failed:
         gc.collect()
     if batch.device.type == "cuda":
         torch.cuda.empty_cache()
+    else:
+        return_freed_memory()
 
 
-def _told(error: BaseException) -> str:
-    """One line; out of memory as such, whichever allocator says so."""
+def clock_under(load: Callable[[], object], device: torch.device) -> float | None:
+    """`clock_mhz` while a GPU computes."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        load()
+        torch.cuda.synchronize(device)
+        for _ in range(min(1000, math.ceil(CLOCK_SECONDS / (time.perf_counter() - start)))):
+            load()
+    return clock_mhz(device)
+
+
+def told(error: BaseException) -> tuple[str, str]:
+    """Status and note in one line; out of memory as such, whichever allocator says so."""
     text = str(error).strip().splitlines()[0] if str(error).strip() else ""
-    if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
-        return "out of memory"
-    return f"{type(error).__name__}: {text}"[:200]
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error):
+        return "oom", "out of memory"
+    return "error", f"{type(error).__name__}: {text}"[:200]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -543,50 +584,39 @@ def _number(value: float | None, form: str = ".1f") -> str:
     return "" if value is None else format(value, form)
 
 
-def table(title: str, rows: Sequence[Row]) -> Table:
+def _share(ratio: float | None) -> str:
+    """Of the limit's rate that is achieved."""
+    return "" if not ratio else f"{1 / ratio:.0%}".replace("%", " %")
+
+
+def table(title: str, rows: Sequence[Row], limit: str = "bare GEMMs") -> Table:
+    """limit: what ratios are to."""
     found, gaps = Table(title=title, title_justify="left", caption_justify="left"), list[str]()
-    columns = ["", "GEMMs", "ms", "p10-p90", "x GEMMs", "extra MiB", "plan", "logp err", "dX err", "dW err"]
+    columns = ["", "GEMMs", "ms", "p10-p90", "ratio", "share", "extra MiB", "plan", "logp err", "dX err", "dW err"]
     resident = any(row.peak_rss_mib is not None for row in rows)
     if resident:
-        columns.insert(6, "RSS")
+        columns.insert(7, "RSS")
+    if speeds := any(getattr(row, "tokens_per_s", None) for row in rows):
+        columns.append("tokens/s")
     for name in columns:
         found.add_column(name, justify="right" if name else "left")
-    gemms = next((row.ms_gemm for row in rows if row.ms_gemm is not None), None)
-    if gemms is not None:
-        found.add_row("bare GEMMs", str(GEMMS_OF[rows[0].op]), _number(gemms), "", "1.00")
+    ms_limit = next((row.ms_limit for row in rows if row.ms_limit is not None), None)
+    if ms_limit is not None:
+        found.add_row(limit, _number(float(GEMMS_OF[rows[0].op]), ".2g"), _number(ms_limit), "", "1.00", "100 %")
     for row in rows:
-        name = " ".join(
-            part for part in (row.impl, row.backend, f"{row.budget_mib:.4g} MiB" if row.budget_mib else "") if part
-        )
-        if row.logits_dtype != row.dtype:
-            name += f", {row.logits_dtype} logits"
+        name = label(asdict(row))
         if row.ms_median is None:
             gaps.append(f"{name}: {row.status}: {row.note}" if row.note else f"{name}: {row.status}")
             continue
         found.add_row(
             name, _number(row.gemms, ".2g"), _number(row.ms_median), f"{row.ms_p10:.1f}-{row.ms_p90:.1f}",
-            _number(row.ratio, ".2f"), _number(row.peak_extra_mib),
+            _number(row.ratio, ".2f"), _share(row.ratio), _number(row.peak_extra_mib),
             *([_number(row.peak_rss_mib)] if resident else []), _number(row.plan_mib),
             *(_number(value, ".1e") for value in (row.logp_max_err, row.dx_rel_err, row.dw_rel_err)),
+            *([_number(getattr(row, "tokens_per_s", None), ",.0f")] if speeds else []),
         )  # fmt: skip
     found.caption = "\n".join(gaps)
     return found
-
-
-class Gate(NamedTuple):
-    what: str
-    value: float
-    limit: float
-    at_least: bool = False
-
-    @property
-    def passed(self) -> bool:
-        return self.value >= self.limit if self.at_least else self.value <= self.limit
-
-
-def over(a: float | None, b: float | None) -> float:
-    """a / b; NaN, which passes no gate, where one of them was not measured."""
-    return math.nan if a is None or not b else a / b
 
 
 def console() -> Console:
@@ -595,17 +625,6 @@ def console() -> Console:
     return found if found.is_terminal else Console(width=150, highlight=False)
 
 
-def show_gates(gates: Sequence[Gate], screen: Console) -> None:
-    found = Table(title="Gates", title_justify="left")
-    for name in ("gate", "measured", "wanted", ""):
-        found.add_column(name)
-    for gate in gates:
-        wanted = f"{'>=' if gate.at_least else '<='} {gate.limit:g}"
-        found.add_row(gate.what, f"{gate.value:.3g}", wanted, "[green]pass" if gate.passed else "[red]FAIL")
-    screen.print(found)
-    screen.print(f"{sum(gate.passed for gate in gates)} of {len(gates)} gates pass")
-
-
 def all_right(rows: Sequence[Row]) -> bool:
     """Whether fastpref is right wherever it was run: the exit code. A missed gate is a finding, not a failure."""
-    return not any(row.impl == "fastpref" and row.status in ("wrong", "error") for row in rows)
+    return not any(row.impl == "fastpref" and row.status in ("wrong", "error", "oom") for row in rows)

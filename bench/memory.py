@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from .harness import Cell, prepare, run
+from .harness import Cell, prepare, run, status_bytes
 from .peers import MIB, Implementation, fastpref, peer
 from .problem import DTYPES, Shape, make_batch
 
@@ -30,12 +30,6 @@ def peak_rss_mib(cell: Cell, implementation: Implementation) -> float | None:
     return json.loads(child.stdout.splitlines()[-1]) if child.returncode == 0 else None
 
 
-def _status(name: str) -> int:
-    """A field of /proc/self/status, bytes."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
-    return int(line.split()[1]) * 1024
-
-
 def _measure(what: dict) -> float:
     torch.set_num_threads(what["threads"])
     cell = Cell(Shape(**what["shape"]), *what["cell"])
@@ -47,11 +41,11 @@ def _measure(what: dict) -> float:
     for batch in (make_batch(small, DTYPES[cell.dtype]), make_batch(shape, DTYPES[cell.dtype])):
         prepare(batch, cell.op)
         Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from now
-        before = _status("VmRSS")
+        before = status_bytes("VmRSS")
         # On the small batch it loads and initialises what is no memory of the call.
         run(implementation, batch, cell.op, cell.loss)
         grads = sum(x.grad.nbytes for x in (batch.hidden, batch.weight) if x.grad is not None)
-        peak = _status("VmHWM") - before - grads
+        peak = status_bytes("VmHWM") - before - grads
         prepare(batch, cell.op)
     return peak / MIB
 

@@ -175,6 +175,7 @@ def naive_all() -> Implementation:
 
 
 def naive_compiled() -> Implementation:
+    torch.compiler.reset()  # after eight shapes of one function it would quietly run uncompiled
     compiled = torch.compile(_full_logits_logps, dynamic=False)
 
     def tokens(batch: Batch) -> Tensor:
@@ -268,6 +269,27 @@ def cce(device: str) -> Implementation | Missing:
     return _from_tokens("cce", version, tokens, 4)
 
 
+def quack(device: str) -> Implementation | Missing:
+    """Its linear cross-entropy without reduction, which keeps the whole logits; the chunked one only has means."""
+    if device != "cuda":
+        return Missing("quack", "runs on CUDA only")
+    try:
+        version = importlib.metadata.version("quack-kernels")
+        from quack.linear_cross_entropy import linear_cross_entropy_func
+    except (ImportError, RuntimeError) as error:  # PackageNotFoundError is an ImportError; RuntimeError: no such GPU
+        missing = isinstance(error, importlib.metadata.PackageNotFoundError)
+        return Missing("quack", "not installed" if missing else str(error))
+
+    def tokens(batch: Batch) -> Tensor:
+        if batch.shape.softcap is not None:
+            raise NotImplementedError("quack's linear cross-entropy has no softcap")
+        return -linear_cross_entropy_func(
+            batch.rows(), batch.weight, None, batch.scored_targets, reduction="none", inplace_backward=True
+        )
+
+    return _from_tokens("quack", version, tokens, 3)
+
+
 def peer(name: str, device: str) -> Implementation | Missing:
     """The peer called `name` (see `PEERS`)."""
     if name not in PEERS:
@@ -283,6 +305,7 @@ PEERS: dict[str, Callable[[str], Implementation | Missing]] = {
     "trl": lambda device: trl(),
     "liger": liger,
     "cce": cce,
+    "quack": quack,
 }
 
 

@@ -4,7 +4,8 @@ Logits like a trained model's, without one: rows of W and the base of a hidden r
 token are normal with standard deviation 3; then the hidden row moves along the target's row of W until the target's
 log-prob is -e, e drawn from an exponential distribution of mean 2 nats. That is many tokens the model is sure of, a
 long tail of surprises and -2 nats on average, which is what chat models give on responses. All sequences are equally
-long: padding is then free, to the advantage of implementations that project it.
+long: padding is then free, to the advantage of implementations that project it. `LOGITS` has the other distributions
+that accuracy is measured on.
 
 Shape suffixes: N scored rows, H hidden size, V vocabulary, S sequences, T padded length.
 """
@@ -25,8 +26,18 @@ IGNORE = -100
 BETA, ETA = 0.1, 0.005
 LOGITS_STD = 3.0
 MEAN_NLL = 2.0  # nats a token
+HUGE_STD = 2500.0  # the largest of 32k-256k logits is then about 1e4
 WEIGHT_STD = 0.02  # what most models initialise their head with
 REFERENCE_STD = 5.0  # nats a sequence between policy and reference
+
+# name: (standard deviation of a token's logits, mean surprise in nats of the token that hidden moves to, or None)
+LOGITS: dict[str, tuple[float, float | None]] = {
+    "trained": (LOGITS_STD, MEAN_NLL),
+    "uniform": (0.01, None),
+    "peaked": (LOGITS_STD, 0.01),  # sure of the target
+    "wrong": (LOGITS_STD, 0.01),  # as sure of another token
+    "huge": (HUGE_STD, None),
+}
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -39,12 +50,15 @@ class Shape:
     pairs: int = 8
     prompt_share: float = 0.0  # of the padded input's rows, not scored
     softcap: float | None = None
+    logits: str = "trained"  # of LOGITS
 
     def __post_init__(self) -> None:
         if self.rows <= 0 or self.rows % (2 * self.pairs):
             raise ValueError(f"rows is {self.rows}; it takes a multiple of the {2 * self.pairs} sequences")
         if not 0 <= self.prompt_share < 1:
             raise ValueError(f"prompt_share is {self.prompt_share}; it takes a number in [0, 1)")
+        if self.logits not in LOGITS:
+            raise ValueError(f"logits is {self.logits!r}; it takes {', '.join(LOGITS)}")
 
     @property
     def sequences(self) -> int:
@@ -61,6 +75,7 @@ class Shape:
     def __str__(self) -> str:
         extra = f", softcap {self.softcap:g}" if self.softcap else ""
         extra += f", {self.prompt_share:.0%} prompt" if self.prompt_share else ""
+        extra += f", {self.logits} logits" if self.logits != "trained" else ""
         return f"N {self.rows}, H {self.hidden}, V {self.vocab}{extra}"
 
 
@@ -103,16 +118,19 @@ def make_batch(shape: Shape, dtype: torch.dtype, device: torch.device | str = "c
     def normal(*size: int) -> Tensor:
         return torch.randn(size, generator=gen, device=device)
 
+    deviation, mean_nll = LOGITS[shape.logits]
     weight = normal(shape.vocab, shape.hidden).mul_(WEIGHT_STD)
-    hidden = normal(sequences * length, shape.hidden).mul_(LOGITS_STD / (WEIGHT_STD * math.sqrt(shape.hidden)))
+    hidden = normal(sequences * length, shape.hidden).mul_(deviation / (WEIGHT_STD * math.sqrt(shape.hidden)))
     targets = torch.randint(0, shape.vocab, (sequences, length), generator=gen, device=device)
-    picked = weight[targets.flatten()]
-    nll = -MEAN_NLL * torch.rand(sequences * length, generator=gen, device=device).clamp_(1e-4).log_()
+    towards = (targets + (shape.vocab // 2 if shape.logits == "wrong" else 0)) % shape.vocab
+    picked = weight[towards.flatten()]
+    nll = -(mean_nll or 0.0) * torch.rand(sequences * length, generator=gen, device=device).clamp_(1e-4).log_()
     # The logits of the other tokens are normal, so their log-sum-exp is log V + variance / 2; the variance grows with
     # the shift, hence the few rounds.
     base = (picked * hidden).sum(1)
     wanted = base
-    for _ in range(4):
+    shifted = hidden
+    for _ in range(4 if mean_nll is not None else 0):
         shifted = hidden + picked * ((wanted - base) / picked.square().sum(1))[:, None]
         variance = (WEIGHT_STD * shifted.norm(dim=1)).square()
         wanted = math.log(shape.vocab) + variance / 2 - torch.expm1(nll).log()
@@ -125,12 +143,17 @@ def make_batch(shape: Shape, dtype: torch.dtype, device: torch.device | str = "c
     # References near the policy's log-probs; mismatched pairs a little less likely than under the reference.
     expected = -nll.view(sequences, length)[:, prompt:].sum(1)
     kl_logps = -5.0 * shape.scored_length + normal(sequences)
-    return Batch(
+    batch = Batch(
         shape, hidden.to(dtype), weight.to(dtype), targets, index, targets.flatten()[index],
         ref_logps=expected + REFERENCE_STD * normal(sequences),
         desirable=torch.arange(sequences, device=device) % 2 == 0,
         kl_logps=kl_logps, ref_kl_logps=kl_logps - 1.5 + normal(sequences),
     )  # fmt: skip
+    if shape.logits == "trained":
+        return batch
+    if shape.logits == "huge":  # log-probs of -1e6, whose rounding alone is nats: any reference near them is noise
+        return batch.without_references()
+    return replace(batch, ref_logps=(Truth(batch).logps + REFERENCE_STD * normal(sequences)).float())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -187,6 +210,7 @@ class Truth:
     sampled_rows: int = 64
     sampled_vocab: int = 256
     slice_cols: int = field(default=8192, repr=False)
+    block_rows: int = field(default=16384, repr=False)
 
     @cached_property
     def _hidden(self) -> Tensor:
@@ -225,10 +249,16 @@ class Truth:
     @cached_property
     def _pass(self) -> tuple[Tensor, Tensor, float]:
         """(token log-probs, lse, mean standard deviation of a token's logits)."""
-        targets = self.batch.scored_targets
+        targets = self.batch.scored_targets.split(self.block_rows)
+        blocks = [self._block(hidden, some) for hidden, some in zip(self._hidden.split(self.block_rows), targets)]
+        logps, lse, deviations = (torch.cat(each) for each in zip(*blocks))
+        return logps, lse, float(deviations.mean())
+
+    def _block(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(token log-probs, lse, standard deviation of the logits) of some rows."""
         lse = torch.full(targets.shape, -math.inf, dtype=torch.float64, device=self.batch.device)
         picked, total, squares = (torch.zeros_like(lse) for _ in range(3))
-        for start, weight, z in self._slices(self._hidden):
+        for start, weight, z in self._slices(hidden):
             lse = torch.logaddexp(lse, z.logsumexp(1))
             total, squares = total + z.sum(1), squares + z.square().sum(1)
             local = targets - start
@@ -236,8 +266,8 @@ class Truth:
             found = z.gather(1, local.clamp(0, weight.shape[0] - 1)[:, None])[:, 0]
             picked = torch.where(inside, found, picked)
         size = self.batch.shape.vocab
-        deviation = (squares / size - (total / size).square()).clamp(min=0).sqrt().mean()
-        return picked - lse, lse, float(deviation)
+        deviations = (squares / size - (total / size).square()).clamp(min=0).sqrt()
+        return picked - lse, lse, deviations
 
     @property
     def token_logps(self) -> Tensor:

@@ -58,7 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 128 + signal.SIGINT
     except torch.OutOfMemoryError as error:
         return _fail(error, 1, "out of GPU memory; lower per_device_train_batch_size or max_length, or set "
-                               "gradient_checkpointing=true, use_peft=true")  # fmt: skip
+                               "gradient_checkpointing=full, use_peft=true (fastpref plan --model tells what fits)"
+                     )  # fmt: skip
     except (SaveError, TrainingError) as error:
         return _fail(error, 1)
     except (ValueError, TypeError, OSError, ImportError) as error:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, library
 
-from . import losses, rows
+from . import losses, rows, sharded
 from .arguments import (
     check_accumulate_into,
     check_kto,
@@ -457,6 +457,7 @@ def linear_logps(
     Args:
         hidden: [..., H] hidden states; fp32, bf16, fp16 or fp64.
         weight: [V, H] the head; the dtype of `hidden` (under autocast any: both are then used in the autocast dtype).
+            Or a DTensor of it, Shard(0) over ranks that bring rows of their own: see `linear_preference_loss`.
         targets: [...] int64, already shifted: targets[i] is the token that hidden[i] predicts.
         bias: [V].
         ignore_index: targets of this value are not scored: they cost nothing and get 0.
@@ -569,7 +570,11 @@ def linear_preference_loss(
     Args:
         hidden: padded [S, T, H], or packed [N, H] with `cu_seqlens`. For pairwise losses the first half of the
             sequences is chosen, the second rejected, pair by pair. Rows that predict nothing may be left out.
-        weight: [V, H]; bias: [V].
+        weight: [V, H]; bias: [V]. Or DTensors of them, Shard(0) over ranks of which each calls this with sequences of
+            its own (and gives `totals` of all): hidden rows travel, the shards and their gradients do not. The gradient
+            is that of the sum of the ranks' losses. Three GEMMs if the residuals of all ranks' rows fit the budget
+            (in all, 1 / ranks of a row each), else four. No extras, no accumulate_into; over further mesh dimensions
+            Replicate(). Each rank also holds all ranks' rows, N * H, and the gradient of them in fp32.
         targets: [S, T] or [N] int64, already shifted; `ignore_index` where nothing is scored.
         loss: a name ("dpo", "rpo", ...), an object of `fastpref.losses`, or any callable `SequenceLogps -> scalar`.
         cu_seqlens: [S + 1] row offsets of the sequences of a packed input, on the host (list or CPU tensor): nothing
@@ -625,6 +630,9 @@ def linear_preference_loss(
     stats = rows.stats_dtype(options.compute_dtype)
     ref_logps = None if ref_logps is None else ref_logps.to(stats)
     declared = isinstance(loss, Loss) and (loss.spec is not None or not torch.compiler.is_compiling())
+    if sharded.is_sharded(weight):
+        require(accumulate_into is None, "accumulate_into", "given", "None where weight is sharded over ranks")
+        declared = False  # a rank's scalars belong to its own rows alone: autograd brings them to the others'
     check_accumulate_into(accumulate_into, weight, declared and not torch.compiler.is_compiling())
     if declared:
         if accumulate_into is not None:
@@ -705,14 +713,17 @@ def _token_stats(
         if count < flat.shape[0]:
             index = torch.nonzero_static(scored, size=count)[:, 0]
             flat = flat[index]
-    found = _TokenStats.apply(flat_hidden, weight, bias, flat, index, options)
 
     def placed(values: Tensor) -> Tensor:
         if index is not None:
             values = values.new_zeros(targets.numel()).index_copy(0, index, values)
         return values.view(targets.shape)
 
-    logps, *others = found
+    if sharded.is_sharded(weight):
+        require(not options.extras, "extras", repr(options.extras), "nothing where weight is sharded over ranks")
+        picked = flat_hidden if index is None else flat_hidden.index_select(0, index)
+        return TokenStats(placed(sharded.token_logps(picked, weight, bias, flat, options)))
+    logps, *others = _TokenStats.apply(flat_hidden, weight, bias, flat, index, options)
     asked = options.extras.split()
     return TokenStats(placed(logps), **{name: placed(x) for name, x in zip(rows.EXTRAS, others) if name in asked})
 

@@ -285,12 +285,12 @@ class WeightGrad(_Sum):
 
 
 class HiddenGrad:
-    """dX, [*, H] in the dtype of hidden: rows written where they belong, zero where nothing is scored."""
+    """dX, [*, H] in the dtype of hidden or another: rows written where they belong, zero where nothing is scored."""
 
-    def __init__(self, scored: Scored, buffer: Tensor | None) -> None:
+    def __init__(self, scored: Scored, buffer: Tensor | None, dtype: torch.dtype | None = None) -> None:
         covered = scored.index is None or scored.index.shape[0] == scored.hidden.shape[0]
         empty = torch.empty_like if covered else torch.zeros_like
-        self.grad = empty(scored.hidden, memory_format=torch.contiguous_format)
+        self.grad = empty(scored.hidden, memory_format=torch.contiguous_format, dtype=dtype)
         self.index, self.buffer = scored.index, buffer
 
     def put(self, start: int, residuals_CV: Tensor, weight: Tensor, scale: Tensor | None) -> None:

@@ -1,4 +1,4 @@
-"""The benchmarks run, report what they must, and do not time a wrong implementation."""
+"""The benchmark of the head: it does not time a wrong implementation, goes on after a failure, and resumes."""
 
 from __future__ import annotations
 
@@ -11,18 +11,20 @@ import pytest
 import torch
 
 import fastpref as fp
-from bench import harness, head_cpu, head_gpu, memory, peers, problem
-from bench.harness import Cell, Row
+from bench import command, gates, harness, head, memory, peers, problem
+from bench.harness import Cell
 from bench.peers import Implementation, Missing, Result
-from bench.problem import LOSSES, Shape, Truth, make_batch
+from bench.problem import LOGITS, LOSSES, Shape, Truth, make_batch
+from bench.records import Row
 from tests import oracle
 
 CPU = torch.device("cpu")
 SHAPE = Shape(32, 24, 331, pairs=4)
 PADDED = replace(SHAPE, prompt_share=0.5)
 KEYS = {
-    "device", "driver", "torch", "triton", "cpu", "threads", "impl", "op", "loss", "N", "H", "V", "dtype",
-    "logits_dtype", "budget_mib", "prompt_share", "ms_median", "ms_gemm", "ratio", "peak_extra_mib", "plan_mib",
+    "schema", "device", "driver", "torch", "triton", "cpu", "threads", "impl", "op", "loss", "N", "H", "V", "dtype",
+    "logits_dtype", "budget_mib", "prompt_share", "ms_median", "ms_limit", "ratio", "ms_rounds",
+    "limit_ms_rounds", "revision", "clocks", "peak_extra_mib", "plan_mib",
     "logp_max_err", "dx_rel_err", "dw_rel_err", "status", "note",
 }  # fmt: skip
 ORACLE = {
@@ -57,12 +59,25 @@ def test_logits_look_like_a_trained_models():
         assert truth.token_logps.max() > -0.1 and truth.token_logps.min() < -6  # sure of some, surprised by others
 
 
+def test_other_logits_are_what_their_names_say():
+    found = {kind: Truth(make_batch(Shape(128, 64, 8192, logits=kind), torch.float32)) for kind in LOGITS}
+    assert float((found["uniform"].token_logps + math.log(8192)).abs().max()) < 0.1
+    assert -0.03 < float(found["peaked"].token_logps.mean()) < -0.003 and found["peaked"].token_logps.min() > -0.5
+    assert float(found["wrong"].token_logps.mean()) < -15
+    assert 2000 < found["huge"].logits_std < 3000
+    for kind in ("uniform", "peaked", "wrong"):  # references near the policy, so that no pair is decided by rounding
+        truth = found[kind]
+        assert float((truth.batch.ref_logps - truth.logps).abs().max()) < 5 * problem.REFERENCE_STD
+    with pytest.raises(ValueError, match="logits is 'odd'; it takes trained, uniform"):
+        Shape(32, 8, 64, pairs=4, logits="odd")
+
+
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("shape", [SHAPE, PADDED, replace(SHAPE, softcap=5.0)], ids=str)
 def test_truth_is_the_naive_computation(shape, loss):
     """Slices of the vocabulary and all: against full logits in the tests' own oracle."""
     batch = make_batch(shape, torch.bfloat16)
-    truth = Truth(batch, slice_cols=100)
+    truth = Truth(batch, slice_cols=100, block_rows=10)
     formula, options = ORACLE[loss]
     given = {"refs": batch.ref_logps.double()}
     if loss == "kto":
@@ -90,7 +105,7 @@ def test_a_shape_that_does_not_divide_is_refused():
 # ---------------------------------------------------------------------------------------------- implementations
 
 
-@pytest.mark.parametrize("name", [name for name in peers.PEERS if name not in ("cce", "naive_compiled")])
+@pytest.mark.parametrize("name", [name for name in peers.PEERS if name not in ("cce", "quack", "naive_compiled")])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_peers_are_right(name, dtype):
     implementation = peers.peer(name, "cpu")
@@ -175,7 +190,7 @@ def test_what_fails_becomes_a_row_and_the_run_goes_on():
         replace(peers.naive(), losses=("dpo",)), peers.naive(), rounds=1,
     )  # fmt: skip
     assert [(row.status, row.note) for row in rows] == [
-        ("error", "out of memory"), ("error", "RuntimeError: no kernel image"), ("missing", "has no kto"), ("ok", ""),
+        ("oom", "out of memory"), ("error", "RuntimeError: no kernel image"), ("missing", "has no kto"), ("ok", ""),
     ]  # fmt: skip
 
 
@@ -205,7 +220,56 @@ def test_rounds_interleave_and_slow_ones_take_part_less():
 
     row = Cell(SHAPE, "fp32", "step", "dpo").gap("x", "ok", "")
     harness.fill_times(row, {0: 3.0, 2: 30.0, 4: 5.0}, {0: 1.0, 1: 9.0, 2: 10.0, 4: 5.0})
-    assert (row.ms_median, row.ms_gemm, row.ratio, row.rounds) == (5.0, 5.0, 3.0, 3)
+    assert (row.ms_median, row.ms_limit, row.ratio, row.rounds) == (5.0, 5.0, 3.0, 3)
+    assert (row.ms_rounds, row.limit_ms_rounds) == ([3.0, 30.0, 5.0], [1.0, 10.0, 5.0])
+
+
+def test_out_of_memory_while_timed(monkeypatch):
+    """Once is the fault of gaps in the heap; twice is a row of its own, and the others go on."""
+    monkeypatch.setattr(harness, "SLOW", math.inf)
+    calls = []
+
+    def run(batch, loss, *, fails):
+        calls.append(fails)
+        if calls.count(fails) in fails:
+            return torch.empty(1 << 55)
+        return peers.naive().run(batch, loss)
+
+    once, twice = (replace(peers.naive(), run=lambda b, l, f=f: run(b, l, fails=f)) for f in ((3,), (3, 4)))
+    rows = measured(Cell(SHAPE, "fp32", "step", "dpo"), once, twice, peers.naive(), rounds=4)
+    assert [(row.status, row.rounds) for row in rows] == [("ok", 4), ("oom", 0), ("ok", 4)]
+    assert rows[1].ms_median is None and rows[1].ms_rounds == []
+    assert len(calls) == 6 + 4  # a check, four rounds and one again; a check, one round, two failures
+
+
+def test_gemms_in_blocks_are_the_same_gemms():
+    """Their residuals are those of the first block, so only z and the sums over equal blocks can be compared."""
+    batch = make_batch(replace(SHAPE, rows=40), torch.float32)
+    gemms = harness.Gemms(batch, "step", most_bytes=4 * 331 * 16)  # 16 rows: blocks of 14, 14, 12
+    assert [len(block) for block in gemms.blocks] == [14, 14, 12]
+    gemms()
+    residuals = torch.cat((gemms.residuals, gemms.residuals, gemms.residuals[:12]))
+    assert torch.allclose(gemms.dx, residuals @ batch.weight, atol=1e-6)
+    assert torch.allclose(gemms.dw, residuals.t() @ batch.rows(), atol=1e-4)
+    assert len(harness.Gemms(batch, "step").blocks) == 1
+
+
+def test_fastpref_takes_part_in_every_round_however_slow(monkeypatch):
+    seen = []
+    monkeypatch.setattr(harness, "SLOW", 0.0)
+    monkeypatch.setattr(harness, "time_interleaved", lambda c, *a, slow, **k: seen.append(slow) or [{0: 1.0}] * len(c))
+    measured(Cell(SHAPE, "fp32", "forward", "dpo"), peers.fastpref(), peers.naive())
+    assert seen == [[False, False, True]]
+
+
+def test_out_of_memory_on_a_cpu_is_an_error_not_a_kill():
+    free = harness.free_bytes(CPU)
+    if free is None:
+        pytest.skip("/proc/meminfo cannot be read here")
+    with harness.memory_limit(CPU):
+        with pytest.raises(RuntimeError) as raised:
+            torch.empty(free + (1 << 30), dtype=torch.uint8)
+    assert harness.told(raised.value) == ("oom", "out of memory")
 
 
 def test_peak_memory_counts_what_came_and_went():
@@ -239,7 +303,7 @@ def test_resident_memory_in_a_process_of_its_own():
     assert 32 < found < 100
 
 
-# ---------------------------------------------------------------------------------------------- the two commands
+# ---------------------------------------------------------------------------------------------- the command
 
 
 def checked(path) -> list[dict]:
@@ -248,53 +312,157 @@ def checked(path) -> list[dict]:
         assert row.keys() >= KEYS
         assert row["status"] in ("ok", "missing", "skipped"), row["note"]
         if row["status"] == "ok":
-            assert row["ms_median"] > 0 and row["ratio"] > 0 and row["rounds"] > 0
+            assert row["ms_median"] > 0 and row["ratio"] > 0
+            assert len(row["ms_rounds"]) == len(row["limit_ms_rounds"]) == row["rounds"] > 0
             assert row["logp_max_err"] < 0.1
         else:
             assert row["note"] and row["ms_median"] is None
     return rows
 
 
-def test_head_cpu(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(head_cpu, "QUICK", [PADDED])
-    path = tmp_path / "deep" / "cpu.json"
-    head_cpu.main(["--quick", "--rounds", "1", "--dtype", "bf16", "--impl", "naive", "cce", "--output", str(path)])
+def only_json(folder):
+    (path,) = folder.glob("*.json")
+    return path
+
+
+QUICK = ["--quick", "--device", "cpu", "--rounds", "1", "--threads", "1"]
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Plots take a second each and have tests of their own."""
+    monkeypatch.setattr(head.plots, "of_results", lambda results: [])
+
+
+def test_head(tmp_path, capsys):
+    folder = tmp_path / "deep" / "er"
+    arguments = [*QUICK, "--prompt-share", "0.5", "--dtype", "bf16", "--output", str(folder)]
+    assert head.main([*arguments, "--impl", "fastpref", "naive", "cce"]) == 0
+    path = only_json(folder)
     rows = checked(path)
     assert [row["impl"] for row in rows] == ["fastpref", "naive", "cce"]
     assert rows[0]["plan_mib"] > 0 and rows[0]["budget_mib"] == 256 and rows[0]["prompt_share"] == 0.5
-    assert rows[0]["threads"] == torch.get_num_threads() and rows[0]["torch"] == torch.__version__
-    assert "bare GEMMs" in capsys.readouterr().out
-
-
-def test_head_gpu_runs_on_a_cpu(tmp_path, capsys, monkeypatch):
-    """Every group, end to end, without what takes long to import or to compile."""
-    monkeypatch.setattr(head_gpu, "ROUNDS", 1)
-    monkeypatch.setitem(peers.PEERS, "naive_compiled", lambda device: Missing("naive_compiled", "not in this test"))
-    path = tmp_path / "gpu.json"
-    rows = head_gpu.main(["--device", "cpu", "--tiny", "--output", str(path)])
-    assert len(rows) == len(checked(path))
-    assert {row.op for row in rows} == set(peers.OPS) and {row.loss for row in rows} == set(LOSSES)
-    assert harness.all_right(rows)
+    assert rows[0]["threads"] == 1 and rows[0]["torch"] == torch.__version__
     shown = capsys.readouterr().out
-    assert "memory off its plan" in shown and "gates pass" in shown
+    assert "bare GEMMs" in shown and "cce: missing" in shown and str(path) in shown
+    assert {each.suffix for each in (folder / "plots").iterdir()} == {".svg", ".png"}
+
+    # The same again has nothing to do; another implementation joins in the same file.
+    before = path.read_text()
+    assert head.main([*arguments, "--impl", "fastpref", "naive", "cce"]) == 0
+    assert "nothing left to do" in capsys.readouterr().out and path.read_text() == before
+    assert head.main([*arguments, "--impl", "naive", "naive_all"]) == 0
+    assert [row["impl"] for row in checked(only_json(folder))] == ["fastpref", "naive", "cce", "naive_all"]
 
 
-def test_head_gpu_records_what_it_has_no_time_for(tmp_path, capsys):
-    path = tmp_path / "gpu.json"
-    rows = head_gpu.main(["--device", "cpu", "--tiny", "--seconds", "0", "--output", str(path)])
-    assert {row.status for row in rows} <= {"skipped", "missing"}
-    assert len(checked(path)) == len(rows)
+def test_an_interrupted_run_keeps_what_it_has_and_goes_on(tmp_path, capsys, monkeypatch, undrawn):
+    arguments = [*QUICK, "--dtype", "fp32", "--impl", "fastpref", "--rows", "64", "128", "--output", str(tmp_path)]
+    measure = head.measure
+
+    def interrupted(cell, *rest, **options):
+        if cell.shape.rows == 128 and not cell.shape.prompt_share:
+            raise KeyboardInterrupt
+        return measure(cell, *rest, **options)
+
+    monkeypatch.setattr(head, "measure", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        head.main(arguments)
+    first = checked(only_json(tmp_path))
+    assert [row["N"] for row in first] == [64, 64]
+    assert "the same command goes on from there" in capsys.readouterr().out
+    monkeypatch.setattr(head, "measure", measure)
+    assert head.main(arguments) == 0
+    rows = checked(only_json(tmp_path))
+    assert [row["N"] for row in rows] == [64, 64, 128, 128] and rows[:2] == first
+
+
+def test_what_was_skipped_for_time_is_made_up_for(tmp_path, capsys, undrawn):
+    arguments = [*QUICK, "--dtype", "fp32", "--impl", "fastpref", "--prompt-share", "0", "--output", str(tmp_path)]
+    assert head.main([*arguments, "--seconds", "0"]) == 0
+    assert [row["status"] for row in checked(only_json(tmp_path))] == ["skipped"]
     assert "skipped for time" in capsys.readouterr().out
-    with pytest.raises(SystemExit):
-        if torch.cuda.is_available():
-            pytest.skip("there is a CUDA device")
-        head_gpu.main([])
-    assert "no CUDA device" in capsys.readouterr().err
+    assert head.main(arguments) == 0
+    assert [row["status"] for row in checked(only_json(tmp_path))] == ["ok"]
+
+
+def test_a_budget_that_does_not_suffice_is_a_row(tmp_path, undrawn):
+    arguments = [*QUICK, "--dtype", "fp32", "--impl", "fastpref", "--prompt-share", "0", "--output", str(tmp_path)]
+    assert head.main([*arguments, "--budget-mib", "0.001", "1"]) == 0
+    rows = checked(only_json(tmp_path))
+    assert [row["status"] for row in rows] == ["skipped", "ok"] and "need at least" in rows[0]["note"]
+
+
+def test_a_wrong_fastpref_is_the_exit_code(tmp_path, monkeypatch):
+    monkeypatch.setitem(harness.LOGP_TOLERANCE, torch.float32, 0.0)
+    assert head.main([*QUICK, "--dtype", "fp32", "--impl", "fastpref", "--prompt-share", "0"]) == 1
+
+
+def tiny(group: head.Group) -> head.Group:
+    """A cell of the GPU's on shapes that a test affords."""
+    shape = group.cell.shape
+    small = replace(shape, rows=shape.rows // 256, hidden=32, vocab=shape.vocab // 512, pairs=shape.pairs // 4)
+    return group._replace(
+        cell=group.cell._replace(shape=small), budgets=tuple(budget // 2**15 for budget in group.budgets)
+    )
+
+
+def test_every_cell_of_a_gpu_runs_on_a_cpu(tmp_path, capsys, monkeypatch):
+    """End to end, without what takes long to import or to compile."""
+    monkeypatch.setitem(peers.PEERS, "naive_compiled", lambda device: Missing("naive_compiled", "not in this test"))
+    options = command.parser("head", "").parse_args([*QUICK, "--output", str(tmp_path)])
+    with command.session(options, "head") as run:
+        groups = [tiny(group) for group in head.gpu_groups(CPU)]
+        head.run_groups(groups, run)
+    rows = run.results.rows
+    assert len(rows) == len(checked(only_json(tmp_path)))
+    assert {row.op for row in rows} == set(peers.OPS) and {row.loss for row in rows} == set(LOSSES)
+    assert {row.impl for row in rows if row.status == "missing"} >= {"cce", "quack", "naive_compiled"}
+    assert harness.all_right(rows)
+    found = gates.on_gpu(rows)
+    assert {gate.what.split(": ")[1] for gate in found} == {"memory off its plan"}  # the others are for fp32 logits
+    gates.show_gates(found, run.screen)
+    assert "gates pass" in capsys.readouterr().out
+
+
+def test_bad_options(capsys):
+    for arguments, line in (
+        (["--preset", "llama9"], "llama3-8b"),
+        (["--impl", "nave"], "torch_lce"),
+        (["--dtype", "int8"], "bf16"),
+        (["--rows", "0"], "not at least 1"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            head.main(arguments)
+        assert stopped.value.code == 2 and line in capsys.readouterr().err
+    with pytest.raises(ValueError, match="--budget-mib is"):
+        head.main([*QUICK, "--budget-mib", "-1"])
+    with pytest.raises(ValueError, match="rows is 65; it takes a multiple of the 8 sequences"):
+        head.main([*QUICK, "--rows", "65"])
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="there is no CUDA device"):
+            head.main(["--device", "cuda"])
+
+
+def test_shapes_asked_for():
+    parser = command.parser("head", "")
+    command.add_shapes(parser)
+
+    def shapes(*arguments):
+        return command.shapes(parser.parse_args(arguments), [head.MAIN, head.LARGE])
+
+    assert shapes() == [head.MAIN, head.LARGE]
+    assert shapes("--preset", "gemma2-9b", "mistral-7b") == [head.OTHERS[1], head.OTHERS[2]]
+    assert shapes("--preset", "gemma2-9b", "--vocab", "1000")[0].softcap == 30.0
+    (one,) = shapes("--hidden", "64", "--pairs", "3", "--rows", "600")
+    assert (one.rows, one.hidden, one.vocab, one.pairs) == (600, 64, 128256, 3)
+    (one,) = shapes("--pairs", "3")  # as many whole sequences as fit
+    assert (one.rows, one.pairs) == (8190, 3)
+    assert [shape.rows for shape in shapes("--rows", "16", "32", "16")] == [16, 32]
 
 
 def filled(impl, ratio, *, logits="fp32", budget=2048.0, extra=100.0, op="step", error=1e-5, dtype="bf16") -> Row:
-    row = Cell(head_gpu.MAIN, dtype, op, "dpo").gap(impl, "ok", "")
-    row.ratio, row.ms_median, row.ms_gemm, row.peak_extra_mib, row.plan_mib = ratio, ratio * 30, 30.0, extra, 100.0
+    row = Cell(head.MAIN, dtype, op, "dpo").gap(impl, "ok", "")
+    row.ratio, row.ms_median, row.ms_limit, row.peak_extra_mib, row.plan_mib = ratio, ratio * 30, 30.0, extra, 100.0
     row.logits_dtype, row.budget_mib, row.logp_max_err = logits, budget, error
     return row
 
@@ -306,7 +474,7 @@ def test_gates_on_a_gpu():
         filled("trl", 2.5), filled("liger", 1.4, extra=350.0), replace(filled("naive", 1.5), ratio=None),
     ]  # fmt: skip
     shape = "N 8192, H 4096, V 128256"
-    assert {gate.what.replace(f", {shape}", ""): gate.passed for gate in head_gpu.gates(rows)} == {
+    assert {gate.what.replace(f", {shape}", ""): gate.passed for gate in gates.on_gpu(rows)} == {
         "dpo step, fp32 logits: time / three GEMMs": True,  # with the better budget
         "dpo step, fp32 logits: memory off its plan": True,
         "dpo step, fp32 logits: log-prob error, nats a token": True,
@@ -328,7 +496,7 @@ def test_gates_on_a_cpu():
     rows = [filled("fastpref", 1.15, dtype="fp32"), filled("naive", 1.3, extra=480.0, dtype="fp32")]
     rows += [filled("fastpref", 1.15), filled("naive", 1.1, extra=510.0), replace(filled("trl", 9.0), V=1)]
     where = "V 128256, 0% prompt"
-    assert {gate.what.replace(f", {where}", ""): gate.passed for gate in head_cpu.gates(rows)} == {
+    assert {gate.what.replace(f", {where}", ""): gate.passed for gate in gates.on_cpu(rows)} == {
         "step / its three GEMMs, fp32": False,
         "naive / fastpref, time, fp32": True,
         "memory off its plan, fp32": True,

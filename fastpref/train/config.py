@@ -324,6 +324,11 @@ def _check_stages(config: TrainConfig) -> None:
             loss = stage.loss_fn
         except ValueError as error:
             raise UserError(f"stage {stage.name!r}: {error}" if config.stages else str(error)) from None
+        if loss.coupling == "batch" and stage.gradient_accumulation_steps > 1:
+            raise UserError(
+                f"gradient_accumulation_steps is {stage.gradient_accumulation_steps}: loss {stage.loss!r} compares all "
+                "sequences of a step with each other; it takes 1"
+            )
         if stage.ref_model_name_or_path and not loss.needs_reference:
             if not config.stages or "ref_model_name_or_path" in section:
                 raise UserError(f"ref_model_name_or_path: loss {stage.loss!r} has no reference")

@@ -185,7 +185,7 @@ def plan_text(model: str, sizes: Sizes, gpu_gib: float, memory_budget: int | Non
     if best is None:
         lines.append(f"nothing fits {gpu_gib:g} GiB: take fewer --max-tokens, a larger GPU, or several")
         return "\n".join(lines)
-    keys = " ".join(f"{key}={value}" for key, value in best.keys.items())
+    keys = " ".join(f"{key}={value}" for key, value in {**best.keys, "max_tokens_per_batch": sizes.tokens}.items())
     host = f" (and {best.host / GIB:.0f} GiB of host memory)" if best.host else ""
     lines.append(f"best for {gpu_gib:g} GiB{host}:")
     lines.append(f"  fastpref train CONFIG.yaml model_name_or_path={model} {keys}")

@@ -91,6 +91,7 @@ def test_to_dict_gives_the_same_configuration_back(tmp_path):
         (BASE + "eta: 0.1\n", (), "eta: no option of loss 'dpo', which takes beta, f_alpha_divergence_coef, f_div"),
         (BASE + "beta: -1\n", (), "beta is -1.0; it takes a number above 0"),
         (BASE + "loss: rpo\nsft: words\n", (), "it takes sum, tokens"),
+        (BASE + "loss: aot\ngradient_accumulation_steps: 2\n", (), "compares all sequences of a step with each other"),
         (BASE + "loss: slic\nref_model_name_or_path: r\n", (), "ref_model_name_or_path: loss 'slic' has no reference"),
         (STAGES + "  - {loss: sft, beta: 1}\n", (), "stages.2.beta: loss 'sft' takes no options"),
         (STAGES + "  - {loss: rpo}\n", (), "stages: two are called 'rpo'"),

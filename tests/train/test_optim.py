@@ -53,6 +53,7 @@ def test_matrices_decay_and_vectors_do_not(world, tmp_path):
 @pytest.fixture
 def eager():
     """torchao compiles its step, 15 s a shape on a CPU; the same Python does without."""
+    pytest.importorskip("torchao")
     with torch.compiler.set_stance("force_eager"):
         yield
 

@@ -1,0 +1,107 @@
+"""What the head must reach, as ratios: to bare GEMMs and to peers of the same run, and to its own plan."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from rich.console import Console
+from rich.table import Table
+
+from fastpref.plan import DEFAULT_BUDGET
+
+from .peers import MIB
+from .presets import PRESETS
+from .records import Row
+
+
+class Gate(NamedTuple):
+    what: str
+    value: float
+    limit: float
+    at_least: bool = False
+
+    @property
+    def passed(self) -> bool:
+        return self.value >= self.limit if self.at_least else self.value <= self.limit
+
+
+def over(a: float | None, b: float | None) -> float:
+    """a / b; NaN, which passes no gate, where one of them was not measured."""
+    return math.nan if a is None or not b else a / b
+
+
+def show_gates(gates: Sequence[Gate], screen: Console) -> None:
+    found = Table(title="Gates", title_justify="left")
+    for name in ("gate", "measured", "wanted", ""):
+        found.add_column(name)
+    for gate in gates:
+        wanted = f"{'>=' if gate.at_least else '<='} {gate.limit:g}"
+        found.add_row(gate.what, f"{gate.value:.3g}", wanted, "[green]pass" if gate.passed else "[red]FAIL")
+    screen.print(found)
+    screen.print(f"{sum(gate.passed for gate in gates)} of {len(gates)} gates pass")
+
+
+CPU_LIMITS = {"fp32": 1.10, "bf16": 1.20}
+
+
+def on_cpu(rows: Sequence[Row]) -> list[Gate]:
+    found = []
+    timed = [row for row in rows if row.ratio is not None]
+    for ours in (row for row in timed if row.impl == "fastpref"):
+        where = f"{ours.dtype}, V {ours.V}, {ours.prompt_share:.0%} prompt"
+        others = [row for row in timed if row.impl != "fastpref" and _cell(row) == _cell(ours)]
+        found.append(Gate(f"step / its three GEMMs, {where}", over(ours.ratio, 1.0), CPU_LIMITS[ours.dtype]))
+        for row in others:
+            times = over(row.ms_median, ours.ms_median)
+            found.append(Gate(f"{row.impl} / fastpref, time, {where}", times, 1.0, at_least=True))
+        off = abs(over(ours.peak_extra_mib, ours.plan_mib) - 1)
+        found.append(Gate(f"memory off its plan, {where}", off, 0.05))
+        for naive in (row for row in others if row.impl == "naive" and row.V > 100_000):
+            share = over(ours.peak_extra_mib, naive.peak_extra_mib)
+            found.append(Gate(f"memory / naive's, {where}", share, 0.2))
+    return found
+
+
+def _cell(row: Row) -> tuple:
+    return row.N, row.H, row.V, row.dtype, row.prompt_share
+
+
+GPU_LIMITS = {("step", "fp32"): 1.10, ("step", "bf16"): 1.06, ("frozen", "fp32"): 1.10, ("frozen", "bf16"): 1.06,
+              ("forward", "fp32"): 1.05, ("forward", "bf16"): 1.05}  # fmt: skip
+LEAST_ROWS = PRESETS["llama3-8b"].shape.rows  # with fewer the GEMMs themselves are not at their best
+
+
+def on_gpu(rows: Sequence[Row]) -> list[Gate]:
+    """A ratio is that of the best budget of at most 4 GiB; comparisons with peers are at the default budget."""
+    found = []
+    timed = [row for row in rows if row.ratio is not None]
+    ours = [row for row in timed if row.impl == "fastpref"]
+    for cell in dict.fromkeys((row.op, row.loss, row.N, row.H, row.V, row.logits_dtype) for row in ours):
+        op, loss, n, h, v, logits = cell
+        where = f"{loss} {op}, N {n}, H {h}, V {v}, {logits} logits"
+        here = [row for row in ours if (row.op, row.loss, row.N, row.H, row.V, row.logits_dtype) == cell]
+        if n >= LEAST_ROWS:
+            gemms = {"step": "three GEMMs", "frozen": "two GEMMs", "forward": "its GEMM"}[op]
+            best = min(over(row.ratio, 1.0) for row in here)
+            found.append(Gate(f"{where}: time / {gemms}", best, GPU_LIMITS[op, logits]))
+        off = max(abs(over(row.peak_extra_mib, row.plan_mib) - 1) for row in here)
+        found.append(Gate(f"{where}: memory off its plan", off, 0.02))
+        if logits != "fp32":
+            continue
+        error = max(over(row.logp_max_err, 1.0) for row in here)
+        found.append(Gate(f"{where}: log-prob error, nats a token", error, 1e-4))
+        default = next((row for row in here if row.budget_mib == DEFAULT_BUDGET["cuda"] / MIB), None)
+        if default is None or op != "step":
+            continue
+        for peer_row in timed:
+            if (peer_row.op, peer_row.loss, peer_row.N, peer_row.H, peer_row.V) != cell[:-1]:
+                continue
+            if peer_row.impl in ("trl", "liger"):
+                times, least = over(peer_row.ratio, default.ratio), {"trl": 2.0, "liger": 1.3}[peer_row.impl]
+                found.append(Gate(f"{where}: {peer_row.impl} / fastpref, time", times, least, at_least=True))
+            if peer_row.impl == "liger":
+                share = over(default.peak_extra_mib, peer_row.peak_extra_mib)
+                found.append(Gate(f"{where}: memory / Liger's", share, 0.25))
+    return found

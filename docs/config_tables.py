@@ -1,0 +1,120 @@
+"""Writes the tables of docs/training.md from the code: every key of a configuration file, every loss and its options.
+
+    python docs/config_tables.py            rewrites what stands between the markers of the page
+    python docs/config_tables.py --check    exits with 1 where that would change it
+
+A key's meaning is the comment beside its field in fastpref/train/config.py, a table's title the comment above it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+import sys
+from pathlib import Path
+
+from fastpref import losses
+from fastpref.train import config
+
+PAGE = Path(__file__).with_name("training.md")
+FIELD = re.compile(r"    (?P<name>\w+): (?P<type>[^=#]+?)(?: = (?P<default>.+?))?(?:  # (?P<comment>.*))?$")
+COMMENT = re.compile(r"    # (.*)$")
+
+
+def sections() -> list[tuple[str, list[tuple[str, str, str, str]]]]:
+    """(title, [(key, type, default, meaning)]) in the order of the source. A field without a section joins the last."""
+    source = inspect.getsource(config.TrainConfig).partition('"""')[2].partition('"""')[2]
+    fields = {field.name: field for field in dataclasses.fields(config.TrainConfig)}
+    found: list[tuple[str, list[tuple[str, str, str, str]]]] = []
+    pending: list[str] = []  # comment lines that stand alone, above what they belong to
+    blank = True
+    for line in source.partition("    def ")[0].splitlines():
+        comment, field = COMMENT.match(line), FIELD.match(line)
+        if not line.strip():
+            blank = True
+        elif comment:
+            pending.append(comment[1])
+        elif field and field["name"] in fields:
+            if blank and pending:
+                found.append((pending.pop(0), []))
+            elif not found:
+                found.append(("run", []))
+            name, kind = field["name"], field["type"].strip()
+            if name not in ("loss_options", "stages"):
+                meaning = " ".join([*pending, field["comment"] or ""]).strip()
+                found[-1][1].append((name, pretty_type(kind), pretty_default(fields[name]), meaning))
+            pending, blank = [], False
+    return [section for section in found if section[1]]
+
+
+def pretty_type(kind: str) -> str:
+    kind = re.sub(r"Literal\[(.*)\]", lambda match: match[1].replace('"', "").replace(", ", " / "), kind)
+    kind = kind.replace("tuple[str, ...]", "list of names").replace(" | None", "").replace("Any", "data")
+    words = {"str": "text", "int": "whole number", "float": "number", "bool": "true / false"}
+    return words.get(kind, kind)
+
+
+def pretty_default(field: dataclasses.Field) -> str:
+    if field.default is dataclasses.MISSING:
+        return "required"
+    if isinstance(field.default, tuple):
+        return f"`{', '.join(field.default)}`" if field.default else "none"
+    if field.default is None:
+        return "none"
+    return f"`{str(field.default).lower() if isinstance(field.default, bool) else field.default}`"
+
+
+def escaped(text: str) -> str:
+    return text.replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*").replace("_", "\\_")
+
+
+def config_tables() -> str:
+    parts = []
+    for title, rows in sections():
+        parts += [f"### {title[0].upper()}{title[1:]}", "", "| key | takes | default | |", "|---|---|---|---|"]
+        parts += [f"| `{key}` | {escaped(kind)} | {default} | {escaped(what)} |" for key, kind, default, what in rows]
+        parts.append("")
+    return "\n".join(parts)
+
+
+def loss_classes() -> dict[str, type[losses.Loss]]:
+    """What a configuration may name."""
+    return dict(sorted(config._loss_classes().items()))
+
+
+def plain(value: object) -> str:
+    return "none" if value is None else str(value)
+
+
+def loss_table() -> str:
+    lines = ["| `loss` | formula | data | reference | options and defaults |", "|---|---|---|---|---|"]
+    for name, cls in loss_classes().items():
+        loss = cls()
+        options = ", ".join(f"`{f.name}={plain(getattr(loss, f.name))}`" for f in dataclasses.fields(cls)) or "none"
+        data = "labelled" if loss.needs_desirable else "pairs" if loss.pairwise else "completions"
+        formula = escaped(cls.formula)
+        paper = re.search(r"\d{4}\.\d{5}", cls.paper)
+        title = f"[`{name}`](https://arxiv.org/abs/{paper[0]})" if paper else f"`{name}`"
+        lines.append(f"| {title} | {formula} | {data} | {'yes' if loss.needs_reference else 'no'} | {options} |")
+    return "\n".join([*lines, ""])
+
+
+def written(page: str) -> str:
+    """The page with its tables as the code has them now."""
+    for name, table in (("config", config_tables()), ("losses", loss_table())):
+        begin, end = f"<!-- {name}: made by docs/config_tables.py -->\n", f"<!-- end of {name} -->\n"
+        if page.count(begin) != 1 or page.count(end) != 1:
+            raise SystemExit(f"{PAGE}: takes exactly one {begin.strip()} and one {end.strip()}")
+        head, _, rest = page.partition(begin)
+        page = head + begin + "\n" + table + "\n" + end + rest.partition(end)[2]
+    return page
+
+
+if __name__ == "__main__":
+    before = PAGE.read_text(encoding="utf-8")
+    after = written(before)
+    if "--check" not in sys.argv:
+        PAGE.write_text(after, encoding="utf-8")
+    elif before != after:
+        sys.exit(f"{PAGE} differs from the code: python docs/config_tables.py")

@@ -1,0 +1,116 @@
+"""TRL's configs read: the loss they ask for, and what of them is refused, by name and with what to use instead."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from accelerate.utils import is_peft_model
+from trl import DPOConfig, KTOConfig
+
+from fastpref import losses
+from fastpref.losses import Loss
+
+# Options of DPOConfig that a loss takes, by its `loss_type`: TRL's name and ours.
+_DIVERGENCE = {"f_divergence_type": "f_divergence", "f_alpha_divergence_coef": "f_alpha_divergence_coef"}
+_SMOOTHING = {"label_smoothing": "label_smoothing"}
+_BETA = {"beta": "beta"}
+DPO_LOSSES: dict[str, tuple[str, dict[str, str]]] = {
+    "sigmoid": ("dpo", _BETA | _DIVERGENCE),
+    "sigmoid_norm": ("dpo_norm", _BETA | _DIVERGENCE),
+    "robust": ("robust", _BETA | _DIVERGENCE | _SMOOTHING),
+    "hinge": ("hinge", _BETA | _DIVERGENCE),
+    "ipo": ("ipo", _BETA | _DIVERGENCE),
+    "exo_pair": ("exo_pair", _BETA | _DIVERGENCE | _SMOOTHING),
+    "discopop": ("discopop", _BETA | _DIVERGENCE | {"discopop_tau": "tau"}),
+    "nca_pair": ("nca_pair", _BETA),
+    "bco_pair": ("bco_pair", _BETA),
+    "sppo_hard": ("sppo_hard", _BETA),
+    "apo_zero": ("apo_zero", _BETA),
+    "apo_down": ("apo_down", _BETA),
+    "aot": ("aot", _BETA | _SMOOTHING),
+    "aot_unpaired": ("aot_unpaired", _BETA | _SMOOTHING),
+    "sft": ("chosen_sft", {}),
+}
+KTO_LOSSES = ("kto", "apo_zero_unpaired")
+AVERAGED = ("ipo", "sigmoid_norm")  # divide by the lengths of the responses
+
+_INSTEAD = "use TRL's own trainer with fastpref.integrations.trl.patch()"
+
+
+def dpo_loss(config: DPOConfig) -> Loss:
+    """TRL's sum over `loss_type` of `loss_weights` times their means over pairs, weighted as in WPO if asked for."""
+    parts = []
+    for loss_type in config.loss_type:
+        name, options = DPO_LOSSES[loss_type]
+        parts.append(losses.get_loss(name, **{ours: getattr(config, theirs) for theirs, ours in options.items()}))
+    weights = config.loss_weights or [1.0] * len(parts)
+    loss = parts[0] if weights == [1.0] else losses.WeightedSum(tuple(parts), tuple(weights))
+    return losses.WPO(loss) if config.use_weighting else loss
+
+
+def kto_loss(config: KTOConfig) -> Loss:
+    names = ("beta", "desirable_weight", "undesirable_weight")
+    return losses.get_loss(config.loss_type, **{name: getattr(config, name) for name in names})
+
+
+def refuse_config(config: Any) -> None:
+    """ValueError for what the fused trainers do not do, and for what TRL would take without effect."""
+    if config.label_smoothing_factor:
+        _refuse("label_smoothing_factor", config.label_smoothing_factor, "it has no effect on preference losses: use "
+                "DPOConfig(loss_type='robust', label_smoothing=...)")  # fmt: skip
+    plugin = config.deepspeed_plugin
+    if plugin is not None and plugin.zero_stage == 3:
+        _refuse("deepspeed", "ZeRO-3", "it shards the LM head: use ZeRO-1, ZeRO-2 or FSDP2")
+    if isinstance(config, DPOConfig):
+        _refuse_dpo(config)
+    elif config.loss_type not in KTO_LOSSES:
+        _refuse("loss_type", config.loss_type, f"it takes {', '.join(KTO_LOSSES)}")
+
+
+def _refuse_dpo(config: DPOConfig) -> None:
+    types = config.loss_type
+    for loss_type in types:
+        if loss_type not in DPO_LOSSES:
+            _refuse("loss_type", loss_type, f"it takes {', '.join(DPO_LOSSES)}")
+    if config.padding_free:
+        _refuse("padding_free", True, "TRL 1.16 falls back to padding; leave it False (prompts and padding cost the "
+                "fused head nothing)")  # fmt: skip
+    used = {option for loss_type in types for option in DPO_LOSSES[loss_type][1]}
+    if config.f_divergence_type != "alpha_divergence":
+        used.discard("f_alpha_divergence_coef")
+    for option, default, instead in (
+        ("label_smoothing", 0.0, "loss_type 'robust', 'exo_pair', 'aot' or 'aot_unpaired'"),
+        ("discopop_tau", 0.05, "loss_type 'discopop'"),
+        ("f_alpha_divergence_coef", 0.5, "f_divergence_type='alpha_divergence'"),
+    ):
+        value = getattr(config, option)
+        if option not in used and value != default:
+            _refuse(option, value, f"it has no effect with loss_type {types}: use {instead}, or leave it {default}")
+    if config.ld_alpha is not None:
+        if not 0 <= config.ld_alpha <= 1:
+            _refuse("ld_alpha", config.ld_alpha, "it takes a number in [0, 1]")
+        # One pass sums each sequence's log-probs once, with their weights; these would need them without.
+        if "sft" in types:
+            _refuse("ld_alpha", config.ld_alpha, f"TRL does not apply it to loss_type 'sft': {_INSTEAD}")
+        if config.use_weighting:
+            _refuse("ld_alpha", config.ld_alpha, f"TRL does not apply it to use_weighting's weights: {_INSTEAD}")
+    if config.use_weighting:
+        for loss_type in ("sft", "aot", "aot_unpaired"):
+            if loss_type in types:
+                _refuse("use_weighting", True, f"loss_type {loss_type!r} is no mean over pairs: leave one of them out")
+    dpo_loss(config)  # a number outside its range is named here, before anything is loaded
+
+
+def refuse_model(trainer: Any) -> None:
+    """ValueError for a model or data that the fused trainers do not take; called when TRL has made both."""
+    if trainer._is_vision_dataset:
+        _refuse("train_dataset", "images", f"the fused trainers take text: {_INSTEAD}")
+    if is_peft_model(trainer.model):
+        for name, config in trainer.model.peft_config.items():
+            if config.is_prompt_learning:
+                _refuse(f"peft_config[{name!r}]", config.peft_type.value,
+                        f"its virtual tokens move the targets: use LoRA, or {_INSTEAD}")  # fmt: skip
+
+
+def _refuse(option: str, value: object, instead: str) -> None:
+    raise ValueError(f"{option} is {value!r}; {instead}")

@@ -1,0 +1,316 @@
+"""The documentation says what the code does: its code runs and prints what it shows, its commands and links exist."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import importlib
+import importlib.util
+import io
+import re
+import shlex
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import yaml
+
+import fastpref
+from bench.__main__ import COMMANDS
+from fastpref import losses
+from fastpref.cli import _parser
+from fastpref.train.config import config_from_dict, load_config
+
+ROOT = Path(__file__).resolve().parents[1]
+SITE = sorted((ROOT / "docs").rglob("*.md"))
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "bench" / "README.md", *SITE]
+
+
+class Fence(NamedTuple):
+    language: str
+    text: str
+    line: int
+
+
+def fences(page: Path) -> Iterator[Fence]:
+    """The fenced blocks of a page, with the line their text starts on."""
+    language, start, body = None, 0, []
+    for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), 1):
+        opening = re.match(r"\s*```(.*)$", line)
+        if opening and language is None:
+            language, start, body = opening[1].strip(), number + 1, []
+        elif opening:
+            yield Fence(language, "\n".join(body) + "\n", start)
+            language = None
+        else:
+            body.append(line)
+    assert language is None, f"{page.name}:{start - 1}: a block without an end"
+
+
+def prose(page: Path) -> str:
+    """The page without its fenced blocks."""
+    return re.sub(r"^\s*```.*?^\s*```\s*$", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+
+
+def named(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+# ---- code ------------------------------------------------------------------------------------------------------------
+
+
+WITH_CODE = [page for page in PAGES if any(fence.language == "python" for fence in fences(page))]
+
+
+def run_page(page: Path) -> None:
+    """Executes a page's blocks in one namespace, one after the other, and compares their output with a `text` block
+    that follows directly.
+    """
+    blocks, namespace = list(fences(page)), {"__name__": "__main__"}
+    for i, block in enumerate(blocks):
+        if block.language != "python":
+            continue
+        printed = io.StringIO()
+        code = compile("\n" * (block.line - 1) + block.text, str(page), "exec")
+        with contextlib.redirect_stdout(printed):
+            exec(code, namespace)  # noqa: S102
+        follows = blocks[i + 1] if i + 1 < len(blocks) else None
+        between = block.line + block.text.count("\n") + 1
+        if follows and follows.language == "text" and follows.line - 1 - between <= 1:
+            assert printed.getvalue() == follows.text, f"{named(page)}:{block.line}"
+
+
+@pytest.mark.parametrize("page", WITH_CODE, ids=named)
+def test_code_runs_and_prints_what_is_shown(page, tmp_path, monkeypatch):
+    for package in ("trl", "liger_kernel", "peft", "datasets"):
+        if any(re.search(rf"(import|from) {package}\b", fence.text) for fence in fences(page)):
+            pytest.importorskip(package)
+    for folder in ("examples", "bench"):
+        (tmp_path / folder).symlink_to(ROOT / folder)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CI", "1")  # no telemetry
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for name in ("FASTPREF_BACKEND", "FASTPREF_DEBUG"):
+        monkeypatch.delenv(name, raising=False)
+    run_page(page)
+
+
+def test_a_wrong_page_is_noticed(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
+    page = tmp_path / "page.md"
+    page.write_text("```python\nx = 1\n```\n\n```python\nprint(x + 1)\n```\n\n```text\n2\n```\n")
+    run_page(page)
+    page.write_text("```python\nprint(1)\n```\n\n```text\n2\n```\n")
+    with pytest.raises(AssertionError):
+        run_page(page)
+    page.write_text("```python\nimport fastpref\nfastpref.no_such_name\n```\n")
+    with pytest.raises(AttributeError):
+        run_page(page)
+
+
+# ---- commands --------------------------------------------------------------------------------------------------------
+
+
+def commands(page: Path) -> Iterator[tuple[str, list[str]]]:
+    """(where, words) of every command shown in a shell block, without comments and environment variables."""
+    for fence in fences(page):
+        if fence.language != "bash" and not (fence.language == "" and fence.text.startswith("python -m")):
+            continue
+        text = fence.text.replace("\\\n", " ")
+        for i, line in enumerate(text.splitlines()):
+            for part in re.split(r"\s(?:&&|\|\|)\s", line.split("  #")[0]):
+                words = shlex.split(re.sub(r"\[([^\]]*)\]", r"\1", part), comments=True)
+                while words and "=" in words[0]:
+                    words.pop(0)
+                if words:
+                    yield f"{named(page)}:{fence.line + i}", words
+
+
+def targets_of_makefile() -> set[str]:
+    return set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), flags=re.M))
+
+
+def check_command(words: list[str]) -> None:
+    """Raises where the command, an option of it, or a file it names does not exist."""
+    program = Path(words[0]).name
+    if program == "make":
+        for target in words[1:]:
+            assert "=" in target or target in targets_of_makefile(), f"make has no target {target}"
+    elif program == "fastpref":
+        check_fastpref(words[1:])
+    elif program.startswith(("python", "torchrun")):
+        if "-m" in words:
+            place = words.index("-m") + 1
+            module = words[place]
+            if module == "bench":
+                check_bench(words[place + 1 :])
+            elif module.split(".")[0] in ("bench", "fastpref"):
+                found = importlib.util.find_spec(module)
+                assert found and found.origin, f"no module {module}"
+                source = Path(found.origin).read_text()
+                for flag in re.findall(r"--[\w-]+", " ".join(words)):
+                    assert flag == "--help" or f'"{flag}"' in source, f"{module} has no option {flag}"
+        else:
+            scripts = [word for word in words if word.endswith(".py")]
+            assert scripts and all((ROOT / script).is_file() for script in scripts), f"no such script: {words}"
+    else:
+        assert program in ("pip", "apt-get", "git", "cd", "pre-commit", "export"), f"unknown command {program}"
+
+
+def check_bench(words: list[str]) -> None:
+    """A benchmark by its name; its options are in its own file or among those that all share."""
+    if words and not words[0].startswith("-"):
+        assert words[0] in COMMANDS, f"bench has no command {words[0]}"
+        source = "".join((ROOT / "bench" / f"{name}.py").read_text() for name in (words[0], "command"))
+        for flag in re.findall(r"--[\w-]+", " ".join(words)):
+            assert flag == "--help" or f'"{flag}"' in source, f"bench {words[0]} has no option {flag}"
+
+
+def check_fastpref(words: list[str]) -> None:
+    if words[:1] == ["bench"]:
+        return check_bench(words[1:])
+    if "--help" in words:
+        words = [word for word in words if word != "--help"]
+        commands_of = next(a for a in _parser()._actions if isinstance(a, argparse._SubParsersAction))
+        assert not words or words[0] in commands_of.choices
+        return
+    try:
+        options = _parser().parse_args(words)
+    except SystemExit as error:
+        raise AssertionError(f"fastpref {' '.join(words)}: exit code {error.code}") from None
+    config = getattr(options, "config", None)
+    if config and (ROOT / config).is_file():
+        load_config(ROOT / config, options.overrides)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=named)
+def test_commands_exist(page):
+    for where, words in commands(page):
+        try:
+            check_command(words)
+        except (AssertionError, ValueError) as error:
+            raise AssertionError(f"{where}: {error}") from None
+
+
+def test_a_wrong_command_is_noticed():
+    for wrong in (
+        "make nothing",
+        "fastpref trian x.yaml",
+        "fastpref plan --wide 3",
+        "fastpref bench nothing",
+        "fastpref bench head --no-such",
+        "fastpref train examples/quickstart.yaml lerning_rate=1",
+        "python -m bench nothing",
+        "python -m bench.nothing",
+        "python -m fastpref.plan --no-such",
+        "python examples/nothing.py",
+        "curl x",
+    ):
+        with pytest.raises((AssertionError, ValueError)):
+            check_command(wrong.split())
+
+
+@pytest.mark.parametrize("page", PAGES, ids=named)
+def test_configurations_are_valid(page):
+    """Whole ones are checked as `fastpref train` checks them; parts are completed first."""
+    for fence in fences(page):
+        if fence.language == "yaml":
+            values = yaml.safe_load(fence.text)
+            missing = {"model_name_or_path": "m", "train_dataset": "d", "output_dir": "o"}
+            if all("train_dataset" in stage for stage in values.get("stages") or [{}]):
+                missing.pop("train_dataset")
+            config_from_dict({**missing, **values}, f"{named(page)}:{fence.line}")
+
+
+# ---- names, files, links ---------------------------------------------------------------------------------------------
+
+
+def spans(page: Path) -> set[str]:
+    return set(re.findall(r"`([^`\n]+)`", prose(page)))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=named)
+def test_files_named_exist(page):
+    """In backticks, and at the start of a line of an indented list of files."""
+    listed = re.findall(r"^    (\S+/\S*)(?:,|\s)", prose(page), flags=re.M)
+    for name in spans(page).union(listed):
+        if re.fullmatch(r"(fastpref|bench|tests|examples|csrc|docs)/[\w./-]*", name):
+            assert (ROOT / name).exists(), f"{named(page)}: {name}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=named)
+def test_names_of_the_package_exist(page):
+    """`fp.DPO`, `fastpref.losses.metrics`, `fp.plan(...)`; `seq.margins` of a `SequenceLogps`."""
+    fields_of_seq = {field.name for field in dataclasses.fields(losses.SequenceLogps)}
+    for span in spans(page):
+        match = re.match(r"(?:fp|fastpref)((?:\.\w+)+)", span)
+        here, path = fastpref, "fastpref"
+        for name in match[1][1:].split(".") if match else ():
+            path += f".{name}"
+            if not hasattr(here, name):
+                assert importlib.util.find_spec(path), f"{named(page)}: `{span}`"
+                here = importlib.import_module(path)
+            else:
+                here = getattr(here, name)
+        match = re.match(r"seq\.(\w+)", span)
+        assert not match or hasattr(losses.SequenceLogps, match[1]) or match[1] in fields_of_seq, f"`{span}`"
+
+
+def anchors(page: Path) -> set[str]:
+    """Ids of the headings, as both Python-Markdown and GitHub make them (for headings of plain words)."""
+    headings = re.findall(r"^#+ (.*)$", prose(page), flags=re.M)
+    slugs = [re.sub(r"[^\w\s-]", "", heading.replace("`", "")).strip().lower() for heading in headings]
+    return {re.sub(r"[\s]+", "-", slug) for slug in slugs}
+
+
+def links(page: Path) -> Iterator[str]:
+    text = re.sub(r"`[^`\n]*`", "", prose(page))
+    yield from re.findall(r"\]\(([^)\s]+)\)", text)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=named)
+def test_links_lead_somewhere(page):
+    for link in links(page):
+        if re.match(r"https?://|mailto:", link):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), f"{named(page)}: {link}"
+        if page in SITE:
+            assert target in SITE or target.parent == ROOT / "docs", f"{named(page)}: {link} is not part of the site"
+        if anchor and target.suffix == ".md":
+            assert anchor in anchors(target), f"{named(page)}: {link}; there are {sorted(anchors(target))}"
+
+
+def test_every_page_is_in_the_navigation():
+    def pages(entry) -> Iterator[str]:
+        if isinstance(entry, str):
+            yield entry
+        else:
+            for part in entry if isinstance(entry, list) else entry.values():
+                yield from pages(part)
+
+    nav = list(pages(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]))
+    assert sorted(nav) == sorted(str(page.relative_to(ROOT / "docs")) for page in SITE)
+
+
+def test_the_tables_of_keys_and_losses_are_the_codes():
+    spec = importlib.util.spec_from_file_location("config_tables", ROOT / "docs" / "config_tables.py")
+    tables = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tables)
+    page = tables.PAGE.read_text(encoding="utf-8")
+    assert page == tables.written(page), "run: python docs/config_tables.py"
+    described = set(re.findall(r"^\| \[?`(\w+)`", page, flags=re.M))
+    fields = {name for name in tables.config._FIELDS if name != "stages"}
+    assert fields <= described and set(tables.loss_classes()) <= described
+    options = {field.name for cls in tables.loss_classes().values() for field in dataclasses.fields(cls)}
+    assert options <= set(re.findall(r"`(\w+)=", page))
+
+
+def test_every_loss_has_its_normalisation():
+    page = (ROOT / "docs" / "normalisation.md").read_text(encoding="utf-8")
+    missing = [name for name in losses.CLASSES if f"`{name}`" not in page]
+    assert not missing
