@@ -38,7 +38,8 @@ nvidia-smi
 suffix=$([ "$capability" -ge 90 ] && echo a)
 FASTPREF_CUDA=ON CUDAARCHS="$capability$suffix-real" step build 150 "$PYTHON" setup.py --quiet build_ext --inplace
 tests="$PYTHON -m pytest -m gpu -q -p no:cacheprovider"
-step tests "$(left 200)" $tests tests/test_head_gpu.py tests/rows
+step tests "$(left 200)" $tests tests/test_head_gpu.py tests/rows tests/test_attention.py tests/train/test_optim_gpu.py \
+    tests/train/test_kernels.py
 if command -v compute-sanitizer >/dev/null; then
     for tool in memcheck racecheck; do
         step "$tool" "$(left 45)" compute-sanitizer --tool "$tool" --error-exitcode 3 --launch-timeout 30 \

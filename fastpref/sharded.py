@@ -108,12 +108,23 @@ class _ShardedLogps(torch.autograd.Function):
         return dx, dw, db, None, None, None
 
 
+def _all_gather(out: Tensor, x: Tensor, group: dist.ProcessGroup) -> None:
+    # the newer name came with torch 2.13, the older one warns since
+    call = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    call(out, x, group=group)
+
+
+def _reduce_scatter(out: Tensor, x: Tensor, group: dist.ProcessGroup) -> None:
+    call = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+    call(out, x, group=group)
+
+
 class _Gathering:
     """Rows of all ranks, one rank after another."""
 
     def __init__(self, count: int, group: dist.ProcessGroup, device: torch.device) -> None:
         counts = torch.zeros(group.size(), dtype=torch.int64, device=device)
-        dist.all_gather_into_tensor(counts, torch.tensor([count], device=device), group=group)
+        _all_gather(counts, torch.tensor([count], device=device), group=group)
         self.counts: list[int] = counts.tolist()
         self.group, self.rank, self.most = group, group.rank(), max(self.counts)
 
@@ -121,7 +132,7 @@ class _Gathering:
         """[N, ...] of the [n, ...] of each rank."""
         x = self._filled_up(x)
         out = x.new_empty(self.group.size() * self.most, *x.shape[1:])
-        dist.all_gather_into_tensor(out, x, group=self.group)
+        _all_gather(out, x, group=self.group)
         if min(self.counts) == self.most:
             return out
         return torch.cat([part[:count] for part, count in zip(out.split(self.most), self.counts)])
@@ -135,7 +146,7 @@ class _Gathering:
         if min(self.counts) != self.most:
             x_N = torch.cat([self._filled_up(part) for part in x_N.split(self.counts)])
         out = x_N.new_empty(self.most, *x_N.shape[1:])
-        dist.reduce_scatter_tensor(out, x_N, group=self.group)
+        _reduce_scatter(out, x_N, group=self.group)
         return out[: self.counts[self.rank]]
 
     def _filled_up(self, x: Tensor) -> Tensor:
@@ -215,7 +226,8 @@ class _ShardWalk(Walk):
         logps, self.lse = rows.fold_finish(whole, self.scored.targets, IGNORED)
         if scheme == "forward":
             return logps
-        mass = torch.exp(own_lse - self.lse)  # of the probability, on this rank
+        # Of the probability, on this rank: from own_lse as it was rounded for the stash, and nothing else that is.
+        mass = torch.exp(own_lse - whole.maximum) / whole.sum_exp
         # What is written at y is divided by the row's scale, which therefore must not vanish. Where it is held up, the
         # row's other numbers are below the rounding of that one.
         eps = torch.finfo(self.head.weight.dtype).eps
@@ -260,17 +272,18 @@ class _ShardWalk(Walk):
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """(dX of all rows by this rank's columns, dW, db) for dL/dlogps = g."""
         if self.shard.end == self.shard.start:
-            dx = self.scored.hidden.new_zeros(self.scored.hidden.shape, dtype=self.lse.dtype) if needs[0] else None
-            return dx, torch.zeros_like(weight) if needs[1] else None, None if bias is None else torch.zeros_like(bias)
+            nothing = torch.zeros_like(self.scored.hidden, dtype=self.lse.dtype) if needs[0] else None
+            db = None if bias is None else torch.zeros_like(bias)
+            return nothing, torch.zeros_like(weight) if needs[1] else None, db
         g = g_N.masked_fill(self.ignored, 0.0)
         factor = self.head.transform.row_factor
         if self.product is not None:  # a frozen head: rows of W beside what the stash gave
-            dx = self.product.grad * (g * factor * self.mass)[:, None]
+            grad = self.product.grad * (g * factor * self.mass)[:, None]
             at_target = torch.where(self.inside, g * factor * self.at_target, 0.0)
             column = self.scored.targets.clamp(0, weight.shape[0] - 1)
             for part in torch.arange(len(column), device=column.device).split(max(1, self.plan.tile_rows)):
-                dx[part] += at_target[part, None] * self.head.weight[column[part]]
-            return dx, None, None
+                grad[part] += at_target[part, None] * self.head.weight[column[part]]
+            return grad, None, None
         _, dw, db = gradients(self, weight, bias, (False, *needs[1:]))
         dx = HiddenGrad(self.scored, *self._wide()) if needs[0] else None
         w = g * factor * self.mass

@@ -40,21 +40,22 @@ class Head:
     module: nn.Module
     softcap: float | None = None
     logit_scale: float = 1.0
+    sharded: bool = False  # its parameters are DTensors over ranks with rows of their own, and go to the fused call so
 
     def operands(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """(hidden, weight, bias) whose product hidden weight^T + bias [..., V] is what the module computes. See
         `linear_operands`."""
-        return linear_operands(self.module, hidden)
+        return (hidden, self.weight, self.bias) if self.sharded else linear_operands(self.module, hidden)
 
     @property
     def weight(self) -> Tensor:
         """[V, H] of a plain head."""
-        return _plain(self.module)[0]
+        return self.module.weight if self.sharded else _plain(self.module)[0]  # type: ignore[return-value]
 
     @property
     def bias(self) -> Tensor | None:
         """[V] of a plain head that has one."""
-        return _plain(self.module)[1]
+        return self.module.bias if self.sharded else _plain(self.module)[1]  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,8 @@ def test_version_info_and_plan(capsys):
     assert stopped.value.code == 0 and capsys.readouterr().out == f"fastpref {fastpref.__version__}\n"
     assert cli.main(["info"]) == 0
     out = capsys.readouterr().out
-    assert torch.__version__ in out and "rows: reference" in out and "rows: native" in out and "peft" in out
+    assert torch.__version__.split("+")[0] in out
+    assert "rows: reference" in out and "rows: native" in out and "peft" in out
     assert cli.main(["plan", "--pairs", "4", "--length", "512", "--hidden", "64", "--vocab", "1000"]) == 0
     assert "4096 scored rows in 8 sequences" in capsys.readouterr().out
 

@@ -173,17 +173,19 @@ def test_ranks_together_are_one_process(tmp_path, world):
     for name, case in CASES.items():
         losses, logps, dx, dw, db = zip(*(rank[name] for rank in ranks))
         loss, all_logps, dx_whole, dw_whole, db_whole = expected(case)
-        fp32 = "dtype" not in case
-        assert float(sum(losses)) == pytest.approx(float(loss), rel=1e-6 if fp32 else 3e-3), name
+        tolerance, gradient_tolerance = (1e-6, 1e-6) if "dtype" not in case else (3e-3, 6e-3)
+        if name == "large logits":  # up to 1300, of which fp32 knows 2^-24, and so much of a probability
+            gradient_tolerance = 1300 * 2.0**-24
+        assert float(sum(losses)) == pytest.approx(float(loss), rel=tolerance), name
         for rank in range(world):
-            assert distance(logps[rank], part(all_logps, rank, world)) < (1e-6 if fp32 else 3e-3), name
+            assert distance(logps[rank], part(all_logps, rank, world)) < tolerance, name
             if not case.get("frozen_hidden"):
-                assert distance(dx[rank], part(dx_whole, rank, world)) < (1e-6 if fp32 else 6e-3), name
+                assert distance(dx[rank], part(dx_whole, rank, world)) < gradient_tolerance, name
             if case.get("frozen"):
                 assert dw[rank] is None and db[rank] is None
                 continue
             assert torch.equal(dw[rank], dw[0])
-            assert distance(dw[rank], dw_whole) < (1e-6 if fp32 else 6e-3), name
+            assert distance(dw[rank], dw_whole) < gradient_tolerance, name
             if case.get("bias"):
                 assert distance(db[rank], db_whole) < 1e-6, name
     for found in (rank["checks"] for rank in ranks):

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fastpref.data import Example
 
-from . import checkpoint, reference
+from . import checkpoint, ranks, reference
 from .config import TrainConfig, UserError
 from .display import Display, duration
 from .evaluate import eval_order, pad_token
@@ -77,7 +77,7 @@ def obtain(split: Split, tokenizer: PreTrainedTokenizerBase, weights: str, like:
         size, pad = stage.per_device_eval_batch_size, pad_token(tokenizer)
         progress = reference.Progress(path, header, size, like.layout)
         logps = reference.compute(source(), examples, stage.kind, size, pad, watch(show), split.batches, progress)
-    reference.write(path, header, logps, examples)
+    ranks.on_first(lambda: reference.write(path, header, logps, examples))
     progress.discard()
     before = f", {progress.restored:,} log-probs of them from an earlier attempt" if progress.restored else ""
     display.say(f"{what} in {duration(time.monotonic() - started)}{before}")

@@ -4,6 +4,7 @@
         config.json, model.safetensors, tokenizer files     what from_pretrained loads (the adapter's with LoRA)
         optimizer.pt                     optimiser state and random number generators; torch.load(weights_only=True)
         state.json                       where the run stands
+        sharded/                         of a run on several GPUs: weights and optimiser state, in place of theirs above
 
 A folder with such a name is complete: it was written beside, forced to the disk, and only then renamed. The one with
 step 0 holds the weights a stage starts from, which are its reference: it stays while the run lasts.
@@ -19,6 +20,7 @@ import random
 import re
 import shutil
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -28,12 +30,13 @@ from typing import Any
 import numpy
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .config import UserError
 
 NAME = re.compile(r"(\d+)-([\w.-]+)-(\d{8})")
+SHARDED = "sharded"  # in a checkpoint: what several ranks wrote, see sharding.py
 PARTIAL = ".partial-"  # before the name of a folder or file that is being written, or removed
 
 
@@ -249,6 +252,43 @@ def read_tensors(folder: Path) -> dict[str, Any]:
     except Exception as error:  # a damaged zip, pickle, or file
         line = next(iter(str(error).splitlines()), "")
         raise UserError(f"{folder}/optimizer.pt: cannot be read ({line})") from error
+
+
+def load_sharded_weights(model: nn.Module, folder: Path) -> None:
+    """The weights of a sharded checkpoint into a model that is whole on this rank."""
+    saved, wanted = sharded_metadata(folder), {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    for key, tensor in wanted.items():
+        there = tuple(saved[key].size) if key in saved else None
+        if there != tuple(tensor.shape):
+            raise UserError(f"{folder.parent}: is of another model: {key.removeprefix('model.')} is "
+                            f"{there or 'missing'} there, {tuple(tensor.shape)} here")  # fmt: skip
+    read_sharded(wanted, folder)
+
+
+def sharded_metadata(folder: Path) -> dict[str, Any]:
+    """Name -> sizes and dtype of every tensor in a sharded checkpoint."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    try:
+        found = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    except Exception as error:  # a missing file, a damaged pickle
+        raise UserError(f"{folder}: cannot be read ({next(iter(str(error).splitlines()), '')})") from error
+    return {key: value for key, value in found.items() if isinstance(value, TensorStorageMetadata)}
+
+
+def read_sharded(wanted: dict[str, Any], folder: Path) -> None:
+    """In place; every rank reads its own part, for itself."""
+    import torch.distributed.checkpoint as dcp
+
+    if not wanted:
+        return
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that it reads without a process group
+            dcp.load(wanted, checkpoint_id=folder, no_dist=True)
+    except Exception as error:
+        raise UserError(f"{folder}: cannot be read ({next(iter(str(error).splitlines()), '')})") from error
 
 
 def seed_everything(seed: int) -> None:

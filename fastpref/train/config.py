@@ -59,6 +59,8 @@ class TrainConfig:
     # Batches without padding, for which the model's attention must be replaced. None: where that is possible
     packing: bool | None = None
     prefix_sharing: bool = True  # packed: equal prompts once a micro-batch (LoRA's dropout is then the same for them)
+    fsdp: bool | None = None  # weights sharded over the processes that torchrun started; None: if there are several
+    dp_replicate: int = 1  # so many groups of processes each hold the whole model (HSDP: one a node)
 
     # run
     output_dir: str = field(kw_only=True)
@@ -85,7 +87,7 @@ class TrainConfig:
     ref_model_name_or_path: str | None = None  # None: the policy as the stage found it
     per_device_train_batch_size: int | None = None  # examples (pairs) a micro-batch; None: 8, or what its tokens allow
     max_tokens_per_batch: int | None = None  # a micro-batch is filled up to so many tokens; None: no such limit
-    gradient_accumulation_steps: int = 1
+    gradient_accumulation_steps: int = 1  # micro-batches a step, on all GPUs together: their number changes no result
     num_train_epochs: float = 1.0
     max_steps: int = -1  # above 0: so many, whatever the epochs
     learning_rate: float = 1e-6
@@ -210,7 +212,7 @@ class TrainConfig:
 
 _AT_LEAST_1 = (
     "gradient_accumulation_steps", "per_device_eval_batch_size", "logging_steps",
-    "eval_max_new_tokens", "max_skipped_steps", "lora_r", "lora_alpha",
+    "eval_max_new_tokens", "max_skipped_steps", "lora_r", "lora_alpha", "dp_replicate",
 )  # fmt: skip
 _AT_LEAST_0 = (
     "learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm", "warmup_steps", "save_steps", "seed",
@@ -224,7 +226,7 @@ _NONE_OR_1 = (
 _RUN_KEYS = (
     "model_name_or_path", "model_revision", "tokenizer_name_or_path", "init_from_config", "trust_remote_code",
     "use_peft", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "dtype", "bf16",
-    "gradient_checkpointing", "use_liger_kernel", "packing", "prefix_sharing",
+    "gradient_checkpointing", "use_liger_kernel", "packing", "prefix_sharing", "fsdp", "dp_replicate",
     "output_dir", "overwrite_output_dir", "reference_dir", "seed", "report_to", "save_total_limit", "stages",
 )  # fmt: skip
 # What may differ between a checkpoint and the run that goes on from it: nothing here changes a weight.
@@ -232,7 +234,7 @@ MAY_DIFFER = (
     "output_dir", "overwrite_output_dir", "reference_dir", "report_to", "logging_steps", "save_steps",
     "save_total_limit",
     "eval_dataset", "eval_steps", "per_device_eval_batch_size", "eval_generate", "eval_max_new_tokens",
-    "eval_generate_samples", "memory_budget", "max_skipped_steps",
+    "eval_generate_samples", "memory_budget", "max_skipped_steps", "fsdp", "dp_replicate",
 )  # fmt: skip
 
 _FIELDS = {f.name: f for f in fields(TrainConfig) if f.name != "loss_options"}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +13,9 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from fastpref.data import Batch, Example, Kind, Record, batch_order, collate
 from fastpref.losses import Loss, Totals
 
+from . import ranks
 from .model import Policy
-from .reference import ReferenceLogps, Tick
+from .reference import ReferenceLogps, Tick, by_turns
 
 
 def eval_order(examples: Sequence[Example], batch_size: int) -> list[list[int]]:
@@ -37,13 +38,19 @@ class MetricSums:
     def __init__(self) -> None:
         self.parts: dict[str, list[Tensor]] = {}
 
-    def add(self, metrics: dict[str, Tensor]) -> None:
+    def add(self, metrics: dict[str, Tensor], counts: bool = True) -> None:
+        """counts: False for a batch that another rank has as well."""
         for name, values in metrics.items():
-            self.parts.setdefault(name, []).append(values.reshape(-1))
+            self.parts.setdefault(name, []).append(values.reshape(-1) if counts else values.new_empty(0))
 
     def read(self, **more: Tensor) -> dict[str, float]:
-        """Means, a NaN left out (KTO: a sequence of the other kind), and the scalars of `more`."""
-        scalars = {name: torch.cat(parts).double().nanmean() for name, parts in self.parts.items()}
+        """Means over all ranks, a NaN left out (KTO: a sequence of the other kind), and the scalars of `more`."""
+        scalars = {}
+        if self.parts:
+            values = [torch.cat(parts).double() for parts in self.parts.values()]
+            both = [torch.stack((x.nansum(), (~x.isnan()).sum().double())) for x in values]
+            sums, counts = ranks.total(torch.stack(both)).unbind(1)
+            scalars = dict(zip(self.parts, (sums / counts).unbind()))
         scalars |= {name: value.double() for name, value in more.items()}
         return dict(zip(scalars, torch.stack(list(scalars.values())).tolist(), strict=True)) if scalars else {}
 
@@ -63,11 +70,18 @@ def baseline(policy: Policy, batches: Sequence[Batch], reference: Sequence[Tenso
 
     Of the whole global batch: the baseline's mean must not depend on how the batch is cut. None at all: one zero each.
     """
-    own = [policy.sequence_logps(batch.kl) for batch in batches if batch.kl is not None]
+    mismatched = [batch.kl for batch in batches if batch.kl is not None]
+    own = list(sequence_logps(policy, mismatched))
     if not own:
         zero = torch.zeros(1, device=policy.device)
         return zero, zero
     return torch.cat(own), torch.cat(list(reference)).to(policy.device)
+
+
+def sequence_logps(policy: Policy, batches: Sequence[Batch]) -> Iterator[Tensor]:
+    """[S] of each batch, in their order, on every rank: the ranks compute them by turns."""
+    for start in range(0, len(batches), ranks.size()):
+        yield from by_turns(policy, batches[start : start + ranks.size()])
 
 
 @torch.no_grad()
@@ -91,24 +105,25 @@ def evaluate(policy: Policy, examples: Sequence[Example], kind: Kind, loss: Loss
     totals = totals_of(batches)
     kl_logps = ref_kl_logps = None
     if loss.needs_kl and reference is not None:
+        mismatched = [batch.kl for batch in batches if batch.kl is not None]
         own = []
-        for done, batch in enumerate(batches):
-            tick(done, len(batches))
-            own += [policy.sequence_logps(batch.kl.to(policy.device))] if batch.kl is not None else []
+        for done, values in enumerate(sequence_logps(policy, mismatched)):
+            tick(done, len(mismatched))
+            own.append(values)
         kl_logps = torch.cat(own) if own else torch.zeros(1, device=policy.device)
         ref_kl_logps = reference.kl.to(policy.device) if own else kl_logps
     sums, value = MetricSums(), torch.zeros((), device=policy.device, dtype=torch.float64)
-    for done, batch in enumerate(batches):
-        tick(done, len(batches))
+    for done, (batch, counts) in enumerate(ranks.share(batches)):
+        tick(done * ranks.size(), len(batches))
         batch = batch.to(policy.device)
         out = policy.score(batch, loss, totals, **loss_inputs(loss, batch, kl_logps, ref_kl_logps))
-        value += out.loss
-        sums.add(out.metrics)
+        value += out.loss * counts
+        sums.add(out.metrics, counts)
         if kind == "pair" and batch.ref_logps is not None:
             rho = (out.logps - batch.ref_logps) / out.lengths
-            sums.add({"kl": out.lengths * (torch.expm1(rho) - rho)})
+            sums.add({"kl": out.lengths * (torch.expm1(rho) - rho)}, counts)
     policy.model.train(was_training)
-    return sums.read(loss=value)
+    return sums.read(loss=ranks.total(value))
 
 
 # ---- exact match -----------------------------------------------------------------------------------------------------

@@ -18,24 +18,25 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from fastpref.data import Batch, Example, collate
 
-from . import checkpoint, reference
+from . import checkpoint, ranks, reference, sharding
 from .cache import obtain, splits_of
 from .checkpoint import Saver, State, seed_everything
 from .config import TrainConfig, UserError, differing_keys
@@ -50,7 +51,7 @@ from .evaluate import (
     pad_token,
     totals_of,
 )
-from .metrics import MetricsLog, check_report_to, device_name, peak_memory_mib
+from .metrics import MetricsLog, NoLog, check_report_to, device_name, peak_memory_mib
 from .mfu import model_flops, peak_flops
 from .model import (
     Policy,
@@ -95,7 +96,7 @@ class Run:
     pad: int
     policy: Policy
     display: Display
-    log: MetricsLog
+    log: MetricsLog | NoLog
     stop: StopFlag
     state: State
     resumed: Path | None  # the checkpoint this run goes on from, until its stage has begun
@@ -129,6 +130,8 @@ class StopFlag:
                 signal.signal(signum, handler)
 
     def check(self) -> None:
+        """All ranks stop where one was asked to."""
+        self.signum = ranks.largest(self.signum)
         if self.signum:
             raise _Interrupted
 
@@ -154,47 +157,44 @@ def train(config: TrainConfig, *, resume: bool = False, display: Display | None 
 
     resume: go on from the newest checkpoint in output_dir, bitwise on the CPU; from the beginning if there is none.
 
+    Under torchrun the processes train one model, sharded (sharding.py): the same steps, whatever their number.
+
     Raises UserError (ValueError) for what the user can put right, TrainingError and checkpoint.SaveError for a run that
     cannot go on (what was saved stays), Stopped after SIGINT or SIGTERM once a checkpoint is saved.
     """
-    display = display or Display()
+    with ranks.joined(config):
+        if not ranks.is_first():
+            with Path(os.devnull).open("w") as nowhere:
+                return _train(config, resume, Display(Console(file=nowhere)))
+        return _train(config, resume, display or Display())
+
+
+def _train(config: TrainConfig, resume: bool, display: Display) -> dict[str, Any]:
     run_dir = Path(config.output_dir)
     check_report_to(config)
     stages = config.stage_configs()
     for stage in stages:
         check_optimizer(stage, pick_device())
-    if resume and (run_dir / "summary.json").is_file():
+    if resume and ranks.on_first((run_dir / "summary.json").is_file):
         return _already_complete(run_dir, config, display)
     stop = StopFlag()
-    with checkpoint.lock(run_dir), stop.listening(display):
-        found = checkpoint.checkpoints(run_dir) if resume else []
-        resumed, state = None, State()
-        if found:
-            resumed = found[-1]
-            state, saved = checkpoint.read_state(resumed)
-            different = differing_keys(saved, config.to_dict())
-            if different:
-                raise UserError(f"{resumed} is of another configuration: {'; '.join(different)}")
-        elif not resume:
-            _refuse_used(run_dir, config)
+    with ExitStack() as held, stop.listening(display):
+        ranks.on_first(lambda: held.enter_context(checkpoint.lock(run_dir)) and None)
+        resumed, state = ranks.on_first(lambda: _begins(run_dir, config, resume))
         seed_everything(config.seed)
         tokenizer = load_tokenizer(config)
         data = load_data(stages, tokenizer, display)
         if resumed and state.step and state.data != reference.identity(data[state.stage].train):
             raise UserError(f"{resumed}: train_dataset has other examples now than when it was saved")
-        policy = load_policy(config, tokenizer, resumed)
-        if not resumed:
-            _clear(run_dir)
-        elif (run_dir / "metrics.jsonl").stat().st_size < state.metrics_bytes:
-            raise UserError(f"{run_dir}/metrics.jsonl is shorter than when {resumed.name} was saved")
-        checkpoint.clean_up(run_dir)
-        checkpoint.write_file(run_dir / "config.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False))
-        display.say(f"{_describe(policy)} on {device_name(policy.device)}; run folder {run_dir}")
+        policy = sharding.shard(load_policy(config, tokenizer, resumed), config)
+        ranks.on_first(lambda: _prepare(run_dir, config, resumed, state))
+        where = f"{ranks.size()} ranks, each on " if ranks.size() > 1 else ""
+        display.say(f"{_describe(policy)} on {where}{device_name(policy.device)}; run folder {run_dir}")
         if resumed:
             display.say(f"going on from {resumed}")
         elif resume:
             display.say(f"{run_dir}: no checkpoint there yet, starting from the beginning")
-        log = MetricsLog(run_dir, config, state.metrics_bytes, state.global_step)
+        log = MetricsLog(run_dir, config, state.metrics_bytes, state.global_step) if ranks.is_first() else NoLog()
         pad = pad_token(tokenizer)
         run = Run(run_dir, config, stages, data, tokenizer, pad, policy, display, log, stop, state, resumed,
                   goes_on=bool(resumed))  # fmt: skip
@@ -207,6 +207,29 @@ def train(config: TrainConfig, *, resume: bool = False, display: Display | None 
             if not isinstance(sys.exc_info()[1], KeyboardInterrupt):  # asked twice: at once
                 run.saver.join()
             log.close()
+
+
+def _begins(run_dir: Path, config: TrainConfig, resume: bool) -> tuple[Path | None, State]:
+    """The checkpoint to go on from, and where it stands."""
+    found = checkpoint.checkpoints(run_dir) if resume else []
+    if found:
+        state, saved = checkpoint.read_state(found[-1])
+        different = differing_keys(saved, config.to_dict())
+        if different:
+            raise UserError(f"{found[-1]} is of another configuration: {'; '.join(different)}")
+        return found[-1], state
+    if not resume:
+        _refuse_used(run_dir, config)
+    return None, State()
+
+
+def _prepare(run_dir: Path, config: TrainConfig, resumed: Path | None, state: State) -> None:
+    if not resumed:
+        _clear(run_dir)
+    elif (run_dir / "metrics.jsonl").stat().st_size < state.metrics_bytes:
+        raise UserError(f"{run_dir}/metrics.jsonl is shorter than when {resumed.name} was saved")
+    checkpoint.clean_up(run_dir)
+    checkpoint.write_file(run_dir / "config.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False))
 
 
 def _already_complete(run_dir: Path, config: TrainConfig, display: Display) -> dict[str, Any]:
@@ -292,10 +315,10 @@ def _starting_policy(run: Run, index: int) -> Policy:
         folder = run.dir / "checkpoints" / checkpoint.folder_name(index, stage.name or "", 0)
         if not folder.is_dir():
             raise UserError(f"stage {stage.name!r}: its reference log-probs and first weights are gone from {run.dir}")
-        source = load_policy(run.config, run.tokenizer, folder)
+        source = sharding.shard(load_policy(run.config, run.tokenizer, folder), run.config)
     else:
         seed_everything(run.config.seed)
-        source = load_policy(run.config, run.tokenizer)
+        source = sharding.shard(load_policy(run.config, run.tokenizer), run.config)
     if fingerprint(source.model) != run.state.reference:
         raise UserError(f"stage {stage.name!r}: the reference model has other weights than when the stage began")
     return source
@@ -315,8 +338,8 @@ def run_stage(run: Run, index: int) -> None:
     resumed, run.resumed = run.resumed, None
     if resumed:
         tensors = checkpoint.read_tensors(resumed)
-        if tensors["optimizer"] is not None:
-            updater.optimizer.load_state_dict(tensors["optimizer"])
+        if state.step:
+            sharding.load_optimizer(resumed, policy, updater.optimizer, tensors["optimizer"])
         checkpoint.restore_random_state(tensors["random"])
     state.data = reference.identity(data.train)
     state.history.setdefault(name, {})
@@ -386,19 +409,20 @@ def train_step(
     finite the weights stay as they are.
     """
     loss, totals = stage.loss_fn, totals_of(batches)
-    batches = [batch.to(policy.device) for batch in batches]
     kl_logps = ref_kl = None
     if loss.needs_kl:
         kl_logps, ref_kl = baseline(policy, batches, ref_kl_logps)
+    mine = [(batch.to(policy.device), counts) for batch, counts in ranks.share(batches)]
     sums, total = MetricSums(), torch.zeros((), device=policy.device)
     updater.begin(rate)
-    for batch in batches:
+    for batch, counts in mine:
         out = policy.score(batch, loss, totals, **loss_inputs(loss, batch, kl_logps, ref_kl))
-        if not updater.in_backward or math.isfinite(out.loss.item()):
-            out.loss.backward()
-        total += out.loss.detach()
-        sums.add(out.metrics)
-    values = sums.read(loss=total, grad_norm=updater.gradient_norm())
+        value = out.loss if counts else 0 * out.loss
+        if not updater.in_backward or math.isfinite(value.item()):
+            value.backward()
+        total += value.detach()
+        sums.add(out.metrics, counts)
+    values = sums.read(loss=ranks.total(total), grad_norm=updater.gradient_norm())
     updater.end(math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"]))
     return values
 
@@ -440,7 +464,7 @@ def _log(run: Run, bar: StepBar, name: str, epoch: float, rate: float) -> None:
         values["saved_tokens_per_s"] = saved / seconds
     peak = peak_flops(device_name(run.policy.device), run.policy.compute_dtype)
     if flops and peak:
-        values["mfu"] = flops / seconds / peak
+        values["mfu"] = flops / seconds / peak / ranks.size()
     if state.skipped:
         values["skipped_steps"] = state.skipped
     state.window = {}
@@ -463,9 +487,12 @@ def save_checkpoint(run: Run, optimizer: torch.optim.Optimizer | None) -> Path:
     name = stage.name or ""
     run.saver.wait()
     path = run.dir / "checkpoints" / checkpoint.folder_name(state.stage, name, state.step)
-    if path.is_dir():  # just resumed from it, or saved at this step already
+    if ranks.on_first(path.is_dir):  # just resumed from it, or saved at this step already
         return path
     state.metrics_bytes = run.log.size()
+    if ranks.size() > 1:
+        _save_sharded(run, path, optimizer)
+        return path
     tensors, weights = checkpoint.tensors_of(optimizer), weights_of(run.policy)
     beside = stage.optimizer != "adamw_offload"  # its states fill the host's memory: no room for a copy
     if beside:
@@ -485,6 +512,26 @@ def save_checkpoint(run: Run, optimizer: torch.optim.Optimizer | None) -> Path:
     else:
         save()
     return path
+
+
+def _save_sharded(run: Run, path: Path, optimizer: torch.optim.Optimizer | None) -> None:
+    """All ranks write their parts beside; then the first one makes the checkpoint of them."""
+    parts = path.with_name(f"{checkpoint.PARTIAL}{checkpoint.SHARDED}-{path.name}")
+    ranks.on_first(lambda: parts.mkdir(parents=True, exist_ok=True))
+    sharding.save(run.policy, optimizer, parts)
+    content = asdict(run.state)
+
+    def write(folder: Path) -> None:
+        os.rename(parts, folder / checkpoint.SHARDED)
+        run.policy.model.config.save_pretrained(folder)
+        run.tokenizer.save_pretrained(folder)
+        checkpoint.write_state(folder, content, run.config.to_dict(), checkpoint.tensors_of(None))
+
+    def save() -> None:
+        checkpoint.save(path, write)
+        checkpoint.remove_old(run.dir, run.config.save_total_limit)
+
+    ranks.on_first(save)
 
 
 # ---- evaluation ------------------------------------------------------------------------------------------------------
@@ -539,11 +586,16 @@ def _exact_match(run: Run, index: int) -> dict[str, float]:
 
 def finish(run: Run) -> dict[str, Any]:
     """Final weights, summary and report; prints what improved."""
-    checkpoint.save(run.dir / "model", partial(save_model, run.policy, run.tokenizer))
-    run.log.size()
-    summary = summarize(run.stages, run.data[-1], run.state, run.policy.device)
-    checkpoint.write_file(run.dir / "summary.json", json.dumps(summary, indent=1) + "\n")
-    report = write_report(run.dir)
+    weights = sharding.whole_weights(run.policy) if ranks.size() > 1 else None
+    summary, report = ranks.on_first(lambda: _write_results(run, weights))
     show_summary(run.display, run.dir, summary)
     run.display.say(f"model   {run.dir / 'model'}\nreport  {report}")
     return summary
+
+
+def _write_results(run: Run, weights: dict[str, torch.Tensor] | None) -> tuple[dict[str, Any], Path]:
+    checkpoint.save(run.dir / "model", lambda folder: save_model(run.policy, run.tokenizer, folder, weights))
+    run.log.size()
+    summary = summarize(run.stages, run.data[-1], run.state, run.policy.device)
+    checkpoint.write_file(run.dir / "summary.json", json.dumps(summary, indent=1) + "\n")
+    return summary, write_report(run.dir)

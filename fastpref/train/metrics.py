@@ -81,6 +81,17 @@ class MetricsLog:
             self.wandb.finish()
 
 
+class NoLog:
+    """What ranks other than the first have for a log."""
+
+    def write(self, *line: Any) -> None: ...
+
+    def size(self) -> int:
+        return 0
+
+    def close(self) -> None: ...
+
+
 def peak_memory_mib(device: torch.device) -> float:
     """The most this process has held: allocated by torch on a GPU, resident on the CPU (weights, Python and all)."""
     if device.type == "cuda":

@@ -22,6 +22,7 @@ from fastpref.losses import SFT, LossFunction, Totals
 from fastpref.trunk import Head, check_vocabulary, unwrap
 from fastpref.trunk import take_apart as find_parts
 
+from .checkpoint import SHARDED, load_sharded_weights
 from .config import TrainConfig, UserError
 from .kernels import use_liger_kernels
 
@@ -105,13 +106,17 @@ def load_tokenizer(config: TrainConfig) -> PreTrainedTokenizerBase:
 
 
 def load_policy(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, weights: str | Path | None = None) -> Policy:
-    """The model to train, in `config.dtype`, on the GPU if there is one. weights: a folder that `save_model` wrote.
+    """The model to train, in `config.dtype`, on the GPU if there is one. weights: a folder that `save_model` wrote, or
+    the checkpoint of several ranks.
 
     Raises UserError for a model that cannot be loaded, is not a causal LM, or computes its logits in a way that the
     fused head does not (found by comparing the two on a few tokens).
     """
     adapted = config.use_peft
-    model = _load_model(config, weights if weights and not adapted else None)
+    sharded = Path(weights, SHARDED) if weights and Path(weights, SHARDED).is_dir() else None
+    model = _load_model(config, weights if weights and not adapted and not sharded else None)
+    if sharded:
+        load_sharded_weights(model, sharded)
     _no_dropout(model)
     if config.gradient_checkpointing == "offload" and model.device.type == "cpu":
         raise UserError("gradient_checkpointing is 'offload', from a GPU to host memory; the device is cpu: set full")
@@ -294,6 +299,7 @@ def fingerprint(model: nn.Module) -> str:
     size = 1 << 22
     weights = None
     for name, tensor in sorted(model.state_dict().items()):
+        tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
         bits = tensor.detach().contiguous().view(-1)
         if bits.dtype != torch.bool:
             bits = bits.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[bits.element_size()])

@@ -77,9 +77,10 @@ class MasterAdamW(_ExactLoad):
         parts = [p.detach(), p.grad, state["exp_avg"], state["exp_avg_sq"]]
         if "low" in state:
             parts.append(state["low"])
+        parts = [getattr(part, "_local_tensor", part) for part in parts]  # of a sharded weight: this rank's part
         before = state["step"].clone()
         # in slices: a fp32 master and gradient of the whole LM head would be 4 GiB for an 8B model
-        slices = zip(*(part.view(-1).split(SLICE) if p.numel() > SLICE else (part,) for part in parts))
+        slices = zip(*(part.view(-1).split(SLICE) if parts[0].numel() > SLICE else (part,) for part in parts))
         for weight, gradient, exp_avg, exp_avg_sq, *low in slices:
             master = join(weight, low[0]) if low else weight
             state["step"].copy_(before)
@@ -211,7 +212,8 @@ class Updater:
             if not self.norms:  # no backward pass: the loss was not finite
                 return torch.full((), math.nan, device=self.parameters[0].device)
             return torch.linalg.vector_norm(torch.stack(self.norms))
-        return torch.nn.utils.clip_grad_norm_(self.parameters, self.max_norm)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.max_norm)
+        return norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of all ranks' parts
 
     def end(self, finite: bool) -> None:
         if finite and not self.in_backward:

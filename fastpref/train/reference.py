@@ -32,6 +32,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fastpref.data import Batch, Example, Kind, Layout, batch_order, collate
 
+from . import ranks
 from .checkpoint import PARTIAL, SaveError
 from .config import TrainConfig
 from .model import Policy
@@ -100,18 +101,29 @@ def compute(policy: Policy, examples: Sequence[Example], kind: Kind, batch_size:
         mismatched(examples, batches or (), pad, policy.layout),
     )
     found: list[Tensor] = []
+    waiting: list[Batch] = []  # one for each rank, whose log-probs come next
+
+    def computed() -> None:
+        for values in by_turns(policy, waiting):
+            found.append(values)
+            if progress is not None:
+                progress.add(values)
+        waiting.clear()
+
     try:
         for done, batch in enumerate(scored):
             tick(done, total)
             before = None if progress is None or batch is None else progress.take(batch.num_sequences)
-            if batch is None:
-                found.append(torch.empty(0))
-            elif before is not None:
+            if before is not None:
                 found.append(before)
+            elif batch is None:
+                computed()
+                found.append(torch.empty(0))
             else:
-                found.append(policy.sequence_logps(batch.to(policy.device)))
-                if progress is not None:
-                    progress.add(found[-1])
+                waiting.append(batch)
+                if len(waiting) == ranks.size():
+                    computed()
+        computed()
     finally:
         if progress is not None:
             progress.flush()
@@ -122,6 +134,14 @@ def compute(policy: Policy, examples: Sequence[Example], kind: Kind, batch_size:
     policy.model.train(was_training)
     offsets = torch.tensor([0, *accumulate(len(part) for part in kl)])
     return ReferenceLogps(logps, torch.cat([part.cpu() for part in kl]) if kl else torch.empty(0), offsets)
+
+
+def by_turns(policy: Policy, batches: Sequence[Batch]) -> list[Tensor]:
+    """[S] of each batch on every rank; each computes one of them."""
+    if not batches:
+        return []
+    ((mine, _),) = ranks.share(batches)
+    return ranks.gathered(policy.sequence_logps(mine.to(policy.device)), [batch.num_sequences for batch in batches])
 
 
 def read(path: Path, header: dict[str, Any], *, any_weights: bool = False) -> ReferenceLogps | None:
@@ -192,8 +212,12 @@ class Progress:
             self.flush()
 
     def flush(self) -> None:
-        if not self.pending:
-            return
+        if self.pending and ranks.is_first():  # the others only count
+            self._write()
+        self.taken += sum(len(part) for part in self.pending)
+        self.pending = []
+
+    def _write(self) -> None:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("r+b" if self.begun else "wb") as file:
@@ -205,12 +229,11 @@ class Progress:
         except OSError as error:
             raise SaveError(f"could not write {self.path}: {error.strerror}") from error
         self.begun = True
-        self.taken += sum(len(part) for part in self.pending)
-        self.pending = []
 
     def discard(self) -> None:
         """Removes the file: the pass has come to its end."""
-        self.path.unlink(missing_ok=True)
+        if ranks.is_first():
+            self.path.unlink(missing_ok=True)
 
 
 def write(path: Path, header: dict[str, Any], reference: ReferenceLogps, examples: Sequence[Example]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 
-import liger_kernel.transformers
 import pytest
 import torch
 import transformers
@@ -13,6 +12,9 @@ from tiny import make, make_config, make_tokenizer
 from fastpref.train import kernels
 from fastpref.train.config import UserError
 from fastpref.train.model import load_policy
+
+liger_kernel = pytest.importorskip("liger_kernel")
+pytest.importorskip("liger_kernel.transformers")
 
 
 class OnCuda:

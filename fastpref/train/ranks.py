@@ -1,0 +1,149 @@
+"""The processes of one run under torchrun: who they are, how they share work, and what they agree on.
+
+Every rank knows the whole data order, and so all counts of a step: nothing of that is communicated. Control (a signal,
+an error of the first rank) goes over gloo between the hosts; a GPU never waits for it. Alone, all of this is nothing.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .config import TrainConfig, UserError
+
+T = TypeVar("T")
+LAUNCH = "torchrun --nproc-per-node=GPUS -m fastpref train CONFIG.yaml"
+
+
+def size() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if size() > 1 else 0
+
+
+def is_first() -> bool:
+    return rank() == 0
+
+
+@contextmanager
+def joined(config: TrainConfig) -> Iterator[None]:
+    """Within it the processes that torchrun started are one run. Raises UserError, on every rank and before anything is
+    read, for a configuration that they cannot share."""
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    here_already = size() > 1
+    if not here_already and started == 1:
+        if config.fsdp and "TORCHELASTIC_RUN_ID" not in os.environ:
+            raise UserError(f"fsdp is true, but this is one process alone: {LAUNCH}")
+        if config.dp_replicate > 1:
+            raise UserError(f"dp_replicate is {config.dp_replicate}, but this is one process alone: {LAUNCH}")
+        yield
+        return
+    for stage in config.stage_configs():
+        _check(stage, size() if here_already else started)
+    if here_already:
+        yield
+        return
+    backend = "gloo"
+    if torch.cuda.is_available():
+        local, found = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        if local >= found:
+            raise UserError(f"torchrun started more processes here than there are GPUs: --nproc-per-node={found}")
+        torch.cuda.set_device(local)
+        backend = "cpu:gloo,cuda:nccl"
+    dist.init_process_group(backend)
+    yield
+    # Only where all ranks come to the end: after an error on one of them torchrun ends the others.
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _check(stage: TrainConfig, count: int) -> None:
+    steps = stage.gradient_accumulation_steps
+    if stage.fsdp is False:
+        raise UserError(f"fsdp is false, but torchrun started {count} processes: leave it out, or start one without it")
+    if count > steps:
+        raise UserError(
+            f"{count} ranks, but a step has {steps} micro-batch{'es' * (steps > 1)} (gradient_accumulation_steps, all "
+            f"ranks together): set gradient_accumulation_steps to a multiple of {count}, or start at most {steps}"
+        )
+    if count % stage.dp_replicate:
+        raise UserError(f"dp_replicate is {stage.dp_replicate}; it takes a divisor of the {count} ranks")
+    whole = {
+        "optim adamw_torch_8bit": stage.optimizer == "adamw_torch_8bit",
+        "optim adamw_offload": stage.optimizer == "adamw_offload",
+        "optim_in_backward": stage.optim_in_backward,
+    }
+    for name in (name for name, asked in whole.items() if asked):
+        default = " (the default for dtype=bfloat16)" if stage.optim is None and name.startswith("optim ") else ""
+        other = "adamw_fp32_master" if stage.dtype == "bfloat16" else "adamw_torch_fused"
+        raise UserError(f"{name}{default} cannot be sharded over {count} ranks: set optim={other}, which can")
+    if stage.use_peft:
+        raise UserError(f"use_peft: LoRA trains on one GPU, not sharded over {count} ranks; leave it out, or torchrun")
+    if stage.eval_generate:
+        raise UserError("eval_generate: a sharded model does not generate; `fastpref eval` of the finished run does")
+
+
+# ---- agreement -------------------------------------------------------------------------------------------------------
+
+
+def on_first(work: Callable[[], T]) -> T:
+    """What `work` returns, or raises, on the first rank, on all of them; the others do not run it."""
+    if size() == 1:
+        return work()
+    box: list[Any] = [None, None]
+    if is_first():
+        try:
+            box[0] = work()
+        except Exception as error:  # noqa: BLE001 - raised again, everywhere
+            box[1] = error
+    dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+    if box[1] is not None:
+        raise box[1]
+    return box[0]  # type: ignore[no-any-return]
+
+
+def largest(value: int) -> int:
+    """Of all ranks."""
+    if size() == 1:
+        return value
+    found = torch.tensor(value)
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return int(found)
+
+
+def total(x: Tensor) -> Tensor:
+    """The sum over all ranks."""
+    if size() > 1:
+        dist.all_reduce(x)
+    return x
+
+
+# ---- shares ----------------------------------------------------------------------------------------------------------
+
+
+def share(items: Sequence[T]) -> Iterator[tuple[T, bool]]:
+    """This rank's items of those that all know, the same number on each rank: the ranks of a sharded model run it
+    together. Where the items run out a rank gets one of another's, and False: what comes of that does not count."""
+    for start in range(0, len(items), size()):
+        mine = start + rank()
+        yield (items[mine], True) if mine < len(items) else (items[start], False)
+
+
+def gathered(values: Tensor, counts: Sequence[int]) -> list[Tensor]:
+    """Vectors of one `share` round, by rank; counts: their lengths, of the first ranks only if the items ran out."""
+    if size() == 1:
+        return [values]
+    filled = values.new_zeros(max(counts))
+    if rank() < len(counts):
+        filled[: counts[rank()]] = values
+    parts = [torch.empty_like(filled) for _ in range(size())]
+    dist.all_gather(parts, filled)
+    return [part[:count] for part, count in zip(parts, counts)]

@@ -1,0 +1,166 @@
+"""A policy sharded over ranks (FSDP2), and its checkpoints, which any number of ranks can read.
+
+    trunk     fully_shard: each layer's weights are gathered while it works, its gradients reduced when it is done
+    LM head   each rank keeps its rows of W and multiplies all ranks' hidden rows with them (fastpref/sharded.py)
+
+Gradients are SUMS over ranks: losses are normalised by the counts of the global batch, so that their parts add up. With
+`dp_replicate` (HSDP) each of so many groups of ranks holds the whole model, and only gradients travel between them.
+
+    checkpoint/sharded/     torch.distributed.checkpoint: "model.NAME", and "optimizer.NAME.STATE" of what is trained
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+
+from fastpref.trunk import unwrap
+
+from . import ranks
+from .checkpoint import SHARDED, SaveError, read_sharded, sharded_metadata
+from .config import TrainConfig
+from .model import Policy
+
+
+def shard(policy: Policy, config: TrainConfig) -> Policy:
+    """The policy with its weights spread over the ranks of this run; every rank has them whole before."""
+    if ranks.size() == 1:
+        return policy
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    head: Any = policy.head.module
+    inner, copies = unwrap(policy.model), config.dp_replicate
+    names = ("replicate", "shard")
+    if copies > 1:
+        mesh = init_device_mesh(policy.device.type, (copies, ranks.size() // copies), mesh_dim_names=names)
+    else:
+        mesh = init_device_mesh(policy.device.type, (ranks.size(),), mesh_dim_names=names[1:])
+    embedding = inner.get_input_embeddings()
+    tied = embedding.weight is head.weight
+    # bf16 gradients are added up in fp32 on their way
+    options: dict[str, Any] = {"mesh": mesh, "mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32)}
+    layers = set(getattr(inner, "_no_split_modules", None) or ())
+    for module in [module for module in policy.trunk.modules() if type(module).__name__ in layers]:
+        fully_shard(module, **options)
+    # Resharded after a forward pass without gradient too: whoever looks at the weights finds their shards.
+    fully_shard(policy.trunk, **options, reshard_after_forward=True, ignored_params={head.weight} if tied else None)
+    for module in policy.trunk.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+    placements = [*[Replicate()] * (mesh.ndim - 1), Shard(0)]
+    for name, p in list(head.named_parameters(recurse=False)):
+        spread = distribute_tensor(p.detach(), mesh, placements, src_data_rank=None)
+        setattr(head, name, nn.Parameter(spread, requires_grad=p.requires_grad))
+    if tied:
+        embedding.weight = head.weight
+        _gather_in_forward(embedding)
+    return replace(policy, head=replace(policy.head, sharded=True))
+
+
+def _gather_in_forward(embedding: nn.Module) -> None:
+    """An embedding that is the head's weight: gathered while it looks tokens up; its gradient is reduced to shards."""
+    from torch.distributed.tensor import Partial
+
+    kept: list[Any] = []
+
+    def gather(module: nn.Module, args: Any) -> None:
+        weight: Any = module._parameters.pop("weight")
+        kept.append(weight)
+        module.weight = weight.full_tensor(grad_placements=[Partial()] * weight.device_mesh.ndim)
+
+    def put_back(module: nn.Module, args: Any, output: Any) -> None:
+        del module.weight
+        module._parameters["weight"] = kept.pop()
+
+    embedding.register_forward_pre_hook(gather)
+    embedding.register_forward_hook(put_back, always_call=True)
+
+
+def whole(x: Any) -> Tensor:
+    """A tensor that may be sharded, gathered on every rank: all of them have to ask."""
+    found: Tensor = x.full_tensor() if hasattr(x, "full_tensor") else x
+    return found
+
+
+def whole_weights(policy: Policy) -> dict[str, Tensor]:
+    """The model's state in host memory of the first rank (empty on the others); tied weights stay one."""
+    found: dict[str, Tensor] = {}
+    seen: dict[int, Tensor] = {}
+    for name, tensor in policy.model.state_dict().items():
+        key = getattr(tensor, "_local_tensor", tensor).data_ptr()
+        full = seen.get(key) if tensor.numel() and key else None
+        if full is None or full.shape != tensor.shape:
+            full = whole(tensor.detach())
+            full = full.cpu() if ranks.is_first() else full.new_empty(tensor.shape, device="meta")
+            seen[key] = full
+        found[name] = full
+    return found if ranks.is_first() else {}
+
+
+# ---- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+def save(policy: Policy, optimizer: torch.optim.Optimizer | None, folder: Path) -> None:
+    """All ranks write what they hold. Raises SaveError on all of them if one cannot."""
+    content: dict[str, Any] = {f"model.{name}": tensor for name, tensor in policy.model.state_dict().items()}
+    for name, p in policy.trainable().items() if optimizer is not None else ():
+        state = optimizer.state.get(p, {}) if optimizer is not None else {}
+        content |= {f"optimizer.{name}.{key}": value for key, value in state.items()}
+    try:
+        dcp.save(content, checkpoint_id=folder)
+    except Exception as error:  # a CheckpointException of what failed where, an OSError: each torch its own
+        line = next((line for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
+        raise SaveError(f"could not save {folder.parent}: {line.strip()}") from error
+
+
+def load_optimizer(
+    folder: Path, policy: Policy, optimizer: torch.optim.Optimizer, state_dict: dict[str, Any] | None
+) -> None:
+    """States as a checkpoint has them: sharded, or (`state_dict`) those of a run on one GPU."""
+    if (folder / SHARDED).is_dir():
+        states = _read_states(folder / SHARDED, policy)
+    elif state_dict is None:
+        return
+    elif ranks.size() == 1:
+        optimizer.load_state_dict(state_dict)
+        return
+    else:
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        states = {parameters[i]: dict(_like(parameters[i], found)) for i, found in state_dict["state"].items()}
+    for p, state in states.items():
+        optimizer.state[p].update(state)
+
+
+def _like(p: Any, state: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """States of a whole weight, sharded as it now is."""
+    from torch.distributed.tensor import distribute_tensor
+
+    for key, value in state.items():
+        value = value.to(p.device)
+        if value.shape == p.shape:
+            value = distribute_tensor(value, p.device_mesh, p.placements, src_data_rank=None)
+        yield key, value
+
+
+def _read_states(folder: Path, policy: Policy) -> dict[nn.Parameter, dict[str, Tensor]]:
+    saved = sharded_metadata(folder)
+    wanted: dict[str, Tensor] = {}
+    states: dict[nn.Parameter, dict[str, Tensor]] = {}
+    for name, p in policy.trainable().items():
+        prefix = f"optimizer.{name}."
+        for key in (key for key in saved if key.startswith(prefix)):
+            dtype, shape = saved[key].properties.dtype, saved[key].size
+            alone = torch.zeros(shape, dtype=dtype, device=p.device)
+            wanted[key] = torch.zeros_like(p, dtype=dtype).detach() if shape == p.shape else alone
+            states.setdefault(p, {})[key.removeprefix(prefix)] = wanted[key]
+    read_sharded(wanted, folder)
+    return states

@@ -1,0 +1,38 @@
+"""Run by test_ranks.py under torchrun: trains with --resume, and SIGKILLs the second rank once, after its third step.
+
+    torchrun --nproc-per-node=2 --max-restarts=1 kill_a_rank.py CONFIG.yaml MARKER
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from fastpref.train import loop
+from fastpref.train.config import load_config
+from fastpref.train.display import Display
+
+
+def main(config_path: str, marker: Path) -> None:
+    torch.set_num_threads(1)
+    own, steps = loop.train_step, iter(range(1, 99))
+
+    def train_step(*args):
+        values = own(*args)
+        if next(steps) == 3 and os.environ["RANK"] == "1" and not marker.exists():
+            marker.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return values
+
+    loop.train_step = train_step
+    loop.train(load_config(config_path), resume=True, display=Display(Console(file=io.StringIO())))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))
