@@ -115,7 +115,8 @@ def _sources(rows: Sequence[dict[str, Any]]) -> str:
     def every(values: Sequence[Any]) -> str:
         return ", ".join(sorted({str(value) for value in values if value}))
 
-    peers = [f"{plots.title_of(row['impl'])} {row['version']}" for row in rows if row["impl"] not in ("fastpref",)]
+    ran = [row for row in rows if row["impl"] != "fastpref" and row["version"]]
+    peers = [f"{plots.title_of(row['impl'])} {row['version']}" for row in ran]
     peers = [name for name in peers if "naive" not in name and "torch" not in name]
     return (
         f"Measured {every([row['date'][:10] for row in rows])} at revision {every([row['revision'] for row in rows])}; "
