@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 import fastpref as fp
-from fastpref import rows
+from fastpref import rows, walk
 from tests import oracle
 from tests.oracle import IGNORE, KINDS, LOSSES, VARIANTS, make_batch, relative, variant_id
 
@@ -1035,3 +1035,23 @@ def test_frozen_dataclass_options_reach_the_loss():
             other = {"sum": "mean" if name == "ipo" else "tokens", "mean": "sum", "tokens": "sum"}.get(value)
             changed = replace(loss, **{option: other or value * 1.5})
             assert not torch.equal(run(batch, changed, **needed)[0].loss, base), (name, option)
+
+
+def test_logits_made_a_slice_of_the_head_at_a_time(monkeypatch):
+    """fp32 on the CPU: as with one slice, also where the vocabulary is no multiple of it."""
+    torch.manual_seed(0)
+    hidden, weight, targets = torch.randn(4, 9, 16), torch.randn(61, 16), torch.randint(0, 61, (4, 9))
+    ref_logps = torch.randn(4)
+
+    def call(cols: int) -> list[torch.Tensor]:
+        monkeypatch.setattr(walk, "LOGITS_COLS", cols)
+        leaves = [x.clone().requires_grad_() for x in (hidden, weight)]
+        out = fp.linear_preference_loss(*leaves, targets, loss="dpo", ref_logps=ref_logps)
+        return [out.logps, *torch.autograd.grad(out.loss, leaves)]
+
+    expected = torch.log_softmax((hidden.double() @ weight.double().T), -1).gather(-1, targets[..., None]).sum((1, 2))
+    for cols in (61, 24, 7):
+        found = call(cols)
+        assert (found[0].double() - expected).abs().max() < 1e-4
+        for got, whole in zip(found, call(61)):
+            assert (got - whole).norm() <= 1e-6 * whole.norm()
