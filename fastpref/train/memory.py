@@ -258,7 +258,8 @@ def _on_meta(config: Any) -> Any:
             raise UserError(f"{config.model_type}: no causal language model ({_first_line(error)})") from None
 
 
-@library.custom_op("fastpref::counted_attention", mutates_args=())
+# A namespace of its own: fastpref's ops have kernels, this one is shapes only.
+@library.custom_op("fastpref_meta::counted_attention", mutates_args=())
 def _counted_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """What a flash kernel gives: q, k, v [B, heads, T, d] -> output [B, T, heads, d], log-sum-exp [B, heads, T]."""
     raise NotImplementedError("memory is counted on the meta device")
