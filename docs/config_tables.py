@@ -1,9 +1,11 @@
-"""Writes the tables of docs/training.md from the code: every key of a configuration file, every loss and its options.
+"""Writes the tables of docs/training.md and docs/rounds.md from the code: every key of a configuration file, every loss
+and its options.
 
-    python docs/config_tables.py            rewrites what stands between the markers of the page
-    python docs/config_tables.py --check    exits with 1 where that would change it
+    python docs/config_tables.py            rewrites what stands between the markers of the pages
+    python docs/config_tables.py --check    exits with 1 where that would change them
 
-A key's meaning is the comment beside its field in fastpref/train/config.py, a table's title the comment above it.
+A key's meaning is the comment beside its field in fastpref/train/config.py (rounds/config.py), a table's title the
+comment above it.
 """
 
 from __future__ import annotations
@@ -13,19 +15,23 @@ import inspect
 import re
 import sys
 from pathlib import Path
+from typing import get_args
 
 from fastpref import losses
+from fastpref.rounds.config import RoundsConfig
+from fastpref.rounds.pairing import Pairing
 from fastpref.train import config
+from fastpref.train.vllm_engine import EngineName
 
-PAGE = Path(__file__).with_name("training.md")
+PAGE, ROUNDS = Path(__file__).with_name("training.md"), Path(__file__).with_name("rounds.md")
 FIELD = re.compile(r"    (?P<name>\w+): (?P<type>[^=#]+?)(?: = (?P<default>.+?))?(?:  # (?P<comment>.*))?$")
 COMMENT = re.compile(r"    # (.*)$")
 
 
-def sections() -> list[tuple[str, list[tuple[str, str, str, str]]]]:
+def sections(cls: type) -> list[tuple[str, list[tuple[str, str, str, str]]]]:
     """(title, [(key, type, default, meaning)]) in the order of the source. A field without a section joins the last."""
-    source = inspect.getsource(config.TrainConfig).partition('"""')[2].partition('"""')[2]
-    fields = {field.name: field for field in dataclasses.fields(config.TrainConfig)}
+    source = inspect.getsource(cls).partition('"""')[2].partition('"""')[2]
+    fields = {field.name: field for field in dataclasses.fields(cls)}
     found: list[tuple[str, list[tuple[str, str, str, str]]]] = []
     pending: list[str] = []  # comment lines that stand alone, above what they belong to
     blank = True
@@ -52,6 +58,7 @@ def pretty_type(kind: str) -> str:
     kind = re.sub(r"Literal\[(.*)\]", lambda match: match[1].replace('"', "").replace(", ", " / "), kind)
     kind = kind.replace("tuple[str, ...]", "list of names").replace(" | None", "").replace("Any", "data")
     words = {"str": "text", "int": "whole number", "float": "number", "bool": "true / false"}
+    words |= {"Pairing": " / ".join(get_args(Pairing)), "EngineName": " / ".join(get_args(EngineName))}
     return words.get(kind, kind)
 
 
@@ -69,9 +76,9 @@ def escaped(text: str) -> str:
     return text.replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*").replace("_", "\\_")
 
 
-def config_tables() -> str:
+def config_tables(cls: type = config.TrainConfig) -> str:
     parts = []
-    for title, rows in sections():
+    for title, rows in sections(cls):
         parts += [f"### {title[0].upper()}{title[1:]}", "", "| key | takes | default | |", "|---|---|---|---|"]
         parts += [f"| `{key}` | {escaped(kind)} | {default} | {escaped(what)} |" for key, kind, default, what in rows]
         parts.append("")
@@ -101,20 +108,29 @@ def loss_table() -> str:
 
 
 def written(page: str) -> str:
-    """The page with its tables as the code has them now."""
-    for name, table in (("config", config_tables()), ("losses", loss_table())):
+    """The page on training with its tables as the code has them now."""
+    return _with_tables(page, {"config": config_tables(), "losses": loss_table()})
+
+
+def written_rounds(page: str) -> str:
+    return _with_tables(page, {"rounds": config_tables(RoundsConfig)})
+
+
+def _with_tables(page: str, tables: dict[str, str]) -> str:
+    for name, table in tables.items():
         begin, end = f"<!-- {name}: made by docs/config_tables.py -->\n", f"<!-- end of {name} -->\n"
         if page.count(begin) != 1 or page.count(end) != 1:
-            raise SystemExit(f"{PAGE}: takes exactly one {begin.strip()} and one {end.strip()}")
+            raise SystemExit(f"takes exactly one {begin.strip()} and one {end.strip()}")
         head, _, rest = page.partition(begin)
         page = head + begin + "\n" + table + "\n" + end + rest.partition(end)[2]
     return page
 
 
 if __name__ == "__main__":
-    before = PAGE.read_text(encoding="utf-8")
-    after = written(before)
-    if "--check" not in sys.argv:
-        PAGE.write_text(after, encoding="utf-8")
-    elif before != after:
-        sys.exit(f"{PAGE} differs from the code: python docs/config_tables.py")
+    for path, write in ((PAGE, written), (ROUNDS, written_rounds)):
+        before = path.read_text(encoding="utf-8")
+        after = write(before)
+        if "--check" not in sys.argv:
+            path.write_text(after, encoding="utf-8")
+        elif before != after:
+            sys.exit(f"{path} differs from the code: python docs/config_tables.py")

@@ -295,6 +295,20 @@ def _attention(
     return out[None], None
 
 
+def check_replaceable(model: Any) -> None:
+    """What `replace_attention` can tell without running the model. Raises ValueError, one line."""
+    what = type(model).__name__
+    config = model.config.get_text_config()
+    unknown = sorted(set(getattr(config, "layer_types", None) or ()) - {*_LAYER_TYPES})
+    if getattr(config, "attention_chunk_size", None):
+        unknown.append("chunked_attention")
+    if unknown:
+        raise ValueError(f"{what}: has {', '.join(unknown)} layers; packed batches take full and sliding attention")
+    can = getattr(model, "_can_set_attn_implementation", lambda: model._supports_attention_backend)
+    if not can():
+        raise ValueError(f"{what}: its attention cannot be replaced, it does not come from AttentionInterface")
+
+
 def replace_attention(model: Any, trunk: Any, compute_dtype: torch.dtype = torch.float32) -> str:
     """Lets a transformers model run packed batches: its trunk is then called as
 
@@ -311,16 +325,9 @@ def replace_attention(model: Any, trunk: Any, compute_dtype: torch.dtype = torch
     """
     from transformers import AttentionInterface
 
+    check_replaceable(model)
     what = type(model).__name__
     config = model.config.get_text_config()
-    unknown = sorted(set(getattr(config, "layer_types", None) or ()) - {*_LAYER_TYPES})
-    if getattr(config, "attention_chunk_size", None):
-        unknown.append("chunked_attention")
-    if unknown:
-        raise ValueError(f"{what}: has {', '.join(unknown)} layers; packed batches take full and sliding attention")
-    can = getattr(model, "_can_set_attn_implementation", lambda: model._supports_attention_backend)
-    if not can():
-        raise ValueError(f"{what}: its attention cannot be replaced, it does not come from AttentionInterface")
     AttentionInterface.register(NAME, _attention)
     own = str(config._attn_implementation)
     training = model.training

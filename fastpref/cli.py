@@ -1,4 +1,4 @@
-"""The command `fastpref`: train, eval, info, losses, plan. A user's error is one line on stderr and exit code 2.
+"""The command `fastpref`: train, rounds, eval, info, losses, plan. A user's error is one line on stderr, exit code 2.
 
 Other exit codes: 1 for a run that cannot go on (disk full, NaN gradients, out of memory), 130 after Ctrl-C, 143 after
 SIGTERM. FASTPREF_DEBUG=1 shows the traceback as well.
@@ -21,7 +21,9 @@ EXAMPLES = """examples:
   fastpref train examples/quickstart.yaml
   fastpref train dpo.yaml learning_rate=5e-7 stages.rpo.beta=0.05 output_dir=runs/second
   fastpref train dpo.yaml --resume
+  fastpref train dpo.yaml --dry-run
   fastpref eval runs/second
+  fastpref rounds examples/rounds.yaml rounds.number=5
   fastpref plan --pairs 8 --length 512 --hidden 4096 --vocab 128256
   fastpref plan --model meta-llama/Llama-3.1-8B --gpu-gib 48
 """
@@ -42,8 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     import torch
     from transformers.utils import logging
 
-    for name in ("torchao", "torch.utils._pytree"):  # transformers imports torchao, which tells of parts it cannot load
-        logs.getLogger(name).setLevel(logs.ERROR)
+    quiet_imports()
     from .train.checkpoint import SaveError
     from .train.loop import Stopped, TrainingError
 
@@ -64,6 +65,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(error, 1)
     except (ValueError, TypeError, OSError, ImportError) as error:
         return _fail(error, 2)
+
+
+def quiet_imports() -> None:
+    """transformers imports torchao, which tells of parts it cannot load: lines that no user can do anything about."""
+    for name in ("torchao", "torch.utils._pytree"):
+        logs.getLogger(name).setLevel(logs.ERROR)
 
 
 def _fail(error: BaseException, code: int, line: str | None = None) -> int:
@@ -87,8 +94,16 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("train", help="train as a configuration file says")
     command.add_argument("config", help="YAML file; its keys are those of fastpref.train.config.TrainConfig")
     command.add_argument("overrides", nargs="*", metavar="key=value", help="instead of what the file says")
-    command.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in output_dir")
+    how = command.add_mutually_exclusive_group()
+    how.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in output_dir")
+    how.add_argument("--dry-run", action="store_true", help="check and count everything; no weights, nothing written")
     command.set_defaults(run=_train)
+
+    command = commands.add_parser("rounds", help="sample, score, pair and train, again and again")
+    command.add_argument("config", help="YAML file, as for train, with a section `rounds`")
+    command.add_argument("overrides", nargs="*", metavar="key=value", help="instead of what the file says")
+    command.add_argument("--resume", action="store_true", help="go on with the rounds in output_dir")
+    command.set_defaults(run=_rounds)
 
     command = commands.add_parser("eval", help="held-out metrics of a trained run, or of a configuration's model")
     command.add_argument("source", metavar="RUN_DIR|CONFIG", help="folder of a run, or a YAML file")
@@ -130,7 +145,19 @@ def _train(options: argparse.Namespace) -> None:
     from .train.config import load_config
     from .train.loop import train
 
+    if options.dry_run:
+        from .train.dry_run import dry_run
+
+        dry_run(load_config(options.config, options.overrides))
+        return
     train(load_config(options.config, options.overrides), resume=options.resume)
+
+
+def _rounds(options: argparse.Namespace) -> None:
+    from .rounds.config import load_config
+    from .rounds.driver import rounds
+
+    rounds(load_config(options.config, options.overrides), resume=options.resume)
 
 
 def _eval(options: argparse.Namespace) -> None:
@@ -186,7 +213,9 @@ Means over pairs, or over responses: a desirable one | another. _c chosen, _r
 rejected; logp: summed over the scored tokens of a response, |y| their number;
 r = logp - ref_logp, D = r_c - r_r; σ the logistic function, e label_smoothing.
 pairs, with *: looks at the whole batch; parts of a batch do not add up to it.
-[V, H]: fp32 sums of the head's size for a response longer than the budget."""
+[V, H]: fp32 sums of the head's size for a response longer than the budget.
+bradley_terry: trains a reward model, R its score of a response; κ is its
+center_coefficient."""
 
 
 def _losses(options: argparse.Namespace) -> None:
@@ -194,7 +223,7 @@ def _losses(options: argparse.Namespace) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from .losses import CLASSES
+    from .losses import CLASSES, BradleyTerry
 
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for title in ("name", "formula", "ref.", "pairs", "[V, H]", "arXiv"):
@@ -210,6 +239,8 @@ def _losses(options: argparse.Namespace) -> None:
             "-" if whole else str(loss.scratches),
             cls.paper.removeprefix("arXiv "),
         )
+    reward = BradleyTerry
+    table.add_row(reward.name, Text(reward.formula), "no", "yes", "-", reward.paper.removeprefix("arXiv "))
     console = Console(highlight=False)
     console.print(table)
     console.print(Text(LEGEND), soft_wrap=True)

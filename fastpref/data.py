@@ -12,6 +12,8 @@ Formats, the ones TRL documents; each text is a string or a list of {"role", "co
     {prompt, completion, label}      unpaired preference (KTO)
     {prompt, completion}             supervised
 
+A pair may say by how much the chosen response is better, {..., margin}; the loss of a reward model takes it.
+
 What is scored are the response tokens, the closing EOS included:
 
     input_ids    p p p p p r r r E       a prompt of 5 tokens (BOS among them), a response of 3, EOS
@@ -27,10 +29,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import random
 import statistics
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, chain
 from pathlib import Path
@@ -82,12 +85,43 @@ def load_records(source: Any, split: str | None = None) -> list[Record]:
     Raises ValueError, one line that names file, line and field, for the first broken record, and for a source that is
     empty or cannot be read.
     """
+    return _load(source, split, _parse)
+
+
+def load_prompts(source: Any, split: str | None = None) -> list[Record]:
+    """As `load_records`, of records that may also be a prompt alone: {prompt, ...}."""
+    return _load(source, split, _parse_prompt)
+
+
+def stream_records(source: Any, split: str | None = None) -> Iterator[Record]:
+    """The records of `load_records`, each when it is asked for: a data set is streamed (`datasets`' streaming), of a
+    .jsonl or .parquet file no more is read. Nothing is raised for a source without records."""
+    if isinstance(source, (list, tuple)):
+        for part in source:
+            yield from stream_records(part, split)
+        return
+    _, rows = _open(source, split, streaming=True)
+    for where, row in rows:
+        yield _parse(where, row)
+
+
+def _load(source: Any, split: str | None, parse: Callable[[str, Any], Record]) -> list[Record]:
     if isinstance(source, (list, tuple)):
         if not source:
             raise ValueError("source: got an empty list, expected at least one file or data set")
-        return [record for part in source for record in load_records(part, split)]
+        return [record for part in source for record in _load(part, split, parse)]
+    name, rows = _open(source, split)
+    records = [parse(where, row) for where, row in rows]
+    if not records:
+        raise ValueError(f"{name}: no records, the data is empty")
+    return records
+
+
+def _open(source: Any, split: str | None, *, streaming: bool = False) -> tuple[str, Iterator[tuple[str, Any]]]:
+    """Its name for messages, and its rows, each with where it was read."""
+    stream = {"streaming": True} if streaming else {}
     if isinstance(source, Mapping):
-        name, rows = str(source.get("path")), _dataset_rows(dict(source), split)
+        name, rows = str(source.get("path")), _dataset_rows({**source, **stream}, split)
     elif isinstance(source, (str, os.PathLike)):
         path = Path(source)
         name, readers = str(source), {".jsonl": _jsonl_rows, ".json": _json_rows, ".parquet": _parquet_rows}
@@ -96,13 +130,10 @@ def load_records(source: Any, split: str | None = None) -> list[Record]:
                 raise ValueError(f"{name}: no such file")
             rows = readers[path.suffix](path)
         else:
-            rows = _dataset_rows({"path": name}, split)
+            rows = _dataset_rows({"path": name, **stream}, split)
     else:
         raise TypeError(f"source: got {type(source).__name__}, expected a path, a data set's name, a dict or a list")
-    records = [_parse(where, row) for where, row in rows]
-    if not records:
-        raise ValueError(f"{name}: no records, the data is empty")
-    return records
+    return name, rows
 
 
 def records_from_rows(rows: Iterable[Mapping[str, Any]], name: str = "rows") -> list[Record]:
@@ -172,8 +203,13 @@ def _dataset_rows(arguments: dict[str, Any], split: str | None) -> Iterator[tupl
         if len(data) != 1:
             raise ValueError(f"{name}: has splits {', '.join(data)}; split must name one")
         data = next(iter(data.values()))
-    for number, row in enumerate(data, 1):
-        yield f"{name}, record {number}", row
+    number = 0
+    try:
+        for number, row in enumerate(data, 1):
+            yield f"{name}, record {number}", row
+    except (OSError, RuntimeError) as error:  # a stream: the hub, the network
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{name}: cannot be read beyond record {number} ({first})") from error
 
 
 def _parse(where: str, row: Any) -> Record:
@@ -210,6 +246,15 @@ def _parse(where: str, row: Any) -> Record:
     else:
         prompt, chosen, rejected = _implicit_prompt(where, **pair)
     return Record(where, prompt, chosen=chosen, rejected=rejected, extra=extra)
+
+
+def _parse_prompt(where: str, row: Any) -> Record:
+    """`_parse`, where a prompt without a response will do."""
+    responses = ("chosen", "rejected", "completion")
+    if not isinstance(row, Mapping) or any(row.get(key) is not None for key in responses) or row.get("prompt") is None:
+        return _parse(where, row)
+    extra = {key: value for key, value in row.items() if value is not None and key != "prompt"}
+    return Record(where, _text(where, "prompt", row["prompt"]), extra=extra)
 
 
 def _text(where: str, key: str, value: Any) -> Any:
@@ -315,6 +360,7 @@ class Example:
     responses: tuple[list[int], ...]  # (chosen, rejected) or (completion,); EOS last unless truncated
     desirable: bool | None = None  # KTO's label
     ref_logps: tuple[float, ...] | None = None  # of the responses under the reference model, nats; set by its cache
+    margin: float | None = None  # of a pair, see `with_margins`; set where the loss takes it
 
     @property
     def length(self) -> int:
@@ -328,10 +374,12 @@ class Example:
 
     @property
     def content_hash(self) -> str:
-        """128 bits over exactly what a log-prob depends on: the prompt's and the responses' token ids."""
+        """128 bits over exactly what a log-prob depends on, the prompt's and the responses' ids; and the margin."""
         digest = hashlib.sha256()
         for ids in (self.prompt_ids, *self.responses):
             digest.update(numpy.array([len(ids), *ids], dtype="<i8").tobytes())
+        if self.margin is not None:
+            digest.update(numpy.array([self.margin], dtype="<f8").tobytes())
         return digest.hexdigest()[:32]
 
 
@@ -362,6 +410,23 @@ class TokenizeReport:
             parts.append(f"{what} tokens: median {median:g}, max {most:,}")
         return "; ".join(parts)
 
+    def count(self, examples: Sequence[Example]) -> None:
+        """Fills in what is said of the examples; zeros for none."""
+        self.examples = len(examples)
+        self.prompt_tokens = _median_max(len(e.prompt_ids) for e in examples)
+        self.response_tokens = _median_max(len(ids) for e in examples for ids in e.responses)
+
+    def add(self, other: TokenizeReport) -> None:
+        """What became of further records; `count` is for the examples of both."""
+        for name in ("records", "prompts_truncated", "responses_truncated", "prompts_shortened_by_template"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        for reason, where in other.dropped.items():
+            self.dropped.setdefault(reason, []).extend(where)
+
+    def none_usable(self) -> str:
+        why = "; ".join(f"{len(where)} {reason}" for reason, where in self.dropped.items())
+        return f"none of the {self.records} records is usable ({why})"
+
 
 def tokenize_records(
     records: Sequence[Record],
@@ -372,6 +437,7 @@ def tokenize_records(
     max_prompt_length: int | None = None,
     truncation_mode: Literal["keep_start", "keep_end"] = "keep_end",
     overlong_response: Literal["error", "drop", "truncate"] = "error",
+    partial: bool = False,
 ) -> tuple[list[Example], TokenizeReport]:
     """Token ids of prompts and responses, and a report of what was cut or left out.
 
@@ -388,6 +454,7 @@ def tokenize_records(
     overlong_response: a response of max_length tokens or more leaves no room for a prompt. "error" says so and stops,
         "drop" leaves the record out, "truncate" gives the prompt at most max_prompt_length (default: half of
         max_length) tokens and the response's first tokens the rest; it then has no EOS.
+    partial: the records are a part of the data: that none of them is usable is no error.
 
     Also left out, and counted: pairs whose responses are equal, empty responses, and an empty prompt where the
     tokenizer has no BOS (nothing would predict the first token).
@@ -462,18 +529,57 @@ def tokenize_records(
             f"{overlong[0]} leaves no room for a prompt in max_length={max_length} ({len(overlong)} of {len(records)} "
             "records are like that): raise max_length, or set overlong_response to drop or truncate"
         )
-    if not examples:
-        why = "; ".join(f"{len(where)} {reason}" for reason, where in report.dropped.items())
-        raise ValueError(f"{records[0].source}: none of the {len(records)} records is usable ({why})")
-    report.examples = len(examples)
-    report.prompt_tokens = _median_max(len(e.prompt_ids) for e in examples)
-    report.response_tokens = _median_max(len(ids) for e in examples for ids in e.responses)
+    if not examples and not partial:
+        raise ValueError(f"{records[0].source}: {report.none_usable()}")
+    report.count(examples)
     return examples, report
+
+
+def tokenize_prompts(
+    records: Sequence[Record],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    truncation_mode: Literal["keep_start", "keep_end"] = "keep_end",
+) -> tuple[list[list[int]], int]:
+    """Ids of the prompts alone, ready to be continued, and how many of them were cut to max_length tokens.
+
+    They are those that `tokenize_records` gives the same records, unless the chat template renders a prompt otherwise
+    once a response follows. Raises ValueError for messages without a chat template, and for an empty prompt where the
+    tokenizer has no BOS.
+    """
+    encoder = _Encoder(tokenizer)
+    texts = [
+        (encoder.template(r, r.prompt, is_prompt=True) if r.conversational else r.prompt, r.conversational)
+        for r in records
+    ]
+    prompts = encoder.prompts(texts)
+    for record, ids in zip(records, prompts, strict=True):
+        if not ids:
+            raise ValueError(f"{record.source}: the prompt is empty, and the tokenizer has no BOS")
+    cut = [_cut_prompt(ids, max_length, truncation_mode, encoder.prefix) if len(ids) > max_length else ids
+           for ids in prompts]  # fmt: skip
+    return cut, sum(len(ids) > max_length for ids in prompts)
+
+
+def with_margins(examples: Sequence[Example], records: Sequence[Record]) -> list[Example]:
+    """The examples with their records' field `margin`, TRL's name: how much better the chosen response is. Without it a
+    pair has none, which is a margin of 0. Raises ValueError for one that is no finite number.
+    """
+    found = []
+    for example in examples:
+        record = records[example.record_id]
+        margin = record.extra.get("margin")
+        if margin is not None and (
+            isinstance(margin, bool) or not isinstance(margin, (int, float)) or not math.isfinite(margin)
+        ):
+            raise ValueError(f"{record.source}: field 'margin' is {margin!r}, expected a finite number")
+        found.append(replace(example, margin=None if margin is None else float(margin)))
+    return found
 
 
 def _median_max(lengths: Iterable[int]) -> tuple[float, int]:
     lengths = list(lengths)
-    return statistics.median(lengths), max(lengths)
+    return (statistics.median(lengths), max(lengths)) if lengths else (0, 0)
 
 
 def _cut_prompt(ids: list[int], room: int, mode: str, prefix: list[int]) -> list[int]:
@@ -610,6 +716,7 @@ class Batch:
     input_ids: Tensor  # [B, L] int64
     attention_mask: Tensor | None  # [B, L] int64, 1 on tokens, 0 on padding; None: packed
     score_rows: Tensor  # [N] int64, flat indices into B * L of the hidden rows that predict a scored token
+    last_rows: Tensor  # [S] int64, likewise: of the last token of each sequence, where a reward is read
     targets: Tensor  # [N] int64, the scored tokens: already shifted, none is ignored
     cu_seqlens: list[int]  # [S + 1], offsets of the sequences in the scored tokens
     lengths: list[int]  # [S], tokens of each sequence, prompt included, padding not
@@ -618,6 +725,7 @@ class Batch:
     kl: Batch | None = None  # KTO: prompts with another record's completion, K sequences; None where there is no other
     ref_logps: Tensor | None = None  # [S] fp32, nats
     ref_kl_logps: Tensor | None = None  # [K] fp32, nats
+    margins: Tensor | None = None  # [P] fp32: of pairs, 0 where a record has none; None: no record has one
     position_ids: Tensor | None = None  # [B, L] int64; None: 0, 1, 2, ... in every row
     attention_plan: AttentionPlan | None = None  # packed; None: padded
 
@@ -674,7 +782,8 @@ def collate(examples: Sequence[Example], pad_token_id: int, kind: Kind = "pair",
     another prompt. A batch with one prompt only has none: `kl` is None, and it adds nothing to the baseline's mean.
     A mismatched sequence is never longer than the batch's longest real one: its completion loses its last tokens.
 
-    `ref_logps` is filled if every example has them. Raises ValueError for an empty list and examples of another kind.
+    `ref_logps` is filled if every example has them, `margins` if any has one. Raises ValueError for an empty list and
+    examples of another kind.
     """
     if kind not in KINDS:
         raise ValueError(f"kind: got {kind!r}, expected one of {', '.join(KINDS)}")
@@ -705,6 +814,8 @@ def collate(examples: Sequence[Example], pad_token_id: int, kind: Kind = "pair",
     if all(e.ref_logps is not None for e in examples):
         logps = [e.ref_logps[i] for i in range(per_example) for e in examples]  # type: ignore[index]
         extra["ref_logps"] = torch.tensor(logps, dtype=torch.float32)
+    if any(e.margin is not None for e in examples):
+        extra["margins"] = torch.tensor([e.margin or 0.0 for e in examples], dtype=torch.float32)
     return replace(batch, **extra)
 
 
@@ -733,6 +844,7 @@ def _pad(sequences: list[tuple[list[int], list[int]]], record_ids: list[int], pa
         input_ids=torch.tensor(rows, dtype=torch.int64),
         attention_mask=torch.tensor(mask, dtype=torch.int64),
         score_rows=torch.tensor(score_rows, dtype=torch.int64),
+        last_rows=torch.tensor([b * width + length - 1 for b, length in enumerate(lengths)], dtype=torch.int64),
         targets=torch.tensor([token for _, response in sequences for token in response], dtype=torch.int64),
         cu_seqlens=[0, *accumulate(len(response) for _, response in sequences)],
         lengths=lengths,
@@ -748,6 +860,7 @@ def _pack(
         groups.setdefault(tuple(prompt) if share_prompts else s, []).append(s)
     ids: list[int] = []
     rows: list[list[int]] = [[] for _ in sequences]  # that predict the tokens of each response
+    last_rows = [0] * len(sequences)
     for members in groups.values():
         ids += sequences[members[0]][0]
         last = len(ids) - 1
@@ -755,6 +868,7 @@ def _pack(
             response = sequences[s][1]
             rows[s] = [last, *range(len(ids), len(ids) + len(response) - 1)]
             ids += response
+            last_rows[s] = len(ids) - 1
     plan = AttentionPlan.of([
         (len(sequences[members[0]][0]), [len(sequences[s][1]) for s in members]) for members in groups.values()
     ])  # fmt: skip
@@ -763,6 +877,7 @@ def _pack(
         input_ids=torch.tensor([ids], dtype=torch.int64),
         attention_mask=None,
         score_rows=torch.tensor(list(chain.from_iterable(rows)), dtype=torch.int64),
+        last_rows=torch.tensor(last_rows, dtype=torch.int64),
         targets=torch.tensor([token for _, response in sequences for token in response], dtype=torch.int64),
         cu_seqlens=[0, *accumulate(len(response) for _, response in sequences)],
         lengths=[len(prompt) + len(response) for prompt, response in sequences],

@@ -5,11 +5,16 @@
 
 Nothing here knows a model family: trunk and head are asked for by transformers' own names, scale and softcap are read
 from the configuration, and all of it is proven on a few tokens against the model's own logits.
+
+A reward model comes apart in the same way, into its trunk and its score layer:
+
+    reward = hidden[last token] w^T + b
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -92,6 +97,56 @@ def take_apart(model: Any) -> Parts:
     return Parts(inner, trunk, Head(module, *_settled(inner, z, expected, candidates)))
 
 
+def take_score_apart(model: Any) -> Parts:
+    """Trunk and score layer of a transformers sequence classifier with one label, or of a PeftModel around one, proven
+    on a few tokens to give the model's own logit: three forward passes of at most 12 tokens and one of 24. One without
+    weights to run is taken apart without proof.
+
+    Raises:
+        ValueError: no trunk, no single linear score layer, or a reward that comes about in another way (from another
+            token, through a pooler, from tokens that see later ones).
+    """
+    inner = unwrap(model)
+    what = type(inner).__name__
+    trunk = getattr(inner, "base_model", None)
+    if trunk is None or trunk is inner:
+        raise ValueError(f"{what}: has no trunk apart from its score layer (looked for .base_model)")
+    beside = {name: child for name, child in inner.named_children() if child is not trunk}
+    found = {name: child for name, child in beside.items() if getattr(_base(child), "out_features", None) == 1}
+    if len(found) != 1:
+        there = ", ".join(f"{name} ({type(child).__name__})" for name, child in beside.items()) or "nothing"
+        raise ValueError(f"{what}: no score layer, one linear layer with one output beside its trunk (found {there})")
+    ((name, module),) = found.items()
+    try:
+        _check(module)
+    except ValueError as error:
+        raise ValueError(f"{what}: {str(error).replace('LM head', 'score layer')}") from None
+    parts = Parts(inner, trunk, Head(module))
+    if not _runs(inner):
+        return parts
+    pad = inner.config.get_text_config().pad_token_id
+    with torch.no_grad(), evaluating(inner):
+        embedding = inner.get_input_embeddings()
+        ids = torch.randint(embedding.num_embeddings, (1, 12), generator=torch.Generator().manual_seed(0))
+        ids[ids == pad] = 0 if pad else 1  # the model looks for the last token that is no padding
+        ids = ids.to(next(embedding.parameters()).device)
+        lengths = (5, 8, 12)
+        expected = torch.cat([inner(input_ids=ids[:, :n], use_cache=False).logits.double() for n in lengths])
+        behind = torch.cat((ids, ids.flip(1)), dim=1)  # must not change what comes before: right padding
+        hidden = trunk(input_ids=behind, use_cache=False).last_hidden_state[0, [n - 1 for n in lengths]]
+        rows, weight, bias = linear_operands(module, hidden)
+        z = F.linear(rows, weight, bias).double()
+        # A single number may be small by chance: its rounding errors go with |h| |w| / sqrt(H), its size where h and w
+        # have nothing to do with each other.
+        usual = float(rows.norm(dim=1).max() * weight.norm()) / rows.shape[1] ** 0.5
+        size = max(float(expected.abs().max()), usual, 1e-6)
+        off = float((z - expected).abs().max()) / size if z.shape == expected.shape else math.inf
+    if not off < 3 * _tolerance(hidden):
+        raise ValueError(f"{what}: trunk and {name} do not give its logit (relative difference {off:.1g}); a reward "
+                         "is taken as the score layer on the last token's hidden row, of a causal model")  # fmt: skip
+    return parts
+
+
 def logit_maths(model: Any) -> tuple[float | None, float]:
     """(softcap, logit_scale) of what `model` does with its LM head's output, proven on a few tokens: one forward pass.
 
@@ -146,9 +201,10 @@ def head_of(inner: Any) -> nn.Module:
 
 
 def check_vocabulary(model: Any, tokenizer: Any) -> None:
-    """ValueError if the tokenizer has ids that the LM head has no row for."""
+    """ValueError if the tokenizer has ids that the LM head (a reward model: the embedding) has no row for."""
     inner = unwrap(model)
-    size = _base(head_of(inner)).out_features
+    head = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
+    size = inner.get_input_embeddings().num_embeddings if head is None else _base(head_of(inner)).out_features
     if len(tokenizer) > size:
         what = type(inner).__name__
         raise ValueError(f"{what}: its vocabulary of {size} is smaller than the tokenizer's {len(tokenizer)}")
@@ -283,8 +339,7 @@ def _settled(
     if z.shape != expected.shape:
         raise ValueError(f"{what}: its LM head gives {z.shape[-1]} logits a token, of which it returns "
                          f"{expected.shape[-1]}; the fused head takes them all")  # fmt: skip
-    # 16-bit models round the logits once or twice on the way, and the second pass has another length.
-    tolerance = 1e-3 if z.dtype in (torch.float32, torch.float64) else 3e-2
+    tolerance = _tolerance(z)
     z, expected = z.double(), expected.double()
     if not expected.any():  # an LM head of zeros would prove anything
         return _undoubted(inner, candidates)
@@ -301,6 +356,11 @@ def _settled(
         f"{what}: trunk and LM head do not give its logits (relative difference {min(errors):.1g}); it computes them "
         f"in a way that the fused head does not know (looked for {names} in its config), or does not attend causally"
     )
+
+
+def _tolerance(x: Tensor) -> float:
+    """16-bit models round the logits once or twice on the way, and the second pass has another length."""
+    return 1e-3 if x.dtype in (torch.float32, torch.float64) else 3e-2
 
 
 def _undoubted(inner: Any, candidates: list[tuple[float | None, float]]) -> tuple[float | None, float]:

@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 
 from fastpref.data import (
+    LAYOUTS,
     Example,
     batch_order,
     collate,
@@ -660,11 +661,19 @@ def test_collate_refuses_what_it_was_not_made_for():
         collate(pairs, PAD, "dpo")
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_last_row_of_each_sequence(layout):
+    examples = [Example(0, [BOS, 10], ([20, 21], [22])), Example(1, [BOS, 11], ([23], [24, 25, 26])),
+                Example(2, [BOS, 10], ([27], [28, 29]))]  # fmt: skip
+    batch = collate(examples, PAD, layout=layout)
+    assert batch.input_ids.flatten()[batch.last_rows].tolist() == [21, 23, 27, 22, 26, 29]
+
+
 def test_batch_moves_whole():
     examples = [Example(i, [BOS, 10 + i], ([20, EOS],), i == 0, (-1.0,)) for i in range(2)]
     moved = collate(examples, PAD, "kto").to("meta")
     tensors = [value for part in (moved, moved.kl) for value in vars(part).values() if torch.is_tensor(value)]
-    assert len(tensors) == 10 and all(tensor.is_meta for tensor in tensors)
+    assert len(tensors) == 12 and all(tensor.is_meta for tensor in tensors)
     assert (moved.num_tokens, moved.kl.num_tokens) == (4, 4)  # the counts never were on the device
 
 

@@ -22,6 +22,9 @@ import fastpref
 from bench.__main__ import COMMANDS
 from fastpref import losses
 from fastpref.cli import _parser
+from fastpref.rounds.config import RoundsConfig
+from fastpref.rounds.config import config_from as rounds_config_from
+from fastpref.rounds.config import load_config as load_rounds_config
 from fastpref.train.config import config_from_dict, load_config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -186,7 +189,8 @@ def check_fastpref(words: list[str]) -> None:
         raise AssertionError(f"fastpref {' '.join(words)}: exit code {error.code}") from None
     config = getattr(options, "config", None)
     if config and (ROOT / config).is_file():
-        load_config(ROOT / config, options.overrides)
+        load = load_rounds_config if words[0] == "rounds" else load_config
+        load(ROOT / config, options.overrides)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=named)
@@ -225,7 +229,8 @@ def test_configurations_are_valid(page):
             missing = {"model_name_or_path": "m", "train_dataset": "d", "output_dir": "o"}
             if all("train_dataset" in stage for stage in values.get("stages") or [{}]):
                 missing.pop("train_dataset")
-            config_from_dict({**missing, **values}, f"{named(page)}:{fence.line}")
+            check = rounds_config_from if "rounds" in values else config_from_dict
+            check({**missing, **values}, f"{named(page)}:{fence.line}")
 
 
 # ---- names, files, links ---------------------------------------------------------------------------------------------
@@ -309,6 +314,10 @@ def test_the_tables_of_keys_and_losses_are_the_codes():
     spec.loader.exec_module(tables)
     page = tables.PAGE.read_text(encoding="utf-8")
     assert page == tables.written(page), "run: python docs/config_tables.py"
+    rounds = tables.ROUNDS.read_text(encoding="utf-8")
+    assert rounds == tables.written_rounds(rounds), "run: python docs/config_tables.py"
+    keys = {field.name for field in dataclasses.fields(RoundsConfig)}
+    assert keys <= set(re.findall(r"^\| `(\w+)`", rounds, flags=re.M))
     described = set(re.findall(r"^\| \[?`(\w+)`", page, flags=re.M))
     fields = {name for name in tables.config._FIELDS if name != "stages"}
     assert fields <= described and set(tables.loss_classes()) <= described

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import check, check_number
+from .base import Coupling, check, check_number
 from .sequences import Number
 
 
@@ -19,7 +20,19 @@ class BradleyTerry:
 
     margin: how much better the chosen response is (Llama 2, arXiv 2307.09288 eq. 2), 0 by default. The last term keeps
     rewards around 0 (arXiv 2312.09244; TRL's `center_rewards_coefficient`, there 0.01). Adds up over pairs.
+
+    `fastpref train` takes it as `loss: bradley_terry` and then trains a reward model; it is no loss for an LM head.
     """
+
+    name: ClassVar[str] = "bradley_terry"
+    formula: ClassVar[str] = "-log σ(R_c - R_r - margin) + κ (R_c + R_r)²"
+    paper: ClassVar[str] = "arXiv 2203.02155"
+    # What a trainer asks of any loss, see `Loss`.
+    pairwise: ClassVar[bool] = True
+    coupling: ClassVar[Coupling] = "pair"
+    needs_reference: ClassVar[bool] = False
+    needs_desirable: ClassVar[bool] = False
+    needs_kl: ClassVar[bool] = False
 
     center_coefficient: float = 0.0
 

@@ -15,8 +15,8 @@ from fastpref.data import Example
 from . import checkpoint, ranks, reference
 from .config import TrainConfig, UserError
 from .display import Display, duration
-from .evaluate import eval_order, pad_token
-from .model import Policy, fingerprint, load_policy, load_reference, load_tokenizer
+from .evaluate import eval_order
+from .model import Policy, fingerprint, load_policy, load_reference, load_tokenizer, pad_token
 from .prepare import Data, Schedule, load_data
 from .reference import ReferenceLogps, Tick
 
@@ -30,6 +30,7 @@ class Split:
     examples: Sequence[Example]
     batches: Sequence[Sequence[int]] | None  # KTO: the micro-batches, whose mismatched sequences are scored too
     path: Path
+    stream: bool = False  # the examples are the first of a stream: the file may have others too
 
 
 def file_of(config: TrainConfig, run_dir: Path, index: int, stage: TrainConfig, split: str) -> Path:
@@ -47,7 +48,8 @@ def splits_of(
             if stage.loss_fn.needs_kl:
                 held_out = eval_order(examples, stage.per_device_eval_batch_size)
                 batches = schedule.all_batches() if name == "train" else held_out
-            yield Split(stage, name, examples, batches, file_of(config, run_dir, index, stage, name))
+            path = file_of(config, run_dir, index, stage, name)
+            yield Split(stage, name, examples, batches, path, stage.dataset_streaming and name == "train")
 
 
 def obtain(split: Split, tokenizer: PreTrainedTokenizerBase, weights: str, like: Policy, source: Callable[[], Policy],
@@ -60,9 +62,15 @@ def obtain(split: Split, tokenizer: PreTrainedTokenizerBase, weights: str, like:
     Raises UserError for a file with another header, naming what differs.
     """
     stage, examples, path = split.stage, split.examples, split.path
-    header = reference.header_of(stage, tokenizer, like.compute_dtype, weights, examples, split.batches)
-    logps = reference.read(path, header)
+    dtype, stream = like.compute_dtype, split.stream
+    header = reference.header_of(stage, tokenizer, dtype, weights, examples, split.batches, stream=stream)
     what = f"{stage.name}: reference log-probs of {len(examples):,} {split.name} examples"
+    hashes = [example.content_hash for example in examples]
+    known = reference.read_known(path, header) if stream else {}
+    if stream:
+        logps = reference.of_known(known, hashes) if known.keys() >= set(hashes) else None
+    else:
+        logps = reference.read(path, header)
     if logps is not None:
         display.say(f"{what} from {path}")
         return logps
@@ -75,9 +83,15 @@ def obtain(split: Split, tokenizer: PreTrainedTokenizerBase, weights: str, like:
     with display.counting(f"{stage.name}: reference log-probs, {split.name}") as show:
         started = time.monotonic()
         size, pad = stage.per_device_eval_batch_size, pad_token(tokenizer)
-        progress = reference.Progress(path, header, size, like.layout)
-        logps = reference.compute(source(), examples, stage.kind, size, pad, watch(show), split.batches, progress)
-    ranks.on_first(lambda: reference.write(path, header, logps, examples))
+        new = [example for example, code in zip(examples, hashes) if code not in known]
+        progress = reference.Progress(path, header | {"records": reference.identity(new)}, size, like.layout)
+        found = logps = reference.compute(source(), new, stage.kind, size, pad, watch(show), split.batches, progress)
+    if stream:
+        if known:
+            what += f", {len(new):,} of them new to {path},"
+        known |= {example.content_hash: row for example, row in zip(new, found.logps)}
+        logps, found, hashes = reference.of_known(known, hashes), reference.of_known(known, known), list(known)
+    ranks.on_first(lambda: reference.write(path, header, found, hashes))
     progress.discard()
     before = f", {progress.restored:,} log-probs of them from an earlier attempt" if progress.restored else ""
     display.say(f"{what} in {duration(time.monotonic() - started)}{before}")

@@ -20,17 +20,20 @@ SIZES = {"large": (520, 270), "small": (260, 175)}
 LEFT, RIGHT, TOP, BOTTOM = 62, 14, 26, 44  # room for the tick labels; the legend is HTML and wraps by itself
 MOST_POINTS = 300  # more than this cannot be told apart on a plot 444 units wide, and the file stays small
 MOST_MARKERS = 60
+MARKED = ("marked", "points")
 
 
 @dataclass(frozen=True)
 class Line:
-    """One series. `role` is its colour, dash and marker (chosen, rejected, train, eval); `kind` how it is drawn:
-    "trace" (faint, unlabelled: the raw values behind a line), "line", "pale" (a line that stands back), "marked"."""
+    """One series. `role` is its colour, dash and marker (chosen, rejected, train, eval, ...); `kind` how it is drawn:
+    "trace" (faint, unlabelled: the raw values behind a line), "line", "pale" (a line that stands back), "marked", or
+    "points" (markers alone). errors: half the height of a bar through each point; of a marked line or of points."""
 
     label: str
     points: Sequence[Point]
     role: str
     kind: str = "line"
+    errors: Sequence[float] = ()
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -90,6 +93,7 @@ def _y_range(lines: Sequence[Line], include: Sequence[float]) -> tuple[float, fl
         ys = sorted(y for _, y in line.points)
         cut = len(ys) // 100 if line.kind == "trace" else 0
         values += ys[cut : len(ys) - cut][:: max(1, len(ys) - 2 * cut - 1)]  # lowest and highest
+        values += [y + sign * e for (_, y), e in zip(line.points, line.errors) for sign in (-1, 1)]
     low, high = min(values), max(values)
     if high - low < 1e-9 * max(abs(low), abs(high), 1e-30):
         pad = 0.5 * abs(high) or 1.0
@@ -100,16 +104,19 @@ def _y_range(lines: Sequence[Line], include: Sequence[float]) -> tuple[float, fl
 
 def _marker(role: str, x: float, y: float, title: str) -> str:
     tip = f"<title>{escape(title)}</title>"
+    if role == "best":
+        return f'<path class="ring" d="M{x - 5:.1f} {y:.1f}a5 5 0 1 0 10 0a5 5 0 1 0 -10 0">{tip}</path>'
     if role == "rejected":
         return f'<rect x="{x - 3.2:.1f}" y="{y - 3.2:.1f}" width="6.4" height="6.4">{tip}</rect>'
     return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5">{tip}</circle>'
 
 
 def _swatch(line: Line) -> str:
-    mark = _marker(line.role, 15, 6, "").replace("<title></title>", "") if line.kind == "marked" else ""
+    mark = _marker(line.role, 15, 6, "").replace("<title></title>", "") if line.kind in MARKED else ""
+    path = "" if line.kind == "points" else '<path d="M1 6H29"/>'
     return (
         f'<svg class="swatch" viewBox="0 0 30 12" aria-hidden="true">'
-        f'<g class="{line.role} {line.kind}"><path d="M1 6H29"/>{mark}</g></svg>'
+        f'<g class="{line.role} {line.kind}">{path}{mark}</g></svg>'
     )
 
 
@@ -119,6 +126,7 @@ def line_chart(
     *,
     y_label: str,
     x_label: str = "optimiser step",
+    x_name: str = "step",
     note: str = "",
     shares: bool = False,
     from_zero: bool = False,
@@ -127,7 +135,8 @@ def line_chart(
 ) -> str:
     """A `<figure>`: heading, legend, axes, lines, and `note` below. `shares`: values in [0, 1], drawn as 0-100%.
 
-    `guide` is a horizontal line (value, label), e.g. chance; `size` "large" or "small".
+    `guide` is a horizontal line (value, label), e.g. chance; `size` "large" or "small"; `x_name` is what a marker's
+    tip calls x.
     Lines without points are left out; without any line, "" returns.
     """
     lines = [line for line in lines if line.points]
@@ -172,18 +181,23 @@ def line_chart(
         parts.append(
             f'<text class="guide-label" x="{right}" y="{y:.1f}" text-anchor="end">{escape(guide[1])}</text>'
         )
-    for line in sorted(lines, key=lambda line: ("trace", "pale", "line", "marked").index(line.kind)):
-        points = spread(line.points, 4 * MOST_MARKERS) if line.kind == "marked" else thin(line.points)
+    for line in sorted(lines, key=lambda line: ("trace", "pale", "line", *MARKED).index(line.kind)):
+        points = spread(line.points, 4 * MOST_MARKERS) if line.kind in MARKED else thin(line.points)
         path = "".join(
             f"{'L' if i else 'M'}{at_x(x):.1f} {at_y(y):.1f}" for i, (x, y) in enumerate(points)
         )
-        if len(points) == 1 and line.kind != "marked":
+        if len(points) == 1 and line.kind not in MARKED:
             path += "h0.01"  # with round caps a single value is a dot
-        parts.append(f'<g class="{line.role} {line.kind}"><path d="{path}"/>')
-        if line.kind == "marked":
-            for x, y in spread(line.points, MOST_MARKERS):
+        path = "" if line.kind == "points" else f'<path d="{path}"/>'
+        parts.append(f'<g class="{line.role} {line.kind}">{path}')
+        if line.kind in MARKED:
+            errors = line.errors or [0.0] * len(line.points)
+            for (x, y), e in spread(list(zip(line.points, errors)), MOST_MARKERS):
                 value = percent(y) if shares else number(y, 4)
-                parts.append(_marker(line.role, at_x(x), at_y(y), f"{line.label}, step {number(x, 8)}: {value}"))
+                if e:
+                    parts.append(f'<path class="error" d="M{at_x(x):.1f} {at_y(y - e):.1f}V{at_y(y + e):.1f}"/>')
+                at = number(x, 8 if x == round(x) else 4)
+                parts.append(_marker(line.role, at_x(x), at_y(y), f"{line.label}, {x_name} {at}: {value}"))
         parts.append("</g>")
 
     labelled = [line for line in lines if line.kind != "trace"]

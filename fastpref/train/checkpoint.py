@@ -21,7 +21,7 @@ import re
 import shutil
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -59,6 +59,8 @@ class State:
     window: dict[str, list[float]] = field(default_factory=dict)  # since the last logged line: name -> [sum, count]
     history: dict[str, Any] = field(default_factory=dict)  # stage name -> what the summary says of it
     generated: list[str] = field(default_factory=list)  # texts of the latest greedy generation, the first few
+    # Of fresh samples: step of the last ones, seconds spent on all, seconds that the next are expected to take
+    sampling: dict[str, float] = field(default_factory=dict)
     metrics_bytes: int = 0  # length of metrics.jsonl
     data: str = ""  # identity of this stage's training examples
     reference: str | None = None  # identity of this stage's reference weights
@@ -193,9 +195,9 @@ def clean_up(run_dir: Path) -> None:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def remove_old(run_dir: Path, limit: int | None) -> None:
-    """Leaves the newest `limit` checkpoints, and those that hold a stage's starting weights."""
-    removable = [path for path in checkpoints(run_dir) if _place(path)[1] > 0]
+def remove_old(run_dir: Path, limit: int | None, keep: Collection[str] = ()) -> None:
+    """Leaves the newest `limit` checkpoints, those that hold a stage's starting weights, and the names in `keep`."""
+    removable = [path for path in checkpoints(run_dir) if _place(path)[1] > 0 and path.name not in keep]
     for path in removable[: -limit if limit else None] if limit else []:
         remove(path)
 

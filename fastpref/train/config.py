@@ -75,6 +75,7 @@ class TrainConfig:
     # data
     train_dataset: Any = field(kw_only=True)  # what data.load_records takes: a file, a data set, a list of them
     eval_dataset: Any = None
+    dataset_streaming: bool = False  # train_dataset: read only its first records, as many as max_steps take
     max_length: int = 1024  # prompt + longest response
     max_prompt_length: int | None = None
     truncation_mode: Literal["keep_start", "keep_end"] = "keep_end"  # of a prompt that is too long
@@ -112,6 +113,20 @@ class TrainConfig:
     eval_max_new_tokens: int = 128
     eval_generate_samples: int | None = None  # the first so many held-out prompts; None: all
 
+    # watch on over-optimisation: KL and reward of responses that the policy samples now
+    sample_steps: int | None = None  # every so many steps, and at the stage's end; None: never
+    sample_prompts: int = 32  # a response to each of the first so many held-out prompts (without any: training prompts)
+    sample_max_new_tokens: int = 128
+    # Of the time of the training steps, the most that samples may take; what is due then waits. None: no limit, and the
+    # stage's start is sampled too
+    sample_time_share: float | None = 0.1
+    scorer: str | None = None  # of the samples: module:function, the folder of a reward model, or implicit:FOLDER
+    scorer_timeout: float | None = 10.0  # seconds that a module:function may take for a response; None: no limit
+    # Nats a response: the stage keeps its first checkpoint with this KL to the reference, of fresh samples where there
+    # are any, else of held-out responses where there is eval_steps, else of the training responses
+    kl_budget: float | None = None
+    kl_budget_action: Literal["stop", "continue"] = "stop"  # at the budget: the stage ends, or goes on
+
     stages: tuple[Mapping[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
@@ -126,6 +141,8 @@ class TrainConfig:
             ("adam_beta1", self.adam_beta1, 0 <= self.adam_beta1 < 1, "0 to below 1"),
             ("adam_beta2", self.adam_beta2, 0 <= self.adam_beta2 < 1, "0 to below 1"),
             ("lora_dropout", self.lora_dropout, 0 <= self.lora_dropout < 1, "0 to below 1"),
+            ("sample_prompts", self.sample_prompts, self.sample_prompts >= 2, "at least 2"),
+            *((k, v, v is None or v > 0, "above 0") for k in _NONE_OR_POSITIVE for v in (getattr(self, k),)),
         ):
             if not ok:
                 raise UserError(f"{key} is {value!r}; it takes {takes}")
@@ -138,6 +155,9 @@ class TrainConfig:
             raise UserError("max_tokens_per_batch fills packed batches, and packing is False: set one of them")
         if not self.stages:  # with stages, each is checked as it is made
             self._check_optimizer()
+            if self.dataset_streaming and self.max_steps < 1:
+                raise UserError("dataset_streaming reads as much of train_dataset as max_steps take: set max_steps (a "
+                                "stream has no length to count epochs by)")  # fmt: skip
 
     def _check_optimizer(self) -> None:
         bf16_weights = self.dtype == "bfloat16" and not self.use_peft
@@ -179,8 +199,15 @@ class TrainConfig:
         return self.per_device_train_batch_size or (None if self.max_tokens_per_batch else 8)
 
     @property
-    def loss_fn(self) -> losses.Loss:
+    def loss_fn(self) -> losses.Loss | losses.BradleyTerry:
+        if self.reward_model:
+            return losses.BradleyTerry(**self.loss_options)
         return losses.get_loss(self.loss, **self.loss_options)
+
+    @property
+    def reward_model(self) -> bool:
+        """Whether what is trained is a reward model, which has a score layer in place of the LM head."""
+        return losses.BradleyTerry.name in {section.get("loss", self.loss) for section in self.stages or ({},)}
 
     @property
     def kind(self) -> Kind:
@@ -212,15 +239,16 @@ class TrainConfig:
 
 _AT_LEAST_1 = (
     "gradient_accumulation_steps", "per_device_eval_batch_size", "logging_steps",
-    "eval_max_new_tokens", "max_skipped_steps", "lora_r", "lora_alpha", "dp_replicate",
+    "eval_max_new_tokens", "sample_max_new_tokens", "max_skipped_steps", "lora_r", "lora_alpha", "dp_replicate",
 )  # fmt: skip
 _AT_LEAST_0 = (
     "learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm", "warmup_steps", "save_steps", "seed",
 )  # fmt: skip
 _NONE_OR_1 = (
-    "eval_steps", "save_total_limit", "eval_generate_samples", "max_prompt_length", "memory_budget",
+    "eval_steps", "sample_steps", "save_total_limit", "eval_generate_samples", "max_prompt_length", "memory_budget",
     "per_device_train_batch_size", "max_tokens_per_batch",
 )  # fmt: skip
+_NONE_OR_POSITIVE = ("sample_time_share", "scorer_timeout", "kl_budget")
 
 # What a stage cannot have for itself: there is one model and one output folder.
 _RUN_KEYS = (
@@ -234,17 +262,19 @@ MAY_DIFFER = (
     "output_dir", "overwrite_output_dir", "reference_dir", "report_to", "logging_steps", "save_steps",
     "save_total_limit",
     "eval_dataset", "eval_steps", "per_device_eval_batch_size", "eval_generate", "eval_max_new_tokens",
-    "eval_generate_samples", "memory_budget", "max_skipped_steps", "fsdp", "dp_replicate",
+    "eval_generate_samples", "sample_steps", "sample_prompts", "sample_max_new_tokens", "sample_time_share", "scorer",
+    "scorer_timeout", "kl_budget", "kl_budget_action", "memory_budget", "max_skipped_steps", "fsdp", "dp_replicate",
 )  # fmt: skip
 
 _FIELDS = {f.name: f for f in fields(TrainConfig) if f.name != "loss_options"}
 _TYPES = get_type_hints(TrainConfig)
 
 
-def _loss_classes() -> dict[str, type[losses.Loss]]:
+def _loss_classes() -> dict[str, type[losses.Loss] | type[losses.BradleyTerry]]:
     """Those whose options a line of a configuration can hold: not the ones made of other losses."""
     made_of_losses = (losses.WPO, losses.WeightedSum)
-    return {name: cls for name, cls in losses.CLASSES.items() if not issubclass(cls, made_of_losses)}
+    found: dict[str, Any] = {n: cls for n, cls in losses.CLASSES.items() if not issubclass(cls, made_of_losses)}
+    return found | {losses.BradleyTerry.name: losses.BradleyTerry}
 
 
 def _options_of(loss: str) -> dict[str, Any]:
@@ -268,6 +298,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     Raises UserError, one line, for a file that cannot be read, an unknown key (naming the nearest known one), a value
     of another type, an option that no stage's loss takes, and an override that would have no effect.
     """
+    return config_from_dict(read_values(path, overrides), str(path))
+
+
+def read_values(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """What a YAML file says, with overrides applied; names and types are not checked yet. Errors as `load_config`."""
     try:
         text = Path(path).read_text(encoding="utf-8")
         values = yaml.safe_load(text)
@@ -283,7 +318,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
         raise UserError(f"{path}: expected keys and values, got {type(values).__name__ if values else 'an empty file'}")
     for override in overrides:
         _apply(values, override)
-    return config_from_dict(values, str(path))
+    return values
 
 
 def config_from_dict(values: Mapping[str, Any], where: str = "config") -> TrainConfig:
@@ -331,20 +366,49 @@ def _check_stages(config: TrainConfig) -> None:
                 f"gradient_accumulation_steps is {stage.gradient_accumulation_steps}: loss {stage.loss!r} compares all "
                 "sequences of a step with each other; it takes 1"
             )
+        if section.get("kl_budget") is not None and not loss.needs_reference:
+            raise UserError(f"kl_budget: loss {stage.loss!r} has no reference, so there is no KL to it")
+        if stage.sample_steps and config.reward_model:
+            raise UserError("sample_steps: a reward model generates nothing that could be sampled")
+        if stage.scorer and not stage.sample_steps:
+            raise UserError("scorer is set, but sample_steps is not, and without samples there is nothing to score")
+        if stage.dataset_streaming and loss.needs_kl:
+            raise UserError(
+                f"dataset_streaming: loss {stage.loss!r} pairs each prompt with another one's completion, whose "
+                "reference log-probs belong to the batches of a whole data set: leave it out"
+            )
         if stage.ref_model_name_or_path and not loss.needs_reference:
             if not config.stages or "ref_model_name_or_path" in section:
                 raise UserError(f"ref_model_name_or_path: loss {stage.loss!r} has no reference")
+        if config.reward_model:
+            _check_reward_stage(stage)
     taken = {key for stage in stages for key in _options_of(stage.loss)}
     for key in config.loss_options:
         if key not in taken:
             those = " and ".join(dict.fromkeys(repr(stage.loss) for stage in stages))
             raise UserError(f"{key}: no option of loss {those}, which takes {', '.join(sorted(taken)) or 'none'}")
+    if config.kl_budget is not None and not any(stage.loss_fn.needs_reference for stage in stages):
+        those = " and ".join(dict.fromkeys(repr(stage.loss) for stage in stages))
+        raise UserError(f"kl_budget: loss {those} has no reference, so there is no KL to it")
     names = [stage.name for stage in stages]
     for name in names:
         if names.count(name) > 1:
             raise UserError(f"stages: two are called {name!r}; give each its own name")
         if not name or not all(c.isalnum() or c in "_-." for c in name) or name.startswith("."):
             raise UserError(f"name is {name!r}; it takes letters, digits, '_', '-' and '.'")
+
+
+def _check_reward_stage(stage: TrainConfig) -> None:
+    reward = losses.BradleyTerry.name
+    if not stage.reward_model:
+        raise UserError(
+            f"stages: {reward} trains a model with a score layer, {stage.loss!r} one with an LM head; make them two "
+            "runs, the later one from the model of the earlier"
+        )
+    if stage.eval_generate:
+        raise UserError(f"eval_generate: loss {reward!r} trains a reward model, which does not generate")
+    if stage.memory_budget is not None:
+        raise UserError(f"memory_budget is for the LM head; loss {reward!r} trains a reward model, which has none")
 
 
 def _checked(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
@@ -357,13 +421,15 @@ def _checked(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
         elif key in options:
             kind = options[key]
         else:
+            if key == "rounds":
+                raise UserError(f"{prefix}rounds: belongs to `fastpref rounds`; `fastpref train` has no rounds")
             near = difflib.get_close_matches(str(key), [*_FIELDS, *options], n=1, cutoff=0.0)
             raise UserError(f"{prefix}{key}: no such key; the nearest is {near[0]}")
-        found[key] = _convert(f"{prefix}{key}", value, kind)
+        found[key] = convert(f"{prefix}{key}", value, kind)
     return found
 
 
-def _convert(key: str, value: Any, kind: Any) -> Any:
+def convert(key: str, value: Any, kind: Any) -> Any:
     """`value` as `kind`. YAML reads 1e-6 (no dot) as a string, so strings that are numbers pass for numbers."""
     if kind is Any:
         return value
@@ -371,7 +437,7 @@ def _convert(key: str, value: Any, kind: Any) -> Any:
     if origin in (Union, types.UnionType):
         if value is None or (value in ("none", "null") and args[0] is not str):
             return None
-        return _convert(key, value, next(arg for arg in args if arg is not type(None)))
+        return convert(key, value, next(arg for arg in args if arg is not type(None)))
     if origin is Literal:
         if isinstance(value, bool) and {"none", "full"} <= set(args):  # gradient_checkpointing, as TRL has it
             value = "full" if value else "none"
@@ -453,12 +519,14 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def differing_keys(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+def differing_keys(
+    saved: Mapping[str, Any], now: Mapping[str, Any], may_differ: Sequence[str] = MAY_DIFFER
+) -> list[str]:
     """Dotted keys that differ between two `to_dict()`s and that change what is learnt, with both values."""
     different = []
     for key in dict.fromkeys([*saved, *now]):
         a, b = saved.get(key), now.get(key)
-        if key in MAY_DIFFER or a == b:
+        if key in may_differ or a == b:
             continue
         if key == "stages" and a and b and len(a) == len(b):
             for i, (x, y) in enumerate(zip(a, b, strict=True)):

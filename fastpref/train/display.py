@@ -13,12 +13,14 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, Tex
 from rich.table import Table
 from rich.text import Text
 
-SHARES = ("rewards/accuracies", "exact_match", "mfu")
+SHARES = ("watch/chosen_fell", "rewards/accuracies", "accuracy", "exact_match", "mfu")
 # name, label in the progress line
 SHOWN = (
     ("loss", "loss"),
     ("rewards/margins", "margin"),
     ("rewards/accuracies", "acc"),
+    ("margin", "margin"),
+    ("accuracy", "acc"),
     ("tokens_per_s", "tok/s"),
     ("mfu", "mfu"),
     ("scored_tokens_per_s", "scored"),
@@ -130,8 +132,14 @@ ROWS = (
     ("exact_match", "exact match, greedy", "exact match"),
     ("rewards/accuracies", "reward accuracy", "acc"),
     ("rewards/margins", "reward margin", "margin"),
+    ("accuracy", "accuracy", "acc"),
+    ("margin", "reward margin", "margin"),
+    ("mean_reward", "mean reward", "mean reward"),
     ("logps/chosen", "chosen log-prob, nats", "chosen"),
     ("logps/rejected", "rejected log-prob, nats", "rejected"),
+    ("watch/chosen_change", "chosen log-prob since the start", "chosen change"),
+    ("watch/chosen_fell", "pairs whose chosen log-prob fell", "chosen fell"),
+    ("watch/length_correlation", "correlation of margin and length", "length corr."),
     ("kl", "KL to the reference, nats", "kl"),
     ("loss", "loss", "loss"),
 )
@@ -139,6 +147,22 @@ ROWS = (
 
 def evaluation_line(values: Mapping[str, float]) -> str:
     return " | ".join(f"{short} {number(key, values[key])}" for key, _, short in ROWS if key in values)
+
+
+def samples_line(values: Mapping[str, float]) -> str:
+    """Of fresh samples: their KL by both estimators, their reward, and what they cost."""
+    parts = [f"kl {_with_error('kl_k3', values)} (k3), {_with_error('kl_k1', values)} (k1)"]
+    if "reward" in values:
+        parts.append(f"reward {_with_error('reward', values)}")
+    if values.get("not_scored"):
+        parts.append(f"{values['not_scored']:.0f} not scored")
+    share = f", {100 * values['time_share']:.0f} % of the training time" if "time_share" in values else ""
+    return " | ".join([*parts, f"{values['seconds']:.1f} s{share}"])
+
+
+def _with_error(name: str, values: Mapping[str, float]) -> str:
+    error = values.get(f"{name}_error")
+    return f"{values[name]:.3g}" + ("" if error is None else f" ± {error:.2g}")
 
 
 def evaluation_table(title: str, columns: Mapping[str, Mapping[str, float]]) -> Table:

@@ -8,14 +8,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from fastpref.data import Batch, Example, Kind, Record, batch_order, collate
-from fastpref.losses import Loss, Totals
+from fastpref.losses import BradleyTerry, Loss, Totals
 
 from . import ranks
 from .model import Policy
 from .reference import ReferenceLogps, Tick, by_turns
+from .sample import Sampling, sample
+from .watch import Start, take_correlation, to_sums, watched
 
 
 def eval_order(examples: Sequence[Example], batch_size: int) -> list[list[int]]:
@@ -55,7 +57,9 @@ class MetricSums:
         return dict(zip(scalars, torch.stack(list(scalars.values())).tolist(), strict=True)) if scalars else {}
 
 
-def loss_inputs(loss: Loss, batch: Batch, kl_logps: Tensor | None, ref_kl_logps: Tensor | None) -> dict[str, Any]:
+def loss_inputs(
+    loss: Loss | BradleyTerry, batch: Batch, kl_logps: Tensor | None, ref_kl_logps: Tensor | None
+) -> dict[str, Any]:
     """What this loss wants beside hidden rows and targets."""
     inputs: dict[str, Any] = {"ref_logps": batch.ref_logps} if loss.needs_reference else {}
     if loss.needs_desirable:
@@ -85,23 +89,19 @@ def sequence_logps(policy: Policy, batches: Sequence[Batch]) -> Iterator[Tensor]
 
 
 @torch.no_grad()
-def evaluate(policy: Policy, examples: Sequence[Example], kind: Kind, loss: Loss, batch_size: int, pad: int,
-             reference: ReferenceLogps | None, tick: Tick) -> dict[str, float]:  # fmt: skip
-    """Loss over the whole set (its own denominators) and the means of `fastpref.losses.metrics` under TRL's names.
+def evaluate(policy: Policy, examples: Sequence[Example], kind: Kind, loss: Loss | BradleyTerry, batch_size: int,
+             pad: int, reference: ReferenceLogps | None, tick: Tick,
+             start: Start | None = None) -> dict[str, float]:  # fmt: skip
+    """Loss over the whole set (its own denominators) and the means of `fastpref.losses.metrics` under TRL's names; of a
+    reward model those of `RewardPolicy.score`, accuracy on the held-out pairs among them.
 
-    With a reference, for pairs, also `kl`, nats a response, at least 0: the mean over the responses of
-
-        |y| (exp(rho) - 1 - rho),    rho = (log pi(y|x) - log pi_ref(y|x)) / |y|,    |y| scored tokens,
-
-    the k3 estimator (J. Schulman, "Approximating KL divergence") of KL(pi_ref || pi) with the log-ratio of a response
-    spread evenly over its tokens. It estimates that in so far as the responses are like the reference's own.
+    Also what watch.py says of pairs: with a reference the mean of `spread_kl` as `kl`, and with `start`, which the
+    first evaluation fills, the changes since then.
     """
     was_training = policy.model.training
     policy.model.eval()
-    batches = [
-        collate([examples[i] for i in batch], pad, kind, layout=policy.layout)
-        for batch in eval_order(examples, batch_size)
-    ]
+    order = eval_order(examples, batch_size)
+    batches = [collate([examples[i] for i in batch], pad, kind, layout=policy.layout) for batch in order]
     totals = totals_of(batches)
     kl_logps = ref_kl_logps = None
     if loss.needs_kl and reference is not None:
@@ -113,17 +113,20 @@ def evaluate(policy: Policy, examples: Sequence[Example], kind: Kind, loss: Loss
         kl_logps = torch.cat(own) if own else torch.zeros(1, device=policy.device)
         ref_kl_logps = reference.kl.to(policy.device) if own else kl_logps
     sums, value = MetricSums(), torch.zeros((), device=policy.device, dtype=torch.float64)
-    for done, (batch, counts) in enumerate(ranks.share(batches)):
+    for done, ((batch, indices), counts) in enumerate(ranks.share(list(zip(batches, order)))):
         tick(done * ranks.size(), len(batches))
         batch = batch.to(policy.device)
         out = policy.score(batch, loss, totals, **loss_inputs(loss, batch, kl_logps, ref_kl_logps))
         value += out.loss * counts
         sums.add(out.metrics, counts)
-        if kind == "pair" and batch.ref_logps is not None:
-            rho = (out.logps - batch.ref_logps) / out.lengths
-            sums.add({"kl": out.lengths * (torch.expm1(rho) - rho)}, counts)
+        begun = None if start is None or out.logps is None else start.of(indices, out.logps, counts)
+        sums.add(watched(kind, out, batch, begun), counts)
     policy.model.train(was_training)
-    return sums.read(loss=ranks.total(value))
+    if start is not None:
+        start.complete()
+    found = sums.read(loss=ranks.total(value))
+    to_sums(found, float(totals.pairs))
+    return found | take_correlation(found)
 
 
 # ---- exact match -----------------------------------------------------------------------------------------------------
@@ -163,36 +166,10 @@ def _text(prompt: Any) -> str:
 
 def generate(policy: Policy, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[list[int]], batch_size: int,
              max_new_tokens: int, tick: Tick) -> list[str]:  # fmt: skip
-    """Greedy continuations as text, in the order of the prompts; the KV cache on, EOS and special tokens left out."""
-    model, pad = policy.model, pad_token(tokenizer)
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    own = inner.generation_config
-    stops = {tokenizer.eos_token_id}
-    if own.eos_token_id is not None:
-        stops |= set(own.eos_token_id) if isinstance(own.eos_token_id, list) else {own.eos_token_id}
-    # A model's own generation settings (penalties, temperature) would leak into what is to be plain argmax.
-    greedy = GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=sorted(stops), pad_token_id=pad)
-    texts = [""] * len(prompts)
-    was_training = model.training
-    model.eval()
-    inner.generation_config = greedy
-    try:
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        for start in range(0, len(order), batch_size):
-            tick(start, len(order))
-            batch = order[start : start + batch_size]
-            width = max(len(prompts[i]) for i in batch)
-            ids = torch.tensor([[pad] * (width - len(prompts[i])) + prompts[i] for i in batch])
-            mask = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in batch])
-            with torch.no_grad(), policy.autocast(), policy.generating():
-                out = model.generate(input_ids=ids.to(policy.device), attention_mask=mask.to(policy.device))
-            for i, tokens in zip(batch, out[:, width:].tolist(), strict=True):
-                end = next((n for n, token in enumerate(tokens) if token in stops), len(tokens))
-                texts[i] = str(tokenizer.decode(tokens[:end], skip_special_tokens=True)).strip()
-    finally:
-        inner.generation_config = own
-        model.train(was_training)
-    return texts
+    """Greedy continuations as text, in the order of the prompts."""
+    greedy = Sampling(temperature=0, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    texts = {i: responses[0].text for i, responses in sample(policy, tokenizer, prompts, greedy, tick)}
+    return [texts[i] for i in range(len(prompts))]
 
 
 def is_right(text: str, answer: str) -> bool:
@@ -210,11 +187,3 @@ def exact_match(questions: Sequence[Question], texts: Sequence[str]) -> dict[str
         if question.task is not None:
             groups.setdefault(f"exact_match/{question.task}", []).append(right)
     return {name: sum(hits) / len(hits) for name, hits in groups.items()}
-
-
-def pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
-    """What fills rows up; never read by a model nor scored, so any token will do where there is none for it."""
-    pad = tokenizer.pad_token_id
-    return int(tokenizer.eos_token_id if pad is None else pad)
-
-

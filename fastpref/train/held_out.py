@@ -10,8 +10,8 @@ from .cache import file_of
 from .checkpoint import seed_everything
 from .config import TrainConfig, UserError, load_config
 from .display import Display, evaluation_table
-from .evaluate import eval_order, evaluate, exact_match, generate, pad_token
-from .model import Policy, load_policy, load_reference, load_tokenizer
+from .evaluate import eval_order, evaluate, exact_match, generate
+from .model import Policy, load_policy, load_reference, load_tokenizer, pad_token
 from .prepare import load_data
 
 
@@ -32,13 +32,7 @@ def evaluate_run(
     stages = config.stage_configs()
     index, weights = len(stages) - 1, None
     if run_dir:
-        weights = run_dir / "model"
-        if not weights.is_dir():
-            saved = checkpoint.checkpoints(run_dir)
-            if not saved:
-                raise UserError(f"{run_dir}: has neither a model nor a checkpoint yet")
-            weights = saved[-1]
-            index = checkpoint.read_state(weights)[0].stage
+        weights, index = weights_of_run(run_dir, len(stages))
     stage, name = stages[index], stages[index].name or ""
     if stage.eval_dataset is None:
         raise UserError("eval_dataset is missing: there is nothing to evaluate on")
@@ -55,7 +49,7 @@ def evaluate_run(
             cached = file_of(config, run_dir, index, stage, "eval")
             logps = reference.read(cached, header, any_weights=True)
         if logps is None:
-            source_policy = _reference_of(config, stage, index, run_dir, policy)
+            source_policy = reference_of(config, stage, index, run_dir, policy)
             with display.counting("reference log-probs") as show:
                 logps = reference.compute(source_policy, examples, stage.kind, size, pad, show, batches)
             del source_policy
@@ -71,7 +65,18 @@ def evaluate_run(
     return values
 
 
-def _reference_of(config: TrainConfig, stage: TrainConfig, index: int, run_dir: Path | None, policy: Policy) -> Policy:
+def weights_of_run(run_dir: Path, stages: int) -> tuple[Path, int]:
+    """Its model/, or its newest checkpoint if it has not ended; and the place of the stage that these come from."""
+    if (run_dir / "model").is_dir():
+        return run_dir / "model", stages - 1
+    saved = checkpoint.checkpoints(run_dir)
+    if not saved:
+        raise UserError(f"{run_dir}: has neither a model nor a checkpoint yet")
+    return saved[-1], checkpoint.read_state(saved[-1])[0].stage
+
+
+def reference_of(config: TrainConfig, stage: TrainConfig, index: int, run_dir: Path | None, policy: Policy) -> Policy:
+    """The model that stage `index` of a run compares the policy with, loaded again; without a run, the policy."""
     tokenizer = load_tokenizer(config)
     if stage.ref_model_name_or_path:
         return load_reference(stage, tokenizer, stage.ref_model_name_or_path)

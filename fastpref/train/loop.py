@@ -3,7 +3,7 @@
     for stage in stages:                             sft, then rpo, ...; each from the weights the former ended with
         reference log-probs, once                    two floats a pair; from a file if they are there
         while step < steps:
-            evaluate if due
+            sample if asked, evaluate if due           the watch on over-optimisation, watch.py
             for batch in micro-batches:              one global batch: their losses and gradients add up to its own
                 loss.backward()
             clip, update                             skipped where a gradient is NaN or inf
@@ -24,7 +24,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ from . import checkpoint, ranks, reference, sharding
 from .cache import obtain, splits_of
 from .checkpoint import Saver, State, seed_everything
 from .config import TrainConfig, UserError, differing_keys
-from .display import Display, StepBar, evaluation_line
+from .display import Display, StepBar, evaluation_line, samples_line
 from .evaluate import (
     MetricSums,
     baseline,
@@ -48,17 +48,18 @@ from .evaluate import (
     exact_match,
     generate,
     loss_inputs,
-    pad_token,
     totals_of,
 )
 from .metrics import MetricsLog, NoLog, check_report_to, device_name, peak_memory_mib
 from .mfu import model_flops, peak_flops
 from .model import (
     Policy,
+    exchanged,
     fingerprint,
-    load_policy,
     load_reference,
     load_tokenizer,
+    load_weights,
+    pad_token,
     pick_device,
     save_model,
     weights_of,
@@ -67,7 +68,9 @@ from .optim import Updater, check_optimizer, learning_rate
 from .prepare import Data, Schedule, load_data
 from .reference import ReferenceLogps
 from .report import write_report
+from .scorer import Scorer, load_scorer
 from .summary import show_summary, summarize
+from .watch import Fresh, Start, check_prompts, decoded_prompts, over_budget, take_correlation, to_sums, watched
 
 MOST_SAMPLES = 12  # generations that the summary keeps, before and after
 
@@ -82,6 +85,22 @@ class Stopped(Exception):
 
 class TrainingError(RuntimeError):
     """The run cannot go on; its text is the one line shown."""
+
+
+@dataclass
+class Given:
+    """What a run that is one of several (fastpref/rounds) is handed in memory, and hands on."""
+
+    policy: Policy  # with the weights to begin with; at the end with those it ends with
+    tokenizer: PreTrainedTokenizerBase
+    data: list[Data] | None = None  # of its stages; None: what the configuration names
+    reference: dict[str, torch.Tensor] | None = None  # weights that the loss compares with; None: as configured
+    optimizer: dict[str, Any] | None = None  # states that the optimiser begins with; at the end those it ends with
+    part: tuple[int, int] = (0, 1)  # (i, n): its learning rates are part i of n of one schedule
+    exact_match: dict[str, float] = field(default_factory=dict)  # of the policy as given, where it is known
+    generated: list[str] = field(default_factory=list)  # the texts it is of
+    save_model: bool = True
+    seconds: dict[str, float] = field(default_factory=dict)  # wall time: reference, training, evaluation, saving
 
 
 @dataclass
@@ -101,7 +120,22 @@ class Run:
     state: State
     resumed: Path | None  # the checkpoint this run goes on from, until its stage has begun
     goes_on: bool  # from a checkpoint: what lies in the folder is its own
+    given: Given
+    alone: bool  # not one of several
+    scorers: dict[str, Scorer] = field(default_factory=dict)  # of fresh samples, by their names in the configuration
+    given_weights: dict[str, torch.Tensor] | None = None  # that `given` came with, where fresh samples need them
+    start: Start = field(default_factory=lambda: Start([]))  # of this stage
     saver: Saver = field(default_factory=Saver)
+
+
+@contextmanager
+def spent(seconds: dict[str, float], what: str) -> Iterator[None]:
+    """Adds the time within to `seconds[what]`."""
+    started = time.perf_counter()
+    try:
+        yield
+    finally:
+        seconds[what] = seconds.get(what, 0.0) + time.perf_counter() - started
 
 
 class StopFlag:
@@ -133,7 +167,7 @@ class StopFlag:
         """All ranks stop where one was asked to."""
         self.signum = ranks.largest(self.signum)
         if self.signum:
-            raise _Interrupted
+            raise Interrupted
 
     def tick(self, show: Callable[[int, int], None]) -> Callable[[int, int], None]:
         """Between two forward passes: shows progress, and stops if asked to."""
@@ -145,17 +179,20 @@ class StopFlag:
         return call
 
 
-class _Interrupted(Exception):
-    pass
+class Interrupted(Exception):
+    """Raised by StopFlag.check where a signal has been received."""
 
 
-def train(config: TrainConfig, *, resume: bool = False, display: Display | None = None) -> dict[str, Any]:
+def train(
+    config: TrainConfig, *, resume: bool = False, display: Display | None = None, given: Given | None = None
+) -> dict[str, Any]:
     """Runs all stages and returns the summary (also in output_dir/summary.json).
 
     output_dir then holds: model/ (what from_pretrained loads), metrics.jsonl, config.yaml, summary.json, report.html,
     checkpoints/ and reference/ (the cached reference log-probs).
 
     resume: go on from the newest checkpoint in output_dir, bitwise on the CPU; from the beginning if there is none.
+    given: a policy that is in memory already, and what else is not to be loaded; the run then prints no summary.
 
     Under torchrun the processes train one model, sharded (sharding.py): the same steps, whatever their number.
 
@@ -165,11 +202,11 @@ def train(config: TrainConfig, *, resume: bool = False, display: Display | None 
     with ranks.joined(config):
         if not ranks.is_first():
             with Path(os.devnull).open("w") as nowhere:
-                return _train(config, resume, Display(Console(file=nowhere)))
-        return _train(config, resume, display or Display())
+                return _train(config, resume, Display(Console(file=nowhere)), given)
+        return _train(config, resume, display or Display(), given)
 
 
-def _train(config: TrainConfig, resume: bool, display: Display) -> dict[str, Any]:
+def _train(config: TrainConfig, resume: bool, display: Display, given: Given | None) -> dict[str, Any]:
     run_dir = Path(config.output_dir)
     check_report_to(config)
     stages = config.stage_configs()
@@ -182,22 +219,33 @@ def _train(config: TrainConfig, resume: bool, display: Display) -> dict[str, Any
         ranks.on_first(lambda: held.enter_context(checkpoint.lock(run_dir)) and None)
         resumed, state = ranks.on_first(lambda: _begins(run_dir, config, resume))
         seed_everything(config.seed)
-        tokenizer = load_tokenizer(config)
-        data = load_data(stages, tokenizer, display)
+        tokenizer = given.tokenizer if given else load_tokenizer(config)
+        data = given.data if given and given.data else load_data(stages, tokenizer, display)
         if resumed and state.step and state.data != reference.identity(data[state.stage].train):
             raise UserError(f"{resumed}: train_dataset has other examples now than when it was saved")
-        policy = sharding.shard(load_policy(config, tokenizer, resumed), config)
+        alone = given is None
+        if given is None:
+            given = Given(sharding.load(config, tokenizer, resumed), tokenizer)
+        given_weights = None
+        if not alone and not given.reference and any(stage.sample_steps for stage in stages):
+            given_weights = checkpoint.snapshot(weights_of(given.policy))
+        if resumed and not alone:
+            load_weights(given.policy, resumed)
+        policy = given.policy
+        scorers = _prepare_sampling(stages, data, policy, tokenizer, held)
         ranks.on_first(lambda: _prepare(run_dir, config, resumed, state))
-        where = f"{ranks.size()} ranks, each on " if ranks.size() > 1 else ""
-        display.say(f"{_describe(policy)} on {where}{device_name(policy.device)}; run folder {run_dir}")
+        if alone:
+            where = f"{ranks.size()} ranks, each on " if ranks.size() > 1 else ""
+            display.say(f"{describe(policy)} on {where}{device_name(policy.device)}; run folder {run_dir}")
         if resumed:
             display.say(f"going on from {resumed}")
-        elif resume:
+        elif resume and alone:
             display.say(f"{run_dir}: no checkpoint there yet, starting from the beginning")
         log = MetricsLog(run_dir, config, state.metrics_bytes, state.global_step) if ranks.is_first() else NoLog()
         pad = pad_token(tokenizer)
         run = Run(run_dir, config, stages, data, tokenizer, pad, policy, display, log, stop, state, resumed,
-                  goes_on=bool(resumed))  # fmt: skip
+                  goes_on=bool(resumed), given=given, alone=alone, scorers=scorers,
+                  given_weights=given_weights)  # fmt: skip
         try:
             for index in range(state.stage, len(stages)):
                 run_stage(run, index)
@@ -207,6 +255,24 @@ def _train(config: TrainConfig, resume: bool, display: Display) -> dict[str, Any
             if not isinstance(sys.exc_info()[1], KeyboardInterrupt):  # asked twice: at once
                 run.saver.join()
             log.close()
+
+
+def _prepare_sampling(
+    stages: Sequence[TrainConfig], data: Sequence[Data], policy: Policy, tokenizer: PreTrainedTokenizerBase,
+    held: ExitStack,
+) -> dict[str, Scorer]:  # fmt: skip
+    """Checks what fresh samples are to be taken from, and loads what scores them."""
+    generators, scorers = checkpoint.random_state(), {}
+    for stage, its in zip(stages, data, strict=True):
+        if stage.sample_steps:
+            its.prompts = its.prompts or decoded_prompts(tokenizer, its.eval or its.train, stage.sample_prompts)
+            check_prompts(stage, policy, tokenizer, its.prompts)
+        if stage.scorer and stage.scorer not in scorers:
+            size = stage.per_device_eval_batch_size
+            scorer = load_scorer(stage.scorer, timeout=stage.scorer_timeout, batch_size=size)
+            scorers[stage.scorer] = held.enter_context(scorer)
+    checkpoint.restore_random_state(generators)
+    return scorers
 
 
 def _begins(run_dir: Path, config: TrainConfig, resume: bool) -> tuple[Path | None, State]:
@@ -219,7 +285,7 @@ def _begins(run_dir: Path, config: TrainConfig, resume: bool) -> tuple[Path | No
             raise UserError(f"{found[-1]} is of another configuration: {'; '.join(different)}")
         return found[-1], state
     if not resume:
-        _refuse_used(run_dir, config)
+        refuse_used(run_dir, config)
     return None, State()
 
 
@@ -242,7 +308,7 @@ def _already_complete(run_dir: Path, config: TrainConfig, display: Display) -> d
     return summary
 
 
-def _refuse_used(run_dir: Path, config: TrainConfig) -> None:
+def refuse_used(run_dir: Path, config: TrainConfig) -> None:
     used = [name for name in ("checkpoints", "metrics.jsonl", "model", "summary.json") if (run_dir / name).exists()]
     if used and not config.overwrite_output_dir:
         raise UserError(
@@ -260,7 +326,7 @@ def _clear(run_dir: Path) -> None:
             checkpoint.remove(run_dir / name)
 
 
-def _describe(policy: Policy) -> str:
+def describe(policy: Policy) -> str:
     total = sum(p.numel() for p in policy.model.parameters())
     trained = sum(p.numel() for p in policy.trainable().values())
     size = f"{total / 1e9:.2f}B" if total >= 1e9 else f"{total / 1e6:.2f}M"
@@ -277,12 +343,19 @@ def _describe(policy: Policy) -> str:
 def reference_logps(run: Run, index: int, schedule: Schedule) -> tuple[ReferenceLogps, ReferenceLogps | None]:
     """Of the stage's examples and of the held-out ones: from the run's files where they fit, else computed and written.
 
-    The reference is `ref_model_name_or_path`, or the policy as the stage found it. Leaves the random generators alone.
+    The reference is `ref_model_name_or_path`, or the weights that the run was given for it, or the policy as the stage
+    found it. Leaves the random generators alone.
     """
+    own = run.given.reference
+    with spent(run.given.seconds, "reference"), exchanged(run.policy, own) if own else nullcontext():
+        return _reference_logps(run, index, schedule)
+
+
+def _reference_logps(run: Run, index: int, schedule: Schedule) -> tuple[ReferenceLogps, ReferenceLogps | None]:
     stage, data, state = run.stages[index], run.data[index], run.state
     generators = checkpoint.random_state()
     source: Policy | None = None
-    if state.step == 0:
+    if state.step == 0 or run.given.reference:
         source = run.policy
         if stage.ref_model_name_or_path:
             source = load_reference(stage, run.tokenizer, stage.ref_model_name_or_path)
@@ -315,10 +388,10 @@ def _starting_policy(run: Run, index: int) -> Policy:
         folder = run.dir / "checkpoints" / checkpoint.folder_name(index, stage.name or "", 0)
         if not folder.is_dir():
             raise UserError(f"stage {stage.name!r}: its reference log-probs and first weights are gone from {run.dir}")
-        source = sharding.shard(load_policy(run.config, run.tokenizer, folder), run.config)
+        source = sharding.load(run.config, run.tokenizer, folder)
     else:
         seed_everything(run.config.seed)
-        source = sharding.shard(load_policy(run.config, run.tokenizer), run.config)
+        source = sharding.load(run.config, run.tokenizer)
     if fingerprint(source.model) != run.state.reference:
         raise UserError(f"stage {stage.name!r}: the reference model has other weights than when the stage began")
     return source
@@ -333,9 +406,16 @@ def run_stage(run: Run, index: int) -> None:
     name, loss = stage.name or "", stage.loss_fn
     schedule = Schedule(stage, data.train, run.config.seed + index)
     steps = schedule.steps
+    part, parts = run.given.part
+
+    def rate_at(step: int) -> float:
+        return learning_rate(stage, part * steps + step, parts * steps)
+
     updater, flops = Updater(policy.trainable().values(), stage), model_flops(policy)
     policy.model.train()
     resumed, run.resumed = run.resumed, None
+    if index == 0 and state.step == 0 and run.given.optimizer:
+        updater.optimizer.load_state_dict(run.given.optimizer)
     if resumed:
         tensors = checkpoint.read_tensors(resumed)
         if state.step:
@@ -344,16 +424,27 @@ def run_stage(run: Run, index: int) -> None:
     state.data = reference.identity(data.train)
     state.history.setdefault(name, {})
     examples, held_out, train_ref, eval_ref = data.train, data.eval, None, None
+    run.start = Start(held_out)
+    if resumed:
+        run.start.restore(tensors)
     try:
         if loss.needs_reference:
             train_ref, eval_ref = reference_logps(run, index, schedule)
             examples = train_ref.attach(examples)
             held_out = eval_ref.attach(held_out) if eval_ref else []
+        fresh = _fresh(run, index)
         with run.display.steps(name, state.step, steps) as bar:
             while True:
-                if held_out and state.evaluated != state.step and _evaluation_is_due(stage, state.step, steps):
+                if fresh and fresh.is_due(state, last=state.step == _end(run, index, steps)):
+                    _sample(run, index, fresh, schedule)
+                due = _evaluation_is_due(stage, state.step, _end(run, index, steps))
+                if held_out and state.evaluated != state.step and due:
                     run_evaluation(run, index, held_out, eval_ref, schedule)
-                if state.step == steps:
+                if state.history[name].get("kl_budget", {}).get("step") == state.step:
+                    save_checkpoint(run, updater.optimizer)
+                if state.step == _end(run, index, steps):
+                    if state.window:  # the KL budget has ended the stage between two lines
+                        _log(run, bar, name, schedule.epoch(state.step), rate_at(state.step - 1))
                     break
                 run.stop.check()
                 run.saver.check()
@@ -366,9 +457,11 @@ def run_stage(run: Run, index: int) -> None:
                 kl = []
                 if loss.needs_kl and train_ref:
                     kl = [train_ref.of_batch(first + i) for i in range(len(batches))]
-                rate = learning_rate(stage, state.step, steps)
+                rate = rate_at(state.step)
                 values = train_step(policy, updater, stage, batches, rate, kl)
-                _count(state, values, batches, time.perf_counter() - started, flops.of(batches) if flops else math.nan)
+                seconds = time.perf_counter() - started
+                _count(state, values, batches, seconds, flops.of(batches) if flops else math.nan)
+                run.given.seconds["training"] = run.given.seconds.get("training", 0.0) + seconds
                 if state.skipped_in_a_row >= stage.max_skipped_steps:
                     raise TrainingError(_why_stopped(run, name))
                 if state.step % stage.logging_steps == 0 or state.step == steps:
@@ -376,7 +469,7 @@ def run_stage(run: Run, index: int) -> None:
                 bar.advance(state.step)
                 if stage.save_steps and state.step % stage.save_steps == 0 and state.step < steps:
                     save_checkpoint(run, updater.optimizer)
-    except _Interrupted:
+    except Interrupted:
         where = f"{name} step {state.step}/{steps}"
         if state.step or index:
             where += f", saved in {save_checkpoint(run, updater.optimizer)}; --resume goes on from there"
@@ -385,8 +478,10 @@ def run_stage(run: Run, index: int) -> None:
     finally:
         updater.close()
     state.history[name] |= {
-        "steps": steps, "num_tokens": state.num_tokens, "seconds": state.seconds, "skipped_steps": state.skipped,
+        "steps": state.step, "num_tokens": state.num_tokens, "seconds": state.seconds, "skipped_steps": state.skipped,
     }  # fmt: skip
+    if not run.alone and index + 1 == len(run.stages):
+        run.given.optimizer = updater.optimizer.state_dict()
     if index + 1 < len(run.stages):
         run.state = State(
             stage=index + 1, global_step=state.global_step, history=state.history, generated=state.generated
@@ -405,8 +500,8 @@ def train_step(
     """One optimiser step on the global batch that `batches` are the parts of. Synchronises once, at its end (where
     weights are updated in backward, also before it and once a weight).
 
-    Returns the means over the global batch, its loss, and the gradient norm before clipping. Where loss or norm is not
-    finite the weights stay as they are.
+    Returns the means over the global batch, its loss, and the gradient norm before clipping; and the sums that
+    `take_correlation` takes. Where loss or norm is not finite the weights stay as they are.
     """
     loss, totals = stage.loss_fn, totals_of(batches)
     kl_logps = ref_kl = None
@@ -422,7 +517,10 @@ def train_step(
             value.backward()
         total += value.detach()
         sums.add(out.metrics, counts)
+        sums.add(watched(stage.kind, out, batch, batch.ref_logps), counts)
+    ranks.add_up_gradients(updater.parameters)
     values = sums.read(loss=ranks.total(total), grad_norm=updater.gradient_norm())
+    to_sums(values, float(totals.pairs))
     updater.end(math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"]))
     return values
 
@@ -452,7 +550,9 @@ def _log(run: Run, bar: StepBar, name: str, epoch: float, rate: float) -> None:
     state = run.state
     seconds, flops = state.window.pop("seconds")[0], state.window.pop("flops", (0.0, 0))[0]
     tokens, scored, saved = (state.window.pop(name)[0] for name in ("tokens", "scored_tokens", "saved_tokens"))
-    values = {key: total / count for key, (total, count) in state.window.items()}
+    totals = {key: total for key, (total, _) in state.window.items()}
+    values = take_correlation(totals)
+    values = {key: total / state.window[key][1] for key, total in totals.items()} | values
     values |= {
         "learning_rate": rate,
         "num_tokens": state.num_tokens,
@@ -470,6 +570,7 @@ def _log(run: Run, bar: StepBar, name: str, epoch: float, rate: float) -> None:
     state.window = {}
     run.log.write(name, "train", state.step, epoch, values, state.global_step)
     bar.logged(state.step, values)
+    _check_budget(run, "train", values.get("kl"))
 
 
 def _why_stopped(run: Run, name: str) -> str:
@@ -490,14 +591,14 @@ def save_checkpoint(run: Run, optimizer: torch.optim.Optimizer | None) -> Path:
     if ranks.on_first(path.is_dir):  # just resumed from it, or saved at this step already
         return path
     state.metrics_bytes = run.log.size()
-    if ranks.size() > 1:
+    if ranks.size() > 1 and not run.config.use_peft:  # an adapter is whole on every rank
         _save_sharded(run, path, optimizer)
         return path
-    tensors, weights = checkpoint.tensors_of(optimizer), weights_of(run.policy)
+    tensors, weights = checkpoint.tensors_of(optimizer) | run.start.tensors(), weights_of(run.policy)
     beside = stage.optimizer != "adamw_offload"  # its states fill the host's memory: no room for a copy
     if beside:
         tensors, weights = checkpoint.snapshot(tensors), checkpoint.snapshot(weights)
-    content = asdict(state)
+    content, keep = asdict(state), _kept(state)
 
     def write(folder: Path) -> None:
         save_model(run.policy, run.tokenizer, folder, weights)
@@ -505,12 +606,12 @@ def save_checkpoint(run: Run, optimizer: torch.optim.Optimizer | None) -> Path:
 
     def save() -> None:
         checkpoint.save(path, write)
-        checkpoint.remove_old(run.dir, run.config.save_total_limit)
+        checkpoint.remove_old(run.dir, run.config.save_total_limit, keep)
 
-    if beside:
+    if beside and ranks.size() == 1:
         run.saver.start(save)
     else:
-        save()
+        ranks.on_first(save)
     return path
 
 
@@ -519,19 +620,119 @@ def _save_sharded(run: Run, path: Path, optimizer: torch.optim.Optimizer | None)
     parts = path.with_name(f"{checkpoint.PARTIAL}{checkpoint.SHARDED}-{path.name}")
     ranks.on_first(lambda: parts.mkdir(parents=True, exist_ok=True))
     sharding.save(run.policy, optimizer, parts)
-    content = asdict(run.state)
+    content, keep = asdict(run.state), _kept(run.state)
 
     def write(folder: Path) -> None:
         os.rename(parts, folder / checkpoint.SHARDED)
         run.policy.model.config.save_pretrained(folder)
         run.tokenizer.save_pretrained(folder)
-        checkpoint.write_state(folder, content, run.config.to_dict(), checkpoint.tensors_of(None))
+        tensors = checkpoint.tensors_of(None) | run.start.tensors()
+        checkpoint.write_state(folder, content, run.config.to_dict(), tensors)
 
     def save() -> None:
         checkpoint.save(path, write)
-        checkpoint.remove_old(run.dir, run.config.save_total_limit)
+        checkpoint.remove_old(run.dir, run.config.save_total_limit, keep)
 
     ranks.on_first(save)
+
+
+def _kept(state: State) -> set[str]:
+    """Checkpoints that save_total_limit does not count: of a stage's KL budget, and of its best reward so far."""
+    found = (history.get(what, {}).get("checkpoint") for history in state.history.values()
+             for what in ("kl_budget", "best"))  # fmt: skip
+    return {name for name in found if name}
+
+
+# ---- the watch -------------------------------------------------------------------------------------------------------
+
+
+def _end(run: Run, index: int, steps: int) -> int:
+    """The stage's last step: where its KL budget has ended it, else that of its schedule."""
+    budget = run.state.history[run.stages[index].name or ""].get("kl_budget", {})
+    return int(budget["step"]) if budget.get("action") == "stop" else steps
+
+
+def _check_budget(run: Run, split: str, kl: float | None) -> None:
+    """Takes down where the stage's KL budget is first reached; the checkpoint follows before the next step."""
+    state, stage = run.state, run.stages[run.state.stage]
+    name = stage.name or ""
+    place = checkpoint.folder_name(state.stage, name, state.step)
+    found = over_budget(stage, state, split, kl, bool(run.data[state.stage].eval), place)
+    if found and "kl_budget" not in state.history[name]:
+        state.history[name]["kl_budget"] = found
+        then = "the stage ends here" if found["action"] == "stop" else "the stage goes on"
+        run.display.say(f"{name} {state.step} KL budget of {found['budget']:g} nats reached: {found['kl']:.3g} "
+                        f"({found['of']}); checkpoint {place} is kept, {then}", "yellow")  # fmt: skip
+
+
+def _fresh(run: Run, index: int) -> Fresh | None:
+    stage = run.stages[index]
+    if not stage.sample_steps:
+        return None
+    generators = checkpoint.random_state()
+    compared = _compared(run, index)
+    checkpoint.restore_random_state(generators)
+    return Fresh(stage, run.tokenizer, run.data[index].prompts, compared, run.scorers.get(stage.scorer or ""))
+
+
+def _compared(run: Run, index: int) -> Callable[[], AbstractContextManager[Policy]]:
+    """The reference of fresh samples. LoRA's is the model without the adapter, and costs nothing; a model of its own
+    (ref_model_name_or_path) stays on the device while the stage lasts; else the stage's first weights wait in host
+    memory (LoRA's: the adapter's), and change places with the policy's."""
+    stage, state, policy = run.stages[index], run.state, run.policy
+    weights = run.given.reference or run.given_weights
+    if stage.ref_model_name_or_path:
+        source = _starting_policy(run, index) if state.step else load_reference(
+            stage, run.tokenizer, stage.ref_model_name_or_path
+        )  # fmt: skip
+        return lambda: nullcontext(source)
+    if weights is None and run.config.use_peft and index == 0:
+        return lambda: _without_adapter(policy)
+    if weights is None and state.step:
+        weights = checkpoint.snapshot(weights_of(_starting_policy(run, index)))
+    elif weights is None:
+        state.reference = state.reference or fingerprint(policy.model)
+        weights = checkpoint.snapshot(weights_of(policy))
+    return lambda: _with_weights(policy, weights)
+
+
+@contextmanager
+def _without_adapter(policy: Policy) -> Iterator[Policy]:
+    with policy.model.disable_adapter():
+        yield policy
+
+
+@contextmanager
+def _with_weights(policy: Policy, weights: dict[str, torch.Tensor]) -> Iterator[Policy]:
+    with exchanged(policy, weights):
+        yield policy
+
+
+def _sample(run: Run, index: int, fresh: Fresh, schedule: Schedule) -> None:
+    """KL and reward of fresh samples, into a line of metrics; unless they take too long, and wait."""
+    stage, state = run.stages[index], run.state
+    name, history = stage.name or "", state.history[stage.name or ""]
+    seed = (run.config.seed << 32) + (index << 24) + state.step
+    with spent(run.given.seconds, "watch"), run.display.counting(f"{name}: sampling") as show:
+        values = fresh.measure(run.policy, state, seed, run.stop.tick(show))
+    record = history.setdefault("sampling", {"taken": 0})
+    record["seconds"] = state.sampling["seconds"]
+    if values is None:
+        if not record.get("waited"):
+            takes = f"they take about {state.sampling['expected']:.1f} s"
+            run.display.say(f"{name} {state.step} fresh samples wait: {takes}, more than sample_time_share="
+                            f"{stage.sample_time_share:g} leaves yet", "cyan")  # fmt: skip
+        record["waited"] = record.get("waited", 0) + 1
+        return
+    record["taken"] += 1
+    if values.get("reward", -math.inf) > history.get("best", {}).get("reward", -math.inf):
+        place = checkpoint.folder_name(index, name, state.step)
+        history["best"] = {"step": state.step, "checkpoint": place} | {
+            key: values[key] for key in ("reward", "reward_error", "kl") if key in values
+        }
+    run.log.write(name, "sample", state.step, schedule.epoch(state.step), values, state.global_step)
+    run.display.say(f"{name} {state.step}/{schedule.steps} fresh samples | {samples_line(values)}", "cyan")
+    _check_budget(run, "sample", values["kl"])
 
 
 # ---- evaluation ------------------------------------------------------------------------------------------------------
@@ -544,11 +745,23 @@ def _evaluation_is_due(stage: TrainConfig, step: int, steps: int) -> bool:
 def run_evaluation(
     run: Run, index: int, held_out: Sequence[Example], eval_ref: ReferenceLogps | None, schedule: Schedule
 ) -> None:
+    with spent(run.given.seconds, "evaluation"):
+        _evaluate(run, index, held_out, eval_ref, schedule)
+
+
+def _evaluate(
+    run: Run, index: int, held_out: Sequence[Example], eval_ref: ReferenceLogps | None, schedule: Schedule
+) -> None:
     stage, state = run.stages[index], run.state
-    name, size, last = stage.name or "", stage.per_device_eval_batch_size, state.step == schedule.steps
+    name, size = stage.name or "", stage.per_device_eval_batch_size
     with run.display.counting(f"{name}: evaluating") as show:
         tick = run.stop.tick(show)
-        values = evaluate(run.policy, held_out, stage.kind, stage.loss_fn, size, run.pad, eval_ref, tick)
+        if state.step == 0:
+            run.start = Start(held_out)
+        start = run.start if state.step == 0 or run.start.known else None
+        values = evaluate(run.policy, held_out, stage.kind, stage.loss_fn, size, run.pad, eval_ref, tick, start)
+    _check_budget(run, "eval", values.get("kl"))
+    last = state.step == _end(run, index, schedule.steps)
     if stage.eval_generate and (last or state.step == 0):
         values |= _exact_match(run, index)
     history = state.history[name]
@@ -559,13 +772,17 @@ def run_evaluation(
     state.evaluated = state.step
     run.log.write(name, "eval", state.step, schedule.epoch(state.step), values, state.global_step)
     if state.step == 0 and not stage.ref_model_name_or_path:  # the policy is its own reference: nothing to tell
-        values = {key: value for key, value in values.items() if key != "kl" and not key.startswith("rewards/")}
+        trivial = ("kl", "rewards/", "watch/chosen")
+        values = {key: value for key, value in values.items() if not key.startswith(trivial)}
     run.display.say(f"{name} {state.step}/{schedule.steps} held-out | {evaluation_line(values)}", "cyan")
 
 
 def _exact_match(run: Run, index: int) -> dict[str, float]:
     """Generates, unless these very weights answered these very questions at the end of the stage before."""
     stage, data, state = run.stages[index], run.data[index], run.state
+    if index == 0 and state.step == 0 and run.given.exact_match:
+        state.generated = run.given.generated
+        return run.given.exact_match
     if index and state.step == 0 and data.questions == run.data[index - 1].questions:
         before, now = run.stages[index - 1], stage
         after = state.history.get(before.name or "", {}).get("after", {})
@@ -586,15 +803,21 @@ def _exact_match(run: Run, index: int) -> dict[str, float]:
 
 def finish(run: Run) -> dict[str, Any]:
     """Final weights, summary and report; prints what improved."""
-    weights = sharding.whole_weights(run.policy) if ranks.size() > 1 else None
-    summary, report = ranks.on_first(lambda: _write_results(run, weights))
+    weights = None
+    if ranks.size() > 1:
+        weights = weights_of(run.policy) if run.config.use_peft else sharding.whole_weights(run.policy)
+    with spent(run.given.seconds, "saving"):
+        summary, report = ranks.on_first(lambda: _write_results(run, weights))
+    if not run.alone:
+        return summary
     show_summary(run.display, run.dir, summary)
     run.display.say(f"model   {run.dir / 'model'}\nreport  {report}")
     return summary
 
 
 def _write_results(run: Run, weights: dict[str, torch.Tensor] | None) -> tuple[dict[str, Any], Path]:
-    checkpoint.save(run.dir / "model", lambda folder: save_model(run.policy, run.tokenizer, folder, weights))
+    if run.given.save_model:
+        checkpoint.save(run.dir / "model", lambda folder: save_model(run.policy, run.tokenizer, folder, weights))
     run.log.size()
     summary = summarize(run.stages, run.data[-1], run.state, run.policy.device)
     checkpoint.write_file(run.dir / "summary.json", json.dumps(summary, indent=1) + "\n")

@@ -1,25 +1,35 @@
-"""The policy: a transformers causal LM, loaded, taken apart into trunk and LM head (trunk.py), scored and saved."""
+"""The policy: a transformers causal LM, loaded, taken apart into trunk and LM head (trunk.py), scored and saved; or a
+reward model, whose head is a score layer."""
 
 from __future__ import annotations
 
 import hashlib
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 import transformers
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+)
 
-from fastpref.attention import backend, own_attention, replace_attention
+from fastpref.attention import backend, check_replaceable, own_attention, replace_attention
 from fastpref.data import Batch, Layout
-from fastpref.head import PreferenceOutput, linear_preference_loss
-from fastpref.losses import SFT, LossFunction, Totals
-from fastpref.trunk import Head, check_vocabulary, unwrap
+from fastpref.head import PreferenceOutput, linear_logps, linear_preference_loss
+from fastpref.losses import SFT, Totals
+from fastpref.trunk import Head, check_vocabulary, take_score_apart, unwrap
 from fastpref.trunk import take_apart as find_parts
 
 from .checkpoint import SHARDED, load_sharded_weights
@@ -42,6 +52,10 @@ class Policy:
     own_attention: str = ""  # the model's own attention, where packed batches have replaced it
     offload: bool = False  # what autograd saves outside checkpointed layers waits in host memory: the layers' inputs
 
+    def rows(self, batch: Batch) -> Tensor:
+        """Flat indices of the hidden rows that the head takes."""
+        return batch.score_rows
+
     def hidden_rows(self, batch: Batch) -> Tensor:
         """[N, H]: the hidden rows that predict a scored token."""
         # No attention mask: padding is on the right, where causal attention never reaches it from a real token, and
@@ -51,9 +65,11 @@ class Policy:
             packed = {"position_ids": batch.position_ids, "attention_plan": batch.attention_plan}
         with self.autocast(), self._saving():
             hidden = self.trunk(input_ids=batch.input_ids, use_cache=False, **packed).last_hidden_state
-        return hidden.reshape(-1, hidden.shape[-1]).index_select(0, batch.score_rows)
+        return hidden.reshape(-1, hidden.shape[-1]).index_select(0, self.rows(batch))
 
-    def score(self, batch: Batch, loss: LossFunction, totals: Totals | None = None, **inputs: Any) -> PreferenceOutput:
+    def score(
+        self, batch: Batch, loss: Callable[..., Tensor], totals: Totals | None = None, **inputs: Any
+    ) -> PreferenceOutput:
         """One call of `linear_preference_loss` on a batch that is on the device. `inputs` go to it as they are."""
         hidden = self.hidden_rows(batch)
         with self.autocast():  # the head then works in bf16, and its weight's gradient is still fp32
@@ -77,6 +93,16 @@ class Policy:
         with torch.no_grad():
             return self.score(batch, SFT()).logps
 
+    def token_logps(self, batch: Batch) -> Tensor:
+        """[N] fp32, detached: of every scored token, sequence after sequence."""
+        head = self.head
+        with torch.no_grad():
+            hidden = self.hidden_rows(batch)
+            with self.autocast():
+                hidden, weight, bias = head.operands(hidden)
+                return linear_logps(hidden, weight, batch.targets, bias=bias, softcap=head.softcap,
+                                    logit_scale=head.logit_scale, memory_budget=self.memory_budget)  # fmt: skip
+
     def autocast(self) -> AbstractContextManager[Any]:
         if self.compute_dtype == self.head.weight.dtype:
             return nullcontext()
@@ -93,6 +119,63 @@ class Policy:
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
 
+class RewardOutput(NamedTuple):
+    """What a reward model's `score` returns. It has no log-probs."""
+
+    loss: Tensor  # scalar, differentiable
+    rewards: Tensor  # [S] fp32 at least, detached
+    metrics: dict[str, Tensor]  # [P]; mean_reward [S]
+    logps: None = None
+    ref_logps: None = None
+
+
+@dataclass(frozen=True)
+class RewardPolicy(Policy):
+    """A reward model, R = w . h + b on the hidden row h of a sequence's last token (EOS); its head is that layer."""
+
+    def rows(self, batch: Batch) -> Tensor:
+        return batch.last_rows
+
+    def rewards(self, batch: Batch) -> Tensor:
+        """[S], differentiable. The product is fp32 at least, in any precision of the trunk: what counts is the
+        difference of two rewards, and bf16 would leave it two or three digits."""
+        hidden, weight, bias = self.head.operands(self.hidden_rows(batch))
+        if self.head.sharded:  # a few numbers: every rank gathers them
+            weight, bias = _gathered(weight), None if bias is None else _gathered(bias)
+        exact = torch.promote_types(weight.dtype, torch.float32)
+        with torch.autocast(self.device.type, enabled=False):
+            return F.linear(hidden.to(exact), weight.to(exact), None if bias is None else bias.to(exact)).squeeze(1)
+
+    def score(  # type: ignore[override]
+        self, batch: Batch, loss: Callable[..., Tensor], totals: Totals | None = None, **inputs: Any
+    ) -> RewardOutput:
+        """loss: `fastpref.losses.BradleyTerry`. Metrics have the names that TRL's RewardTrainer gives them, those of
+        the two sides its DPOTrainer's; accuracy is 1 where the chosen response has the larger reward."""
+        rewards = self.rewards(batch)
+        value = loss(rewards, margin=batch.margins, pairs=None if totals is None else totals.pairs, **inputs)
+        rewards = rewards.detach()
+        chosen, rejected = rewards.chunk(2)
+        metrics = {
+            "rewards/chosen": chosen,
+            "rewards/rejected": rejected,
+            "margin": chosen - rejected,
+            "accuracy": (chosen > rejected).float(),
+            "mean_reward": rewards,
+        }
+        return RewardOutput(value, rewards, metrics)
+
+    def sequence_logps(self, batch: Batch) -> Tensor:
+        raise TypeError("a reward model has no log-probs")
+
+
+def _gathered(weight: Any) -> Tensor:
+    """A DTensor whole on every rank; the ranks' gradients, of sequences of their own, are added up."""
+    from torch.distributed.tensor import Partial
+
+    found: Tensor = weight.full_tensor(grad_placements=[Partial()] * weight.device_mesh.ndim)
+    return found
+
+
 def load_tokenizer(config: TrainConfig) -> PreTrainedTokenizerBase:
     name = config.tokenizer_name_or_path or config.model_name_or_path
     revision = {} if config.tokenizer_name_or_path else {"revision": config.model_revision}
@@ -102,12 +185,35 @@ def load_tokenizer(config: TrainConfig) -> PreTrainedTokenizerBase:
         raise UserError(f"{name}: no tokenizer that loads ({_first_line(error)})") from error
     if tokenizer.eos_token_id is None:
         raise UserError(f"{name}: the tokenizer has no EOS token to end responses with; set its eos_token")
+    if config.reward_model:
+        _pad_otherwise_than_eos(tokenizer, name)
     return tokenizer
+
+
+def _pad_otherwise_than_eos(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """transformers reads a reward from the last token that is not padding: were EOS padding, from the one before it."""
+    if tokenizer.pad_token_id not in (None, tokenizer.eos_token_id):
+        return
+    others = [token for token in (tokenizer.unk_token, tokenizer.bos_token, *tokenizer.all_special_tokens)
+              if token not in (None, tokenizer.eos_token)]  # fmt: skip
+    if not others:
+        raise UserError(f"{name}: the tokenizer has no special token but EOS, which ends every response, to fill rows "
+                        "of a reward model up with; set its pad_token")  # fmt: skip
+    tokenizer.pad_token = others[0]
+
+
+def pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """What fills rows up; never read by a model nor scored, so any token will do where there is none for it."""
+    pad = tokenizer.pad_token_id
+    return int(tokenizer.eos_token_id if pad is None else pad)
 
 
 def load_policy(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, weights: str | Path | None = None) -> Policy:
     """The model to train, in `config.dtype`, on the GPU if there is one. weights: a folder that `save_model` wrote, or
     the checkpoint of several ranks.
+
+    Under a reward model's loss it is a sequence classifier with one label; its score layer is new and random where
+    `model_name_or_path` has none (a causal LM).
 
     Raises UserError for a model that cannot be loaded, is not a causal LM, or computes its logits in a way that the
     fused head does not (found by comparing the two on a few tokens).
@@ -117,13 +223,36 @@ def load_policy(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, weights
     model = _load_model(config, weights if weights and not adapted and not sharded else None)
     if sharded:
         load_sharded_weights(model, sharded)
+    return prepared(model, config, tokenizer, weights if adapted else None)
+
+
+def policy_on_meta(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> Policy:
+    """`load_policy` from the model's configuration alone: weights are neither read nor made, so nothing is proven, and
+    nothing runs. Its device is where the weights would be."""
+    name = config.model_name_or_path
+    with torch.device("meta"):
+        try:
+            return prepared(_from_config(config), config, tokenizer)
+        except UserError:
+            raise
+        except Exception as error:  # as in _load_model
+            raise UserError(f"{name}: no {_kind(config)} whose configuration loads ({_first_line(error)})") from error
+
+
+def prepared(
+    model: Any, config: TrainConfig, tokenizer: PreTrainedTokenizerBase, adapter: str | Path | None = None
+) -> Policy:
+    """A model that is there, as `config` trains it. adapter: a folder with one to go on from (`use_peft`)."""
+    if config.reward_model:  # what a saved one is read with: the padding that its reward is read before, its label
+        model.config.get_text_config().pad_token_id = model.config.pad_token_id = tokenizer.pad_token_id
+        model.config.id2label, model.config.label2id = {0: "reward"}, {"reward": 0}
     _no_dropout(model)
-    if config.gradient_checkpointing == "offload" and model.device.type == "cpu":
+    if config.gradient_checkpointing == "offload" and pick_device().type == "cpu":
         raise UserError("gradient_checkpointing is 'offload', from a GPU to host memory; the device is cpu: set full")
     if config.gradient_checkpointing != "none":
         enable_checkpointing(model, config.gradient_checkpointing)
-    if adapted:
-        model = _with_lora(config, model, weights)
+    if config.use_peft:
+        model = _with_lora(config, model, adapter)
     return take_apart(model, config, tokenizer)
 
 
@@ -165,28 +294,61 @@ def keep_products(context: Any, op: Any, *args: Any, **kwargs: Any) -> Checkpoin
 
 def _load_model(config: TrainConfig, weights: str | Path | None) -> Any:
     name = str(weights or config.model_name_or_path)
-    dtype = getattr(torch, config.dtype)
-    common: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
-    if not weights:
-        common["revision"] = config.model_revision
     try:
-        if config.init_from_config and not weights:
-            settings = AutoConfig.from_pretrained(name, **common)
-            common.pop("revision")
-            model: Any = AutoModelForCausalLM.from_config(settings, dtype=dtype, **common)
-        else:
-            model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True, **common)
+        model = _from_config(config) if config.init_from_config and not weights else _from_pretrained(config, weights)
         model = model.to(pick_device())
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, UserError):
         raise
     except Exception as error:  # missing files, the hub, the network, a class that is no causal LM: each its own kind
         line = _first_line(error)
         if "safetensors" in line:
             line += "; only safetensors weights are loaded, because pickled ones can run code"
-        raise UserError(f"{name}: no causal language model that loads ({line})") from error
+        raise UserError(f"{name}: no {_kind(config)} that loads ({line})") from error
     if config.use_liger_kernel:
         use_liger_kernels(model)
     return model
+
+
+def _kind(config: TrainConfig) -> str:
+    return "sequence classifier with one label" if config.reward_model else "causal language model"
+
+
+def _from_config(config: TrainConfig) -> Any:
+    """Random weights, or none on the meta device."""
+    trust = {"trust_remote_code": config.trust_remote_code}
+    settings = AutoConfig.from_pretrained(config.model_name_or_path, revision=config.model_revision, **trust)
+    auto: Any = AutoModelForCausalLM
+    if config.reward_model:
+        auto, settings.num_labels = AutoModelForSequenceClassification, 1
+    return auto.from_config(settings, dtype=getattr(torch, config.dtype), **trust)
+
+
+def _from_pretrained(config: TrainConfig, weights: str | Path | None) -> Any:
+    name = str(weights or config.model_name_or_path)
+    options: dict[str, Any] = {"dtype": getattr(torch, config.dtype), "use_safetensors": True,
+                               "trust_remote_code": config.trust_remote_code}  # fmt: skip
+    if not weights:
+        options["revision"] = config.model_revision
+    if not config.reward_model:
+        return AutoModelForCausalLM.from_pretrained(name, **options)
+    with _without_report():  # transformers warns of every score layer that is new, and of the LM head left out
+        model, loaded = AutoModelForSequenceClassification.from_pretrained(
+            name, num_labels=1, output_loading_info=True, **options
+        )
+    missing = sorted(key for key in loaded["missing_keys"] if weights or "." in key.partition(".")[2])
+    if missing:  # more than NAME.weight and NAME.bias of a new score layer
+        raise UserError(f"{name}: no {_kind(config)} that loads (its weights lack {missing[0]})")
+    return model
+
+
+@contextmanager
+def _without_report() -> Iterator[None]:
+    level = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(level)
 
 
 def _first_line(error: Exception) -> str:
@@ -215,7 +377,8 @@ def _with_lora(config: TrainConfig, model: Any, weights: str | Path | None) -> A
         return peft.get_peft_model(
             model,
             peft.LoraConfig(
-                task_type="CAUSAL_LM",
+                # of a classifier peft trains and saves the score layer too, whole
+                task_type="SEQ_CLS" if config.reward_model else "CAUSAL_LM",
                 r=config.lora_r,
                 lora_alpha=config.lora_alpha,
                 lora_dropout=config.lora_dropout,
@@ -230,16 +393,18 @@ def take_apart(model: Any, config: TrainConfig, tokenizer: PreTrainedTokenizerBa
     """Finds trunk and head (see `fastpref.trunk`), and checks that the vocabulary holds the tokenizer's ids."""
     try:
         check_vocabulary(model, tokenizer)
-        parts = find_parts(model)
+        parts = take_score_apart(model) if config.reward_model else find_parts(model)
     except ValueError as error:
         raise UserError(str(error)) from None
     device = next(model.parameters()).device
+    device = pick_device() if device.type == "meta" else device
     bf16 = config.bf16 or config.dtype == "bfloat16"
     if config.bf16 is None and not bf16:
         bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
     compute_dtype = torch.bfloat16 if bf16 else torch.float32
     layout, own, because = _layout(config, model, parts.trunk, compute_dtype)
-    return Policy(
+    made = RewardPolicy if config.reward_model else Policy
+    return made(
         model=model,
         trunk=parts.trunk,
         head=parts.head,
@@ -258,11 +423,15 @@ def _layout(config: TrainConfig, model: Any, trunk: Any, compute_dtype: torch.dt
     asked = config.packing or any(stage.max_tokens_per_batch for stage in config.stage_configs())
     if config.packing is False:
         return "padded", "", ""
-    device = next(model.parameters()).device
+    device = pick_device()
     if not asked and device.type == "cuda" and backend(device, compute_dtype) == "torch":
         return "padded", "", f"no attention kernel of variable length for {compute_dtype} on this GPU"
+    own = ""
     try:
-        own = replace_attention(unwrap(model), trunk, compute_dtype)
+        if next(model.parameters()).is_meta:
+            check_replaceable(unwrap(model))
+        else:
+            own = replace_attention(unwrap(model), trunk, compute_dtype)
     except ValueError as error:
         if asked:
             raise UserError(f"{error}; packing=false (without max_tokens_per_batch) pads instead") from None
@@ -288,6 +457,65 @@ def weights_of(policy: Policy) -> dict[str, Tensor]:
         return found
     trained = policy.trainable()
     return {name: tensor for name, tensor in found.items() if name in trained}
+
+
+@torch.no_grad()
+def set_weights(policy: Policy, weights: dict[str, Tensor]) -> None:
+    """Copies what a `snapshot` of `weights_of(policy)` holds into the policy, in place."""
+    for name, tensor in weights_of(policy).items():
+        tensor.copy_(weights[name])
+
+
+@torch.no_grad()
+def load_weights(policy: Policy, folder: Path) -> None:
+    """Copies what `save_model` wrote into the policy, in place, tensor by tensor: no second model is built.
+
+    Raises UserError for the weights of another model.
+    """
+    if hasattr(policy.model, "peft_config"):
+        import peft
+
+        peft.set_peft_model_state_dict(policy.model, peft.load_peft_weights(str(folder), device="cpu"))
+        return
+    own: dict[str, Tensor] = policy.model.state_dict()
+    try:
+        with ExitStack() as held:
+            files = [held.enter_context(safe_open(path, framework="pt")) for path in folder.glob("*.safetensors")]
+            saved = {name: file for file in files for name in file.keys()}
+            covered = {own[name].data_ptr() for name in saved if name in own}  # of tied weights one is saved
+            if all(name in own for name in saved) and all(t.data_ptr() in covered for t in own.values()):
+                for name, file in saved.items():
+                    own[name].copy_(file.get_tensor(name))
+                return
+        # an architecture whose names on the disk are not those of its modules: transformers knows how to translate
+        dtype = policy.head.weight.dtype
+        other = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True).state_dict()
+        for name, tensor in own.items():
+            tensor.copy_(other[name])
+    except (OSError, SafetensorError, RuntimeError, ValueError, KeyError) as error:
+        raise UserError(f"{folder}: no weights of this model ({_first_line(error)})") from error
+
+
+@contextmanager
+def exchanged(policy: Policy, weights: dict[str, Tensor]) -> Iterator[None]:
+    """Within it the policy has `weights`, a `snapshot` of `weights_of(policy)`, and that holds the policy's own: two
+    models in the room of one and a host copy."""
+
+    @torch.no_grad()
+    def exchange() -> None:
+        done = set()
+        for name, tensor in weights_of(policy).items():
+            if tensor.data_ptr() not in done:  # tied weights share their memory, here and there
+                done.add(tensor.data_ptr())
+                own = tensor.to("cpu", copy=True)
+                tensor.copy_(weights[name])
+                weights[name].copy_(own)
+
+    exchange()
+    try:
+        yield
+    finally:
+        exchange()
 
 
 def fingerprint(model: nn.Module) -> str:

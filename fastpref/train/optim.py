@@ -111,14 +111,48 @@ def _adamw_8bit() -> type[torch.optim.Optimizer]:
 
     class AdamW8bitExact(_ExactLoad, AdamW8bit):  # type: ignore[misc, valid-type]
         """torchao's, with fp32 moments where a tensor is too small to be quantised: in bf16 a second moment cannot
-        decay, 0.999 of a number rounds to that number."""
+        decay, 0.999 of a number rounds to that number. Of a sharded weight the whole decides, so that its moments are
+        those of one process, cut at a block's end."""
 
         def _new_buffer(self, p: Tensor, signed: bool) -> Tensor:
-            buffer: Tensor = super()._new_buffer(p, signed)
-            quantized = getattr(buffer, "_local_tensor", buffer)
-            return buffer if hasattr(quantized, "codes") else buffer.float()
+            if not quantized(p):
+                return torch.zeros_like(p, dtype=torch.float32).detach()
+            if not hasattr(p, "device_mesh"):
+                buffer: Tensor = self._subclass_zeros(p, signed, BLOCK)
+                return buffer
+            from torch.distributed.tensor import DTensor
+
+            # shown as fp32: DTensor would take them for bf16 where torchao has just made them fp32
+            local = self._subclass_zeros(p._local_tensor, signed, BLOCK).float()  # type: ignore[attr-defined]
+            return DTensor.from_local(
+                local, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride(),  # type: ignore[attr-defined]
+            )  # fmt: skip
 
     return AdamW8bitExact
+
+
+BLOCK = 256  # numbers that share one scale in torchao's 8-bit moments
+
+
+def quantized(p: Tensor) -> bool:
+    """Whether adamw_torch_8bit keeps its moments in 8 bits: torchao's rule, of matrices."""
+    return p.ndim >= 2 and p.numel() >= 4096 and p.numel() % BLOCK == 0
+
+
+def check_shards(parameters: dict[str, nn.Parameter], count: int) -> None:
+    """Raises UserError for a weight whose 8-bit moments cannot be cut over `count` ranks: inside a row's block, or
+    leaving a rank without a row."""
+    for name, p in parameters.items():
+        if not quantized(p):
+            continue
+        row, each = p.numel() // len(p), -(-len(p) // count)
+        why = ""
+        if row % BLOCK:
+            why = f"a row of {name} is {row} numbers, no multiple of the {BLOCK} that share a scale"
+        elif each * (count - 1) >= len(p):
+            why = f"{name} has {len(p)} rows, which leave one of {count} ranks without any"
+        if why:
+            raise UserError(f"optim adamw_torch_8bit cannot be sharded here: {why}; set optim=adamw_fp32_master")
 
 
 def check_optimizer(config: TrainConfig, device: torch.device) -> None:

@@ -5,16 +5,28 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from fastpref.data import Example, Record, batch_order, fill_batches, load_records, tokenize_records
+from fastpref.data import (
+    Example,
+    Record,
+    TokenizeReport,
+    batch_order,
+    fill_batches,
+    load_records,
+    stream_records,
+    tokenize_records,
+    with_margins,
+)
 
 from .config import TrainConfig, UserError
 from .display import Display
 from .evaluate import Question, questions
+from .watch import FreshPrompt, fresh_prompts
 
 
 @dataclass
@@ -24,6 +36,7 @@ class Data:
     train: list[Example]
     eval: list[Example] = field(default_factory=list)
     questions: list[Question] = field(default_factory=list)
+    prompts: list[FreshPrompt] = field(default_factory=list)  # that the watch samples from
 
 
 def load_data(
@@ -46,9 +59,17 @@ def load_data(
             "truncation_mode": stage.truncation_mode,
             "overlong_response": stage.overlong_response,
         }
-        key = repr((source, stage.kind, options))
+        streamed = what == "train" and stage.dataset_streaming
+        key = repr((source, stage.kind, options, _needs(stage) if streamed else None))
         if key not in made:
-            made[key], report = tokenize_records(read(source), tokenizer, stage.kind, **options)  # type: ignore[arg-type]
+            if streamed:
+                made[key], taken, report = _streamed(stage, tokenizer, options)
+                if len(taken) > len(records.get(repr(source), ())):  # the stream's first, of several stages the most
+                    records[repr(source)] = taken
+            else:
+                made[key], report = tokenize_records(read(source), tokenizer, stage.kind, **options)  # type: ignore[arg-type]
+            if stage.reward_model:
+                made[key] = with_margins(made[key], read(source))
             display.say(f"{stage.name} {what}: {report}")
         return made[key]
 
@@ -66,8 +87,55 @@ def load_data(
             raise UserError(f"stage {stage.name!r}: eval_generate needs an eval_dataset with answers")
         if stage.eval_steps and not data.eval:
             raise UserError(f"stage {stage.name!r}: eval_steps needs an eval_dataset")
+        if stage.sample_steps and (data.eval or data.train):
+            source = stage.train_dataset if stage.eval_dataset is None else stage.eval_dataset
+            data.prompts = fresh_prompts(read(source), data.eval or data.train, stage.sample_prompts)
         found.append(data)
     return found
+
+
+STREAM_PART = 256  # records that are read and tokenised at a time
+
+
+def _needs(stage: TrainConfig) -> tuple[int | None, int | None]:
+    """Of a stream: the stage's steps are full once it has so many examples, or so many tokens."""
+    batches = stage.max_steps * stage.gradient_accumulation_steps
+    return tuple(size and batches * size for size in (stage.batch_size, stage.max_tokens_per_batch))  # type: ignore[return-value]
+
+
+def _streamed(
+    stage: TrainConfig, tokenizer: PreTrainedTokenizerBase, options: dict[str, Any]
+) -> tuple[list[Example], list[Record], TokenizeReport]:
+    """The first examples of a stream, no more than the stage's steps take, and the records that were read for them.
+
+    Which they are depends on nothing but stream and configuration: a run that goes on reads the same ones.
+    """
+    stream, (most, most_tokens) = stream_records(stage.train_dataset), _needs(stage)
+    examples: list[Example] = []
+    records: list[Record] = []
+    report, tokens = TokenizeReport(stage.kind), 0
+    while part := list(islice(stream, STREAM_PART)):
+        found, about = tokenize_records(part, tokenizer, stage.kind, partial=True, **options)
+        report.add(about)
+        for example in found:
+            size = example.tokens(stage.prefix_sharing)
+            if stage.max_tokens_per_batch and size > stage.max_tokens_per_batch:
+                if stage.overlong_response != "drop":
+                    raise UserError(_too_long(stage, example, part) + _ADVICE)
+                reason = f"more than max_tokens_per_batch = {stage.max_tokens_per_batch} tokens"
+                report.dropped.setdefault(reason, []).append(part[example.record_id].source)
+                continue
+            examples.append(replace(example, record_id=len(records) + example.record_id))
+            tokens += size
+            if len(examples) == most or (most_tokens and tokens >= most_tokens):
+                report.count(examples)
+                return examples, [*records, *part], report
+        records += part
+    if not examples:
+        what = report.none_usable() if records else "the stream has no records"
+        raise UserError(f"train_dataset {stage.train_dataset!r}: {what}")
+    report.count(examples)
+    return examples, records, report
 
 
 def _within_budget(
@@ -78,15 +146,20 @@ def _within_budget(
     long = [e for e in examples if e.tokens(share) > limit]
     if not long:
         return examples
-    tokens, where = long[0].tokens(share), records[long[0].record_id].source
-    what = f"{where}: prompt and responses are {tokens:,} tokens, more than max_tokens_per_batch={limit} holds"
+    what = _too_long(stage, long[0], records)
     if stage.overlong_response != "drop" or len(long) == len(examples):
-        raise UserError(
-            f"{what} ({len(long)} of {len(examples)} examples are like that): raise max_tokens_per_batch, lower "
-            "max_length, or set overlong_response to drop"
-        )
+        raise UserError(f"{what} ({len(long)} of {len(examples)} examples are like that){_ADVICE}")
     display.say(f"{stage.name} train: {len(long):,} of {len(examples):,} examples dropped (first: {what})")
     return [e for e in examples if e.tokens(share) <= limit]
+
+
+_ADVICE = ": raise max_tokens_per_batch, lower max_length, or set overlong_response to drop"
+
+
+def _too_long(stage: TrainConfig, example: Example, records: Sequence[Record]) -> str:
+    tokens, where = example.tokens(stage.prefix_sharing), records[example.record_id].source
+    limit = stage.max_tokens_per_batch
+    return f"{where}: prompt and responses are {tokens:,} tokens, more than max_tokens_per_batch={limit} holds"
 
 
 class Schedule:

@@ -7,13 +7,13 @@ an error of the first rank) goes over gloo between the hosts; a GPU never waits 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from .config import TrainConfig, UserError
 
@@ -77,16 +77,20 @@ def _check(stage: TrainConfig, count: int) -> None:
     if count % stage.dp_replicate:
         raise UserError(f"dp_replicate is {stage.dp_replicate}; it takes a divisor of the {count} ranks")
     whole = {
-        "optim adamw_torch_8bit": stage.optimizer == "adamw_torch_8bit",
         "optim adamw_offload": stage.optimizer == "adamw_offload",
         "optim_in_backward": stage.optim_in_backward,
     }
+    other = "adamw_fp32_master" if stage.dtype == "bfloat16" else "adamw_torch_fused"
     for name in (name for name, asked in whole.items() if asked):
-        default = " (the default for dtype=bfloat16)" if stage.optim is None and name.startswith("optim ") else ""
-        other = "adamw_fp32_master" if stage.dtype == "bfloat16" else "adamw_torch_fused"
-        raise UserError(f"{name}{default} cannot be sharded over {count} ranks: set optim={other}, which can")
-    if stage.use_peft:
-        raise UserError(f"use_peft: LoRA trains on one GPU, not sharded over {count} ranks; leave it out, or torchrun")
+        raise UserError(f"{name} cannot be sharded over {count} ranks: set optim={other}, which can")
+    if stage.optimizer == "adamw_torch_8bit" and stage.dp_replicate > 1:
+        raise UserError(f"optim adamw_torch_8bit rounds at random, and {stage.dp_replicate} copies of a model "
+                        f"(dp_replicate) must not part: set optim={other}, or dp_replicate=1")  # fmt: skip
+    if stage.use_peft and stage.reward_model:
+        raise UserError(f"use_peft: LoRA of a reward model trains on one GPU, not sharded over {count} ranks; leave it "
+                        "out, or torchrun")  # fmt: skip
+    if stage.sample_steps:
+        raise UserError("sample_steps: a sharded model does not generate; leave it out: the KL of the data is watched")
     if stage.eval_generate:
         raise UserError("eval_generate: a sharded model does not generate; `fastpref eval` of the finished run does")
 
@@ -110,6 +114,24 @@ def on_first(work: Callable[[], T]) -> T:
     return box[0]  # type: ignore[no-any-return]
 
 
+def in_turns(work: Callable[[], T]) -> T:
+    """What `work` returns here; the ranks of a host do it one after another, so that what it takes of the host's memory
+    for a while (a model on its way to the GPU) is there once. It must not need the other ranks."""
+    if size() == 1:
+        return work()
+    mine, box, error = int(os.environ.get("LOCAL_RANK", rank())), list[T](), None
+    for turn in range(largest(mine) + 1):
+        if turn == mine:
+            try:
+                box.append(work())
+            except Exception as caught:  # noqa: BLE001 - raised below: the others must not wait for this one
+                error = caught
+        largest(turn)  # all ranks wait here
+    if error is not None:
+        raise error
+    return box[0]
+
+
 def largest(value: int) -> int:
     """Of all ranks."""
     if size() == 1:
@@ -124,6 +146,16 @@ def total(x: Tensor) -> Tensor:
     if size() > 1:
         dist.all_reduce(x)
     return x
+
+
+def add_up_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Of weights that every rank holds whole: the sum over all ranks, in one go. Those of shards are sums already."""
+    whole = [p for p in parameters if not hasattr(p, "device_mesh")] if size() > 1 else []
+    if whole:
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in whole]
+        sums = total(torch.cat([gradient.flatten() for gradient in gradients]))
+        for p, part in zip(whole, sums.split([p.numel() for p in whole])):
+            p.grad = part.view_as(p)
 
 
 # ---- shares ----------------------------------------------------------------------------------------------------------

@@ -7,6 +7,8 @@
         header  JSON in the file's metadata: model, revision, weights, dtype, tokenizer, truncation, records
 
 The file is used again only if every field of its header is the same; a reference model is not needed once it is there.
+Of a stream (`dataset_streaming`) the header names no records: each is looked up by its hash, and what is not there is
+computed and added, so that a longer run goes on with the file of a shorter one.
 While the pass lasts, 01-rpo-train.progress beside it has a line of JSON (that header, batch size and layout) and the
 log-probs so far, fp32, in the order of the batches: a pass that was ended goes on from there.
 """
@@ -17,7 +19,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, chain
 from pathlib import Path
@@ -56,8 +58,10 @@ class ReferenceLogps:
 
 
 def header_of(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype, weights: str,
-              examples: Sequence[Example], batches: Sequence[Sequence[int]] | None) -> dict[str, Any]:  # fmt: skip
-    """What reference log-probs depend on. weights: the model's `fingerprint`; batches: KTO's micro-batches."""
+              examples: Sequence[Example], batches: Sequence[Sequence[int]] | None, *,
+              stream: bool = False) -> dict[str, Any]:  # fmt: skip
+    """What reference log-probs depend on. weights: the model's `fingerprint`; batches: KTO's micro-batches; stream:
+    whether the examples are a stream's first."""
     return {
         "format": 1,
         "model": config.ref_model_name_or_path or config.model_name_or_path,
@@ -67,7 +71,7 @@ def header_of(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, dtype: to
         "tokenizer": str(tokenizer.name_or_path),
         "chat_template": hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest()[:16],
         "truncation": [config.max_length, config.max_prompt_length, config.truncation_mode, config.overlong_response],
-        "records": identity(examples),
+        "records": "stream" if stream else identity(examples),
         "batches": None if batches is None else hashlib.sha256(json.dumps(batches).encode()).hexdigest()[:32],
     }
 
@@ -236,9 +240,25 @@ class Progress:
             self.path.unlink(missing_ok=True)
 
 
-def write(path: Path, header: dict[str, Any], reference: ReferenceLogps, examples: Sequence[Example]) -> None:
-    hashes = torch.tensor([list(bytes.fromhex(e.content_hash)) for e in examples], dtype=torch.uint8)
-    tensors = {"logps": reference.logps, "kl": reference.kl, "kl_offsets": reference.kl_offsets, "hashes": hashes}
+def read_known(path: Path, header: dict[str, Any]) -> dict[str, Tensor]:
+    """Of a stream: content hash -> [R] log-probs; none where `read` finds none."""
+    found = read(path, header)
+    if found is None:
+        return {}
+    with safe_open(path, framework="pt") as file:
+        hashes = file.get_tensor("hashes").tolist()
+    return {bytes(code).hex(): row for code, row in zip(hashes, found.logps, strict=True)}
+
+
+def of_known(known: Mapping[str, Tensor], hashes: Iterable[str]) -> ReferenceLogps:
+    """The log-probs of those hashes, in their order. All of them have to be known."""
+    return ReferenceLogps(torch.stack([known[code] for code in hashes]), torch.empty(0), torch.tensor([0]))
+
+
+def write(path: Path, header: dict[str, Any], reference: ReferenceLogps, hashes: Iterable[str]) -> None:
+    """hashes: `content_hash` of every example."""
+    codes = torch.tensor([list(bytes.fromhex(code)) for code in hashes], dtype=torch.uint8)
+    tensors = {"logps": reference.logps, "kl": reference.kl, "kl_offsets": reference.kl_offsets, "hashes": codes}
     partial = path.with_name(PARTIAL + path.name)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -25,6 +25,7 @@ import yaml
 
 from .chart import Line, Point, change_chart, line_chart, number, percent, spread
 from .config import UserError
+from .frontier import Measured, best_of, best_sentence, frontier, implicit_frontier
 
 Row = dict[str, Any]
 
@@ -64,6 +65,7 @@ class Run:
     config: Row
     warnings: list[str]
     written: datetime
+    checkpoints: frozenset[str] = frozenset()  # names of those that are there, "model" among them
 
 
 def _read_run(run_dir: Path) -> Run:
@@ -91,6 +93,7 @@ def _read_run(run_dir: Path) -> Run:
         config=config if isinstance(config, dict) else {},
         warnings=warnings,
         written=datetime.fromtimestamp(metrics.stat().st_mtime, tz=timezone.utc),
+        checkpoints=frozenset(path.name for path in (*run_dir.glob("checkpoints/*"), *run_dir.glob("model"))),
     )
 
 
@@ -232,15 +235,39 @@ LEARNING = (
         guide=(0.5, "chance"),
         best=max,
     ),
+    Panel("Exact match of greedy generations", ("exact_match",), "held-out prompts", shares=True, best=max),
+)
+_LENGTH = Panel(
+    "Correlation of margin and length",
+    ("watch/length_correlation",),
+    "of the margin with |chosen| − |rejected|, over pairs",
+    guide=(0.0, "no relation"),
+)
+WATCH = (
+    Panel(
+        "Log-probabilities since the start",
+        ("watch/chosen_change", "watch/rejected_change"),
+        "log-prob − its start, nats per response",
+        guide=(0.0, "as at the start"),
+    ),
+    Panel("Chosen log-prob fell", ("watch/chosen_fell",), "pairs with a chosen log-prob below its start", shares=True),
+    _LENGTH,
     Panel(
         "KL to the reference, on the data's responses",
         ("kl",),
-        "mean of reference log-prob − log-prob, nats per response",
+        "k3 of the responses' log-ratios, nats per response",
         guide=(0.0, "as the reference"),
-        remark="Above 0, the data's responses have become less likely than they are under the reference.",
     ),
-    Panel("Exact match of greedy generations", ("exact_match",), "held-out prompts", shares=True, best=max),
 )
+REWARD_MODEL = (
+    LEARNING[0],
+    Panel("Accuracy", ("accuracy",), "pairs with the larger reward for the chosen response", shares=True,
+          guide=(0.5, "chance"), best=max),
+    Panel("Rewards", ("rewards/chosen", "rewards/rejected"), "reward of a response"),
+    Panel("Reward margin", ("margin",), "chosen − rejected reward", guide=(0.0, "no preference")),
+    Panel("Mean reward", ("mean_reward",), "reward of a response, chosen and rejected alike", guide=(0.0, "0")),
+    _LENGTH,
+)  # fmt: skip
 MACHINE = (
     Panel("Throughput", ("tokens_per_s",), "tokens per second", "tokens/s", total="median"),
     Panel("Peak memory", ("peak_memory_mib",), "MiB", "MiB", total="peak"),
@@ -258,8 +285,8 @@ def _panel(panel: Panel, splits: dict[str, list[Row]]) -> str:
     notes: list[str] = []
     width = 1
     for key in panel.keys:
-        name = key.rsplit("/", 1)[-1] + ", " if pair else ""
-        role = key.rsplit("/", 1)[-1] if pair else "train"
+        name = key.rsplit("/", 1)[-1].split("_")[0] + ", " if pair else ""
+        role = key.rsplit("/", 1)[-1].split("_")[0] if pair else "train"
         raw, measured = _series(train, key), _series(held_out, key)
         smooth, this_width = (raw, 1) if panel.total == "peak" else _smooth(raw)  # a schedule has its corners
         width = max(width, this_width)
@@ -314,6 +341,9 @@ HEADLINES = (
     ("exact_match", "Exact match, greedy", True, True),
     ("rewards/accuracies", "Reward accuracy", True, True),
     ("rewards/margins", "Reward margin", False, True),
+    ("accuracy", "Accuracy", True, True),
+    ("margin", "Reward margin", False, True),
+    ("mean_reward", "Mean reward", False, None),
     ("logps/chosen", "Chosen log-prob", False, None),
     ("logps/rejected", "Rejected log-prob", False, None),
     ("loss", "Loss", False, False),
@@ -388,8 +418,95 @@ def _findings(run: Run) -> str:
                     f"The held-out loss of {stage} was lowest at step {number(step, 8)} ({number(lowest)}) and "
                     f"ended at {number(last)}: the run went on past its best point."
                 )
+    for stage, splits in run.stages.items():
+        said += [f"{stage}: {text}" for text in _watch_findings(run, stage, splits)]
     items = "".join(f"<li>{escape(text)}</li>" for text in said)
     return f'<div class="card findings"><h3>What the numbers say</h3><ul>{items}</ul></div>' if said else ""
+
+
+def _watch_findings(run: Run, stage: str, splits: dict[str, list[Row]]) -> list[str]:
+    """What the watch on over-optimisation has to say of a stage."""
+    said = []
+    fell = _start_and_end(splits, "watch/chosen_fell")
+    if fell and fell[1] >= 0.25:
+        said.append(f"the chosen log-prob of {percent(fell[1])} of the {fell[2]} pairs is below its start.")
+    length = _start_and_end(splits, "watch/length_correlation")
+    if length and abs(length[1]) >= 0.3:
+        side = "longer" if length[1] > 0 else "shorter"
+        said.append(f"the margin goes with length (correlation {number(length[1])}, {length[2]}): it is larger where "
+                    f"the chosen response is the {side} one.")  # fmt: skip
+    points = _fresh_points(splits)
+    if points:
+        sentence = best_sentence(points, _place_of(run, stage, splits, best_of(points).step))
+        said.append(sentence[0].lower() + sentence[1:])
+    budget = _history(run, stage).get("kl_budget")
+    if isinstance(budget, dict) and _is_number(budget.get("kl")):
+        then = "the stage ended there" if budget.get("action") == "stop" else "the stage went on"
+        said.append(f"the KL budget of {number(budget.get('budget'))} nats was reached at step "
+                    f"{number(budget.get('step'), 8)} ({number(budget['kl'])}, {budget.get('of')}); checkpoint "
+                    f"{budget.get('checkpoint')} was kept, and {then}.")  # fmt: skip
+    return said
+
+
+def _history(run: Run, stage: str) -> Row:
+    """What summary.json says of a stage."""
+    stages = run.summary.get("stages")
+    found = stages.get(stage) if isinstance(stages, dict) else None
+    return found if isinstance(found, dict) else {}
+
+
+def _fresh_points(splits: dict[str, list[Row]]) -> list[Measured]:
+    """Fresh samples that were scored."""
+    return [
+        Measured(row["step"], row["kl"], row["reward"], row.get("reward_error"))
+        for row in splits.get("sample", ())
+        if _is_number(row.get("kl")) and _is_number(row.get("reward"))
+    ]
+
+
+def _place_of(run: Run, stage: str, splits: dict[str, list[Row]], step: float) -> str:
+    """Where the weights of a step are."""
+    found = [name for name in run.checkpoints if name.endswith(f"-{stage}-{step:08.0f}")]
+    if found:
+        return f"checkpoints/{found[0]}"
+    ended = step == max(row["step"] for rows in splits.values() for row in rows) and stage == next(reversed(run.stages))
+    return "model/" if ended and "model" in run.checkpoints else "no checkpoint was saved there"
+
+
+def _watch(run: Run, stage: str, splits: dict[str, list[Row]]) -> str:
+    """The charts of the watch on over-optimisation."""
+    points, rows = _fresh_points(splits), splits.get("sample", ())
+    estimators = [
+        Line(label, _series(rows, key), role, "marked",
+             [row.get(f"{key}_error") or 0.0 for row in rows if _is_number(row.get(key))])
+        for key, label, role in (("kl_k1", "k1", "train"), ("kl_k3", "k3", "eval"))
+    ]
+    implicit = [
+        Measured(row["step"], row["kl"], row["rewards/margins"])
+        for row in splits.get("eval", ())
+        if _is_number(row.get("kl")) and _is_number(row.get("rewards/margins"))
+    ]
+    if points:
+        best = best_of(points)
+        reward = frontier(points, _place_of(run, stage, splits, best.step))
+    else:
+        reward = implicit_frontier(implicit)
+    note = ""
+    if rows:
+        last = rows[-1]
+        shares = [y for _, y in _series(rows, "time_share")]
+        cost = f" They took {percent(shares[-1])} of the training time." if shares else ""
+        k1, k3 = number(last.get("kl_k1")), number(last.get("kl_k3"))
+        samples = number(last.get("samples"))
+        note = (f"{len(rows)} times {samples} responses; the last: {k3} nats by k3, {k1} by k1. "
+                "Bars are standard errors; k3 is the better one up to about 0.25 nats a token, k1 beyond."
+                + cost)  # fmt: skip
+    return "".join([
+        *(_panel(panel, splits) for panel in WATCH),
+        line_chart("KL to the reference, on fresh samples", estimators, y_label="nats per response", note=note,
+                   guide=(0.0, "as the reference")),
+        reward,
+    ])  # fmt: skip
 
 
 def _chosen_sentence(splits: dict[str, list[Row]]) -> str:
@@ -426,12 +543,17 @@ def _page(run: Run) -> str:
     ]
     if not run.stages:
         body.append('<p class="warning">metrics.jsonl is empty: nothing was logged, so there is nothing to draw.</p>')
+    return html_page(f"{run.name} · fastpref run", body)
+
+
+def html_page(title: str, body: Iterable[str]) -> str:
+    """The page around parts that are escaped already, with the style they share; nothing in it is fetched or runs."""
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<meta name="color-scheme" content="light dark">'
-        f"<title>{escape(run.name)} · fastpref run</title><style>{_CSS}</style></head>\n"
+        f"<title>{escape(title)}</title><style>{_CSS}</style></head>\n"
         f"<body><main>{''.join(part for part in body if part)}</main></body></html>\n"
     )
 
@@ -459,7 +581,8 @@ def _tasks(run: Run, pairs: dict[str, tuple[float | None, float]]) -> str:
 
 
 def _stage(index: int, stage: str, splits: dict[str, list[Row]], run: Run) -> str:
-    learning = "".join(_panel(panel, splits) for panel in LEARNING)
+    rewarded = any(_series(rows, "mean_reward") for rows in splits.values())
+    learning = "".join(_panel(panel, splits) for panel in (REWARD_MODEL if rewarded else LEARNING))
     machine = "".join(_panel(panel, splits) for panel in MACHINE)
     train = splits.get("train", [])
     facts = [f"{key} {value}" for key, value in _settings(stage, run.config).items()]
@@ -479,6 +602,9 @@ def _stage(index: int, stage: str, splits: dict[str, list[Row]], run: Run) -> st
     parts = [f'<section id="stage-{index}"><h2>{heading}</h2>']
     if learning:
         parts.append(f'<div class="charts">{learning}</div>')
+    watch = "" if rewarded else _watch(run, stage, splits)
+    if watch:
+        parts.append(f'<h3 class="sub">Watch on over-optimisation</h3><div class="charts">{watch}</div>')
     if machine:
         parts.append(f'<h3 class="sub">Optimiser and machine</h3><div class="charts small">{machine}</div>')
     parts.append(_evaluations(splits.get("eval", [])) + "</section>")
@@ -491,15 +617,15 @@ def _settings(stage: str, config: Row) -> Row:
     for section in sections if isinstance(sections, list) else ():
         if isinstance(section, dict) and stage in (section.get("name"), section.get("loss")):
             config = config | section
-    keys = ("loss", "beta", "eta", "learning_rate", "per_device_train_batch_size", "max_tokens_per_batch",
-            "gradient_accumulation_steps")  # fmt: skip
+    keys = ("loss", "beta", "eta", "center_coefficient", "learning_rate", "per_device_train_batch_size",
+            "max_tokens_per_batch", "gradient_accumulation_steps")  # fmt: skip
     return {key: config[key] for key in keys if isinstance(config.get(key), (str, int, float))}
 
 
 def _evaluations(rows: list[Row]) -> str:
     if not rows:
         return ""
-    shares = {key for panel in LEARNING if panel.shares for key in panel.keys}
+    shares = {key for panel in (*LEARNING, *WATCH, *REWARD_MODEL) if panel.shares for key in panel.keys}
     keys = list(dict.fromkeys(key for row in rows for key, value in row.items() if _is_number(value)))
     keys = [key for key in keys if not key.startswith("exact_match/")]  # the tasks have a chart
     head = "".join(f'<th scope="col">{escape(key)}</th>' for key in keys)
@@ -602,6 +728,9 @@ svg .guide-label{font-size:11px;font-style:italic;paint-order:stroke;stroke:var(
 .chosen{stroke:var(--chosen);fill:var(--chosen)}.rejected{stroke:var(--rejected);fill:var(--rejected)}
 .train{stroke:var(--train);fill:var(--train)}.eval{stroke:var(--eval);fill:var(--eval)}
 svg .rejected path{stroke-dasharray:7 5}
+.law{stroke:var(--rejected);fill:none}.quadratic{stroke:var(--train);fill:none}
+svg .quadratic path{stroke-dasharray:7 5}.best{stroke:var(--good);fill:none}svg .ring{stroke-width:1.8}
+svg .error{stroke-width:1.2;stroke-opacity:.6}svg .points circle{stroke:var(--card);stroke-width:1}
 svg .trace path{stroke-width:1;stroke-opacity:.35}svg .pale path{stroke-width:1.4;stroke-opacity:.8}
 .marked circle,.marked rect{stroke:var(--card);stroke-width:1}
 .change path{stroke:var(--chosen);stroke-width:3}.change .after{fill:var(--chosen)}

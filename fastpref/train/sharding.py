@@ -2,6 +2,7 @@
 
     trunk     fully_shard: each layer's weights are gathered while it works, its gradients reduced when it is done
     LM head   each rank keeps its rows of W and multiplies all ranks' hidden rows with them (fastpref/sharded.py)
+    LoRA      whole on every rank: adapters are small; their gradients are added up before the update
 
 Gradients are SUMS over ranks: losses are normalised by the counts of the global batch, so that their parts add up. With
 `dp_replicate` (HSDP) each of so many groups of ranks holds the whole model, and only gradients travel between them.
@@ -19,13 +20,21 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from fastpref.trunk import unwrap
 
 from . import ranks
 from .checkpoint import SHARDED, SaveError, read_sharded, sharded_metadata
-from .config import TrainConfig
-from .model import Policy
+from .config import TrainConfig, UserError
+from .model import Policy, load_policy
+from .optim import check_shards
+
+
+def load(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, weights: str | Path | None = None) -> Policy:
+    """`load_policy`, sharded. The ranks of a host load one after another: its memory holds one model on its way to the
+    GPUs, not as many as there are."""
+    return shard(ranks.in_turns(lambda: load_policy(config, tokenizer, weights)), config)
 
 
 def shard(policy: Policy, config: TrainConfig) -> Policy:
@@ -36,6 +45,8 @@ def shard(policy: Policy, config: TrainConfig) -> Policy:
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
+    if not config.use_peft and any(stage.optimizer == "adamw_torch_8bit" for stage in config.stage_configs()):
+        check_shards(policy.trainable(), ranks.size())
     head: Any = policy.head.module
     inner, copies = unwrap(policy.model), config.dp_replicate
     names = ("replicate", "shard")
@@ -43,15 +54,19 @@ def shard(policy: Policy, config: TrainConfig) -> Policy:
         mesh = init_device_mesh(policy.device.type, (copies, ranks.size() // copies), mesh_dim_names=names)
     else:
         mesh = init_device_mesh(policy.device.type, (ranks.size(),), mesh_dim_names=names[1:])
+    adapters = set(policy.trainable().values()) if config.use_peft else set()
+    if any(p in adapters for p in head.parameters()):
+        raise UserError("lora_target_modules: the LM head is among them, and a sharded one takes no adapter")
     embedding = inner.get_input_embeddings()
     tied = embedding.weight is head.weight
     # bf16 gradients are added up in fp32 on their way
     options: dict[str, Any] = {"mesh": mesh, "mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32)}
+    ignored = adapters | ({head.weight} if tied else set())
     layers = set(getattr(inner, "_no_split_modules", None) or ())
     for module in [module for module in policy.trunk.modules() if type(module).__name__ in layers]:
-        fully_shard(module, **options)
+        fully_shard(module, **options, ignored_params=ignored)
     # Resharded after a forward pass without gradient too: whoever looks at the weights finds their shards.
-    fully_shard(policy.trunk, **options, reshard_after_forward=True, ignored_params={head.weight} if tied else None)
+    fully_shard(policy.trunk, **options, reshard_after_forward=True, ignored_params=ignored)
     for module in policy.trunk.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
@@ -127,31 +142,38 @@ def load_optimizer(
 ) -> None:
     """States as a checkpoint has them: sharded, or (`state_dict`) those of a run on one GPU."""
     if (folder / SHARDED).is_dir():
-        states = _read_states(folder / SHARDED, policy)
+        states = _read_states(folder / SHARDED, policy, optimizer)
     elif state_dict is None:
         return
-    elif ranks.size() == 1:
+    elif ranks.size() == 1 or not any(hasattr(p, "device_mesh") for p in policy.trainable().values()):
         optimizer.load_state_dict(state_dict)
         return
     else:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        states = {parameters[i]: dict(_like(parameters[i], found)) for i, found in state_dict["state"].items()}
+        states = {
+            parameters[i]: dict(_like(parameters[i], found, optimizer)) for i, found in state_dict["state"].items()
+        }
     for p, state in states.items():
         optimizer.state[p].update(state)
 
 
-def _like(p: Any, state: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+def _like(p: Any, state: dict[str, Any], optimizer: Any) -> Iterator[tuple[str, Any]]:
     """States of a whole weight, sharded as it now is."""
     from torch.distributed.tensor import distribute_tensor
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     for key, value in state.items():
         value = value.to(p.device)
-        if value.shape == p.shape:
+        if hasattr(value, "codes"):  # torchao's 8 bits
+            (rows, *_), (first, *_) = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
+            whole, value = value, optimizer._new_buffer(p, value.signed)
+            value._local_tensor.copy_(whole[first : first + rows])
+        elif value.shape == p.shape:
             value = distribute_tensor(value, p.device_mesh, p.placements, src_data_rank=None)
         yield key, value
 
 
-def _read_states(folder: Path, policy: Policy) -> dict[nn.Parameter, dict[str, Tensor]]:
+def _read_states(folder: Path, policy: Policy, optimizer: Any) -> dict[nn.Parameter, dict[str, Tensor]]:
     saved = sharded_metadata(folder)
     wanted: dict[str, Tensor] = {}
     states: dict[nn.Parameter, dict[str, Tensor]] = {}
@@ -160,7 +182,13 @@ def _read_states(folder: Path, policy: Policy) -> dict[nn.Parameter, dict[str, T
         for key in (key for key in saved if key.startswith(prefix)):
             dtype, shape = saved[key].properties.dtype, saved[key].size
             alone = torch.zeros(shape, dtype=dtype, device=p.device)
-            wanted[key] = torch.zeros_like(p, dtype=dtype).detach() if shape == p.shape else alone
-            states.setdefault(p, {})[key.removeprefix(prefix)] = wanted[key]
+            state = key.removeprefix(prefix)
+            if shape != p.shape:
+                wanted[key] = alone
+            elif hasattr(optimizer, "_new_buffer"):  # torchao's 8 bits
+                wanted[key] = optimizer._new_buffer(p, state == "exp_avg")
+            else:
+                wanted[key] = torch.zeros_like(p, dtype=dtype).detach()
+            states.setdefault(p, {})[state] = wanted[key]
     read_sharded(wanted, folder)
     return states

@@ -55,7 +55,8 @@ def show_summary(display: Display, run_dir: Path, summary: dict[str, Any]) -> No
         if found and not columns:
             columns["at the start"] = found
     # at its start a policy is its own reference: every reward is 0, and no share of pairs means anything
-    columns[f"before {last}"] = {k: v for k, v in summary["before"].items() if k != "rewards/accuracies"}
+    nothing = ("rewards/accuracies", "watch/chosen_change", "watch/chosen_fell")
+    columns[f"before {last}"] = {k: v for k, v in summary["before"].items() if k not in nothing}
     columns[f"after {last}"] = summary["after"]
     if summary["after"]:
         display.console.print(evaluation_table(run_dir.name, columns))
@@ -64,3 +65,25 @@ def show_summary(display: Display, run_dir: Path, summary: dict[str, Any]) -> No
         skipped = f", {stage['skipped_steps']} skipped" if stage["skipped_steps"] else ""
         cost.append(f"{name} {stage['steps']} steps in {duration(stage['seconds'])}{skipped}")
     display.say(" | ".join(cost))
+    for name, stage in summary["stages"].items():
+        for line in watch_lines(run_dir, stage):
+            display.say(f"{name}: {line}")
+
+
+def watch_lines(run_dir: Path, stage: dict[str, Any]) -> list[str]:
+    """What the watch has to say of a stage, of its `summary["stages"]`."""
+    said = []
+    budget, best, sampling = (stage.get(key) for key in ("kl_budget", "best", "sampling"))
+    if budget:
+        then = "the stage ended there" if budget["action"] == "stop" else "the stage went on"
+        said.append(f"KL budget of {budget['budget']:g} nats reached at step {budget['step']} ({budget['kl']:.3g}, "
+                    f"{budget['of']}); {then}; checkpoints/{budget['checkpoint']}")  # fmt: skip
+    if best:
+        saved = (run_dir / "checkpoints" / best["checkpoint"]).is_dir()
+        where = f"checkpoints/{best['checkpoint']}" if saved else "no checkpoint was saved there"
+        if best["step"] == stage["steps"] and not saved:
+            where = "where the stage ended"
+        said.append(f"best held-out reward {best['reward']:.3g} at step {best['step']}, {where}")
+    if sampling and not sampling["taken"]:
+        said.append("no fresh samples: there was no time for them within sample_time_share")
+    return said

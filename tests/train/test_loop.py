@@ -184,7 +184,7 @@ def test_a_run_from_nothing_to_a_report(world, tmp_path):
     tokenizer = transformers.AutoTokenizer.from_pretrained(run / "model")
     rows = load_records(world / "heldout.jsonl")
     examples, _ = tokenize_records(rows, tokenizer, "pair", max_length=64)
-    policy = loop.load_policy(make(world, tmp_path, model_name_or_path=str(run / "model")), tokenizer)
+    policy = load_policy(make(world, tmp_path, model_name_or_path=str(run / "model")), tokenizer)
     chosen = torch.stack([policy.sequence_logps(collate([e], 0))[0] for e in examples]).mean()
     assert float(chosen) == pytest.approx(summary["after"]["logps/chosen"], abs=1e-4)
     assert type(model).__name__ == "LlamaForCausalLM"

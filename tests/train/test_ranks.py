@@ -43,6 +43,7 @@ def runs(world):
         "kto, replicas": kto,
         "tied": {"model_name_or_path": str(world / "tied"), "gradient_accumulation_steps": 2},
         "bf16": {"dtype": "bfloat16", "optim": "adamw_fp32_master", "gradient_accumulation_steps": 2},
+        "reward model": {"loss": "bradley_terry", "gradient_accumulation_steps": 3, "packing": True, "eval_steps": 2},
     }
 
 
@@ -96,10 +97,14 @@ def assert_same_run(a, b, tolerance=1e-6):
     assert one.keys() == other.keys()
     for name, value in one.items():
         assert float((other[name].double() - value.double()).norm() / value.double().norm()) < tolerance, (b, name)
-    for x, y in zip(read_metrics(a), read_metrics(b), strict=True):
+    assert_same_values(read_metrics(a), read_metrics(b), tolerance)
+
+
+def assert_same_values(a, b, tolerance):
+    for x, y in zip(a, b, strict=True):
         assert x.keys() == y.keys() and (x["stage"], x["split"]) == (y["stage"], y["split"])
         for key in x.keys() - {"stage", "split", *MEASURED}:
-            assert y[key] == pytest.approx(x[key], rel=5 * tolerance, abs=5 * tolerance), (b, x["step"], key)
+            assert y[key] == pytest.approx(x[key], rel=5 * tolerance, abs=5 * tolerance), (x["step"], key)
 
 
 def test_two_ranks_train_as_one(world, tmp_path):
@@ -111,7 +116,7 @@ def test_two_ranks_train_as_one(world, tmp_path):
     LlamaForCausalLM(make_config(tie_word_embeddings=True)).save_pretrained(world / "tied")
     make_tokenizer().save_pretrained(world / "tied")
     whole, folder = tmp_path / "whole", tmp_path / "ranks"
-    names = ["from one", "stages", "kto, replicas", "tied", "bf16"]
+    names = ["from one", "stages", "kto, replicas", "tied", "bf16", "reward model"]
     for name in names:
         train(config_of(world, whole, name), display=quiet())
     own = stop_after(3)
@@ -158,9 +163,10 @@ def test_a_checkpoint_of_two_ranks_goes_on_on_one_and_on_three(world, tmp_path):
         (4, {"gradient_accumulation_steps": 2}, "4 ranks, but a step has 2 micro-batches .* a multiple of 4"),
         (2, {"fsdp": False}, "fsdp is false, but torchrun started 2 processes"),
         (4, {"dp_replicate": 3}, "dp_replicate is 3; it takes a divisor of the 4 ranks"),
-        (2, {"dtype": "bfloat16"}, "optim adamw_torch_8bit .the default for dtype=bfloat16. cannot be sharded over 2"),
-        (2, {"use_peft": True}, "use_peft: LoRA trains on one GPU"),
+        (2, {"dtype": "bfloat16", "dp_replicate": 2}, "optim adamw_torch_8bit rounds at random, and 2 copies of"),
         (2, {"eval_generate": True}, "eval_generate: a sharded model does not generate"),
+        (2, {"use_peft": True, "loss": "bradley_terry"}, "use_peft: LoRA of a reward model trains on one GPU"),
+        (2, {"sample_steps": 5}, "sample_steps: a sharded model does not generate"),
     ],
 )
 def test_what_ranks_cannot_share_is_refused_at_once(world, tmp_path, monkeypatch, count, changes, message):

@@ -174,15 +174,16 @@ def test_charts_are_to_scale(tmp_path):
         across = [(float(t.get("x")), _value(t.text)) for t in texts if t.get("text-anchor") == "middle"]
         up = [(float(t.get("y")) - 4, _value(t.text)) for t in texts if t.get("text-anchor") == "end"]
         for mark in [e for e in svg.iter() if e.tag in ("circle", "rect") and e.find("title") is not None]:
-            step, value = re.search(r"step ([\d,]+): (\S+)", mark.find("title").text).groups()
+            step, value = re.search(r"(?:step|√KL) ([\d,.]+): (\S+)", mark.find("title").text).groups()
             offset = 3.2 if mark.tag == "rect" else 0.0
             x = float(mark.get("cx") or mark.get("x")) + offset
             y = float(mark.get("cy") or mark.get("y")) + offset
             assert x == pytest.approx(_line_through(across, _value(step)), abs=0.3), title
             assert y == pytest.approx(_line_through(up, _value(value)), abs=0.5), title
             checked += 1
-    # four evaluations of loss, chosen twice, rejected, two rewards, margin, KL; accuracy has no value at step 0
-    assert checked == 4 * 8 + 3
+    # four evaluations of loss, chosen twice, rejected, two rewards, margin, KL, margin against KL; accuracy has no
+    # value at step 0
+    assert checked == 4 * 9 + 3
 
 
 def _value(text):

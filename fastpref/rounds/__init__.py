@@ -1,0 +1,1 @@
+"""Iterative preference training: sample, score, pair, train, and again (`fastpref rounds`)."""

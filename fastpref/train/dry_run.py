@@ -1,0 +1,153 @@
+"""`fastpref train CONFIG --dry-run`: everything that a run does before its first step, but for the weights.
+
+Configuration, tokenizer and data are read as a run reads them, so every error of theirs comes here too. The model is
+made of its configuration on torch's meta device. Nothing is written, and no weight is loaded: so what only a forward
+pass can tell (that trunk and head give the model's logits, that packed sequences do not see each other) is left to the
+run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig
+
+from fastpref.data import Example, Layout
+
+from . import memory
+from .config import TrainConfig, UserError
+from .display import Display
+from .loop import describe, refuse_used
+from .memory import GIB, Recipe, Terms
+from .metrics import check_report_to, device_name
+from .model import load_tokenizer, pick_device, policy_on_meta
+from .optim import check_optimizer, learning_rate
+from .prepare import Schedule, load_data
+from .scorer import FUNCTION, load_scorer
+from .watch import check_prompts, decoded_prompts
+
+
+def dry_run(config: TrainConfig, display: Display | None = None) -> dict[str, Any]:
+    """Prints what the run would be, and returns it: parameters, layout, and for each stage examples, schedule, tokens
+    and, where it can be told, bytes on one GPU. Raises UserError as `train` does."""
+    display = display or Display()
+    check_report_to(config)
+    stages = config.stage_configs()
+    for stage in stages:
+        check_optimizer(stage, pick_device())
+    refuse_used(Path(config.output_dir), config)
+    tokenizer = load_tokenizer(config)
+    data = load_data(stages, tokenizer, display)
+    policy = policy_on_meta(config, tokenizer)
+    display.say(f"{describe(policy)} on {device_name(policy.device)}")
+    for name in {stage.ref_model_name_or_path for stage in stages if stage.ref_model_name_or_path}:
+        policy_on_meta(dataclasses.replace(config, model_name_or_path=name, use_peft=False), tokenizer)
+    for stage, its in zip(stages, data):
+        if stage.sample_steps:
+            prompts = its.prompts or decoded_prompts(tokenizer, its.eval or its.train, stage.sample_prompts)
+            check_prompts(stage, policy, tokenizer, prompts)
+        if stage.scorer and FUNCTION.fullmatch(stage.scorer):  # the others are models: weights
+            load_scorer(stage.scorer, timeout=stage.scorer_timeout).close()
+    found: dict[str, Any] = {
+        "parameters": sum(p.numel() for p in policy.model.parameters()),
+        "trained": sum(p.numel() for p in policy.trainable().values()),
+        "layout": policy.layout,
+        "stages": {},
+    }
+    for index, (stage, examples) in enumerate(zip(stages, data)):
+        schedule = Schedule(stage, examples.train, config.seed + index)
+        values = _counts(stage, examples.train, schedule, policy.layout) | {"held_out": len(examples.eval)}
+        terms, why = _memory(stage, values["positions"])
+        values["gpu_bytes"] = terms.total if terms else None
+        found["stages"][stage.name] = values
+        for line in _lines(stage, values, terms, why):
+            display.say(line)
+    display.say(f"dry run: no weights were loaded, and nothing was written to {config.output_dir}")
+    return found
+
+
+def _counts(stage: TrainConfig, examples: list[Example], schedule: Schedule, layout: Layout) -> dict[str, Any]:
+    """Of all steps. Tokens are what the trunk reads; positions those of the largest micro-batch, padding among them."""
+    scored = [sum(map(len, e.responses)) for e in examples]
+    steps = [schedule.of_step(step)[1] for step in range(schedule.steps)]
+    seen = [i for batches in steps for batch in batches for i in batch]
+
+    def tokens(batch: list[int]) -> int:
+        if layout != "shared":
+            return sum(examples[i].tokens(share_prompts=False) for i in batch)
+        return sum(map(len, {tuple(examples[i].prompt_ids) for i in batch})) + sum(scored[i] for i in batch)
+
+    def positions(batch: list[int]) -> int:
+        if layout != "padded":
+            return tokens(batch)
+        return sum(len(examples[i].responses) for i in batch) * max(examples[i].length for i in batch)
+
+    of_step = [sum(map(tokens, batches)) for batches in steps]
+    rates = [learning_rate(stage, step, schedule.steps) for step in range(schedule.steps)]
+    return {
+        "examples": len(examples),
+        "steps": schedule.steps,
+        "epochs": len(seen) / len(examples),
+        "examples_a_step": max(sum(map(len, batches)) for batches in steps),
+        "micro_batches_a_step": max(map(len, steps)),
+        "positions": max(positions(batch) for batches in steps for batch in batches),
+        "tokens_a_step": statistics.median(of_step),
+        "most_tokens_a_step": max(of_step),
+        "tokens": sum(of_step),
+        "scored_tokens": sum(scored[i] for i in seen),
+        "learning_rate": max(rates),
+        "warmup_steps": rates.index(max(rates)),
+    }
+
+
+def _memory(stage: TrainConfig, positions: int) -> tuple[Terms | None, str]:
+    """What memory.py says of the stage's recipe; or why it says nothing."""
+    if stage.reward_model:
+        return None, "not estimated: a reward model; `fastpref plan --model` tells of a causal LM, which needs more"
+    keys = {"dtype": stage.dtype, "optim": stage.optimizer}
+    keys |= {"optim_in_backward": "true"} if stage.optim_in_backward else {}
+    keys |= {"use_peft": "true"} if stage.use_peft else {}
+    try:
+        config = AutoConfig.from_pretrained(
+            stage.model_name_or_path, revision=stage.model_revision, trust_remote_code=stage.trust_remote_code
+        )
+        only = (stage.gradient_checkpointing, stage.use_peft)
+        sizes = memory.measure(config, positions, stage.lora_r, only)
+    except UserError as error:
+        return None, f"not estimated: {error}"
+    if stage.use_peft and not sizes.lora:
+        return None, f"not estimated: {sizes.no_lora}"
+    return memory.terms(sizes, Recipe("", 0, keys), stage.gradient_checkpointing, stage.memory_budget), ""
+
+
+def _lines(stage: TrainConfig, values: dict[str, Any], terms: Terms | None, why: str) -> Iterator[str]:
+    noun = {"pair": "pairs", "kto": "labelled examples", "sft": "examples"}[stage.kind]
+    options = "".join(f", {name} {value:g}" if isinstance(value, float) else f", {name} {value}"
+                      for name, value in stage.loss_options.items())  # fmt: skip
+    held_out = f"; {values['held_out']:,} held out" if values["held_out"] else ""
+    yield f"{stage.name}: loss {stage.loss}{options}; {values['examples']:,} {noun}{held_out}"
+    micro = values["micro_batches_a_step"]
+    parts = f" in {micro} micro-batches" if micro > 1 else ""
+    yield (f"  steps          {values['steps']:,} of up to {values['examples_a_step']:,} {noun}{parts}; "
+           f"epochs {values['epochs']:.4g}")  # fmt: skip
+    share = values["scored_tokens"] / values["tokens"]
+    yield (f"  tokens         {values['tokens_a_step']:,.0f} a step (most: {values['most_tokens_a_step']:,}), "
+           f"{values['tokens']:,} in all, {100 * share:.0f} % of them in responses; "
+           f"{values['positions']:,} in the largest micro-batch")  # fmt: skip
+    yield (f"  learning rate  {stage.lr_scheduler_type}, {values['learning_rate']:g} after {values['warmup_steps']} "
+           f"steps of warm-up; {stage.optimizer}")  # fmt: skip
+    if stage.loss_fn.needs_reference:
+        source = stage.ref_model_name_or_path or "the policy as the stage finds it"
+        yield f"  reference      {source}: {values['examples'] + values['held_out']:,} examples, once"
+    if terms is None:
+        yield f"  memory         {why}"
+        return
+    names = {"weights": terms.weights, "gradients": terms.gradients, "optimiser": terms.optimizer,
+             "activations": terms.activations, "work": terms.work, "context": terms.context}  # fmt: skip
+    said = ", ".join(f"{name} {part / GIB:.1f}" for name, part in names.items())
+    host = f"; {terms.host / GIB:.1f} GiB of host memory" if terms.host else ""
+    yield f"  memory         {terms.total / GIB:.1f} GiB on one GPU alone ({said}){host}"

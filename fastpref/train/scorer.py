@@ -1,0 +1,404 @@
+"""Scores of responses, from one of three sources, behind one interface.
+
+    module:function   any Python function of (prompt, response) that returns a number: a verifier
+    FOLDER or hub id  a reward model: a sequence classifier with one label
+    implicit:FOLDER   beta (log pi(y|x) - log pi_ref(y|x)) of a run of fastpref, or of a checkpoint of one
+
+    with load_scorer("checks:exact", timeout=5) as scorer:
+        scores = scorer.score(prompts, responses)          # None where it failed
+        print(scorer.report())                             # "2 of 64 not scored: 2 raised (first: KeyError ...)"
+
+A function runs in a process of its own (scorer_worker.py): one that hangs, exits or crashes costs its response and a
+restart, not the run.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import selectors
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
+
+from fastpref.data import Example, batch_order, collate, records_from_rows, tokenize_records
+
+from .checkpoint import random_state, read_state, restore_random_state
+from .config import UserError, load_config
+from .held_out import reference_of, weights_of_run
+from .model import Policy, load_policy, load_tokenizer, pad_token, pick_device
+
+Prompt = str | list[dict[str, Any]]  # a text, or messages
+FUNCTION = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
+FORMS = "module:function, the folder or hub id of a reward model, or implicit:FOLDER"
+START_TIMEOUT = 120.0  # seconds that a function's module may take to import
+
+
+class Scorer:
+    """A context manager. What fails is counted and never raised; the first message of each kind is kept.
+
+    Kinds: "raised", "not a number", "not finite", "timed out", "died" (a function whose process exits or crashes),
+    "empty response" (models: there is nothing to score).
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.scored = 0  # responses asked for so far, failures included
+        self.failures: Counter[str] = Counter()
+        self.first: dict[str, str] = {}
+
+    def submit(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Future[list[float | None]]:
+        """Starts scoring. A function's process works beside the caller, in the order of the calls; a model has scored
+        when this returns."""
+        future: Future[list[float | None]] = Future()
+        future.set_result(self._score(prompts, responses))
+        return future
+
+    def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float | None]:
+        """One score a response, None where it failed. prompts: one a response."""
+        return self.submit(prompts, responses).result()
+
+    def _score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float | None]:
+        raise NotImplementedError
+
+    def failed(self, kind: str, message: str) -> None:
+        self.failures[kind] += 1
+        self.first.setdefault(kind, message)
+
+    def report(self) -> str:
+        """One line."""
+        kinds = [f"{count:,} {kind} (first: {self.first[kind]})" for kind, count in self.failures.most_common()]
+        return f"{self.failures.total():,} of {self.scored:,} not scored{': ' * bool(kinds)}{'; '.join(kinds)}"
+
+    def close(self) -> None:
+        pass
+
+    def __enter__(self) -> Scorer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def load_scorer(spec: str, *, timeout: float | None = 10.0, batch_size: int = 8) -> Scorer:
+    """timeout: seconds that a function may take for one response; None: as long as it likes. batch_size: responses at
+    once, of a model.
+
+    A reward model reads prompt + response + EOS as in training (messages: through its chat template). The implicit
+    reward of a run is that of its model/, or its newest checkpoint; of a checkpoint's folder, that of the checkpoint.
+    beta and the reference are those of the loss of the stage that the weights come from; where the loss has none, beta
+    is 1 and the reference is what the stage started from.
+
+    Raises UserError for a spec that is none of the three, a function that cannot be imported, a model that cannot be
+    loaded or is no reward model, and a folder that is no run.
+    """
+    if timeout is not None and not (timeout > 0 and math.isfinite(timeout)):
+        raise UserError(f"timeout is {timeout!r}; it takes seconds, above 0, or none")
+    kind, _, folder = spec.partition(":")
+    if kind == "implicit":
+        return ImplicitReward(spec, Path(folder), batch_size)
+    if FUNCTION.fullmatch(spec):
+        return FunctionScorer(spec, timeout)
+    if ":" in spec and not Path(spec).exists():
+        raise UserError(f"scorer {spec!r}: it takes {FORMS}")
+    return RewardModel(spec, batch_size)
+
+
+# ---- a function ------------------------------------------------------------------------------------------------------
+
+
+class FunctionScorer(Scorer):
+    """`module:function`, called in one process after the other: at most one at a time."""
+
+    def __init__(self, spec: str, timeout: float | None) -> None:
+        super().__init__(spec)
+        self.timeout = math.inf if timeout is None else timeout
+        self.closed = False
+        self.unusable = ""  # why the process does not start again
+        self.worker: _Worker | None = None
+        try:
+            self.worker = _Worker(spec)
+        except _Unusable as error:
+            raise UserError(f"scorer {spec!r}: {error}") from None
+        self.thread = ThreadPoolExecutor(1, "fastpref-scorer")
+
+    def submit(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Future[list[float | None]]:
+        return self.thread.submit(self._score, prompts, responses)
+
+    def _score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float | None]:
+        return [self._one(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
+
+    def _one(self, prompt: Prompt, response: str) -> float | None:
+        self.scored += 1
+        try:
+            request = json.dumps({"prompt": prompt, "response": response})
+            reply = self._running().ask(request, self.timeout)
+            if "score" in reply:
+                return float(reply["score"])
+            self.failed(reply["failed"], reply["message"])
+        except TypeError as error:  # messages with something that JSON does not know
+            self.failed("raised", f"the prompt cannot be handed over: {error}")
+        except TimeoutError:
+            self._stop()
+            self.failed("timed out", f"no score after {self.timeout:g} s")
+        except EOFError:
+            self.failed("died", self._stop(wait=1.0))
+        except _Unusable as error:
+            self.unusable = str(error)
+            self.failed("died", f"does not start again: {error}")
+        return None
+
+    def _running(self) -> _Worker:
+        if self.unusable or self.closed:
+            raise _Unusable(self.unusable or "closed")
+        if self.worker is None:
+            self.worker = _Worker(self.name)
+        return self.worker
+
+    def _stop(self, wait: float = 0.0) -> str:
+        """How the process ended, or that it had to be killed; `wait` seconds for it to end by itself."""
+        worker, self.worker = self.worker, None
+        return worker.end(wait) if worker else "closed"
+
+    def close(self) -> None:
+        self.closed = True
+        self.thread.shutdown(wait=False, cancel_futures=True)
+        if self.worker:
+            self.worker.kill()  # the thread then sees that it has ended, and does the rest
+        self.thread.shutdown()
+        self._stop()
+
+
+class _Unusable(Exception):
+    """A process that did not start, and why."""
+
+
+class _Worker:
+    """The process, and the two pipes to it. Nothing here waits longer than it is told to."""
+
+    def __init__(self, spec: str) -> None:
+        # A session of its own: Ctrl-C is for the run to decide about, and what the function starts ends with it.
+        self.process = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("scorer_worker.py")), spec],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, start_new_session=True,
+        )  # fmt: skip
+        assert self.process.stdin and self.process.stdout
+        self.to, self.back = self.process.stdin.fileno(), self.process.stdout.fileno()
+        os.set_blocking(self.to, False)
+        self.received = b""
+        try:
+            reply = self.ask("", START_TIMEOUT)
+        except TimeoutError:
+            self.end()
+            raise _Unusable(f"its module is not imported after {START_TIMEOUT:g} s") from None
+        except EOFError:
+            raise _Unusable(f"importing its module ended Python: {self.end(1.0)}") from None
+        except BaseException:
+            self.end()
+            raise
+        if "unusable" in reply:
+            self.end()
+            raise _Unusable(reply["unusable"])
+
+    def ask(self, request: str, timeout: float) -> dict[str, Any]:
+        """Sends one line (none for ""), returns the next one. Raises TimeoutError, and EOFError if there is no more."""
+        unsent = (request + "\n").encode() if request else b""
+        until = time.monotonic() + timeout
+        with selectors.DefaultSelector() as pipes:
+            pipes.register(self.back, selectors.EVENT_READ)
+            if unsent:
+                pipes.register(self.to, selectors.EVENT_WRITE)
+            while b"\n" not in self.received:
+                left = until - time.monotonic()
+                ready = pipes.select(None if left == math.inf else left) if left > 0 else []
+                if not ready:
+                    raise TimeoutError
+                for key, _ in ready:
+                    if key.fd == self.back:
+                        part = os.read(self.back, 1 << 16)
+                        if not part:
+                            raise EOFError
+                        self.received += part
+                        continue
+                    try:
+                        unsent = unsent[os.write(self.to, unsent) :]
+                    except BrokenPipeError:
+                        raise EOFError from None
+                    if not unsent:
+                        pipes.unregister(self.to)
+        line, _, self.received = self.received.partition(b"\n")
+        reply: dict[str, Any] = json.loads(line)
+        return reply
+
+    def kill(self) -> None:
+        """With all that it started."""
+        if self.process.returncode is None:  # not yet waited for, so its number is not another's
+            try:
+                os.killpg(self.process.pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+
+    def end(self, wait: float = 0.0) -> str:
+        """Kills it, if it does not end by itself in `wait` seconds, and what it started; how it ended."""
+        until = time.monotonic() + wait
+        while not (by_itself := self._has_ended()) and time.monotonic() < until:
+            time.sleep(0.005)
+        self.kill()
+        code = self.process.wait()
+        assert self.process.stdin and self.process.stdout
+        self.process.stdin.close()
+        self.process.stdout.close()
+        if not by_itself:
+            return "killed"
+        return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exited with {code}"
+
+    def _has_ended(self) -> bool:
+        return os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+
+# ---- models ----------------------------------------------------------------------------------------------------------
+
+
+class _ModelScorer(Scorer):
+    """What has a tokenizer, and scores tokenised responses in batches."""
+
+    tokenizer: PreTrainedTokenizerBase
+    batch_size: int
+    max_length: int
+
+    def _rewards(self, examples: list[Example]) -> list[float]:
+        """Of one batch."""
+        raise NotImplementedError
+
+    def _score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float | None]:
+        scores: list[float | None] = [None] * len(responses)
+        self.scored += len(responses)
+        there = [i for i, text in enumerate(responses) if text.strip()]
+        for _ in range(len(responses) - len(there)):
+            self.failed("empty response", "nothing but white space")
+        examples: list[Example] = []
+        try:
+            rows = [{"prompt": prompts[i], "completion": responses[i]} for i in there]
+            if rows:
+                examples, _ = tokenize_records(
+                    records_from_rows(rows, self.name), self.tokenizer, "sft",
+                    max_length=self.max_length, overlong_response="truncate",
+                )  # fmt: skip
+        except ValueError as error:  # no chat template, a prompt that is not one
+            for _ in there:
+                self.failed("raised", str(error))
+            return scores
+        for _ in range(len(there) - len(examples)):
+            self.failed("empty response", "no tokens")
+        order = batch_order([e.length for e in examples], self.batch_size, seed=0, epoch=0, shuffle=False)
+        for batch in order if examples else []:
+            for example, reward in zip((examples[i] for i in batch), self._rewards([examples[i] for i in batch])):
+                if math.isfinite(reward):
+                    scores[there[example.record_id]] = reward
+                else:
+                    self.failed("not finite", f"the model gives {reward}")
+        return scores
+
+
+class RewardModel(_ModelScorer):
+    """A sequence classifier with one label, as transformers and TRL save it."""
+
+    def __init__(self, name: str, batch_size: int) -> None:
+        super().__init__(name)
+        self.batch_size = batch_size
+        source = Path(name)
+        if (source / "config.yaml").is_file() and (source / "model").is_dir():  # a run of ours
+            source = source / "model"
+        try:
+            self.model, missing = _classifier(source)
+            self.tokenizer = AutoTokenizer.from_pretrained(source)
+        except Exception as error:  # missing files, the hub, the network, an unknown class: each its own kind
+            line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            raise UserError(f"scorer {name!r}: no reward model that loads ({line}); it takes {FORMS}") from error
+        if self.model.config.num_labels != 1:
+            raise UserError(f"scorer {name!r}: has {self.model.config.num_labels} labels; a reward model has one")
+        if missing:
+            raise UserError(f"scorer {name!r}: no reward model, its weights lack {missing[0]}")
+        if self.tokenizer.eos_token_id is None:
+            raise UserError(f"scorer {name!r}: its tokenizer has no EOS token to end responses with")
+        self.model.to(pick_device()).eval()
+        eos = self.tokenizer.eos_token_id
+        text = self.model.config.get_text_config()
+        self.pad = text.pad_token_id
+        if self.pad is None:
+            # The score is read at the last token that is not this one: with EOS, it would not be the last of all.
+            self.pad = next(i for i in (self.tokenizer.pad_token_id, 0, 1) if i is not None and i != eos)
+            text.pad_token_id = self.model.config.pad_token_id = self.pad
+        self.max_length = getattr(text, "max_position_embeddings", None) or 1 << 20
+
+    def _rewards(self, examples: list[Example]) -> list[float]:
+        rows = [e.prompt_ids + e.responses[0] for e in examples]
+        width = max(map(len, rows))
+        ids = torch.tensor([row + [self.pad] * (width - len(row)) for row in rows], device=self.model.device)
+        mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=self.model.device)
+        with torch.no_grad():
+            rewards = self.model(input_ids=ids, attention_mask=mask).logits
+        found: list[float] = rewards[:, 0].float().tolist()
+        return found
+
+
+def _classifier(source: Path) -> tuple[Any, list[str]]:
+    """A sequence classifier, or a LoRA adapter of one on its base model; and the weights that are not there."""
+    if (source / "adapter_config.json").is_file():
+        from peft import AutoPeftModelForSequenceClassification
+
+        return AutoPeftModelForSequenceClassification.from_pretrained(source, num_labels=1, dtype="auto"), []
+    model, loaded = AutoModelForSequenceClassification.from_pretrained(
+        source, dtype="auto", use_safetensors=True, output_loading_info=True
+    )
+    return model, sorted(loaded["missing_keys"])
+
+
+class ImplicitReward(_ModelScorer):
+    """beta (log pi(y|x) - log pi_ref(y|x)), nats, summed over the response's tokens, EOS included."""
+
+    def __init__(self, spec: str, folder: Path, batch_size: int) -> None:
+        super().__init__(spec)
+        self.batch_size = batch_size
+        run_dir = next((f for f in (folder, *folder.absolute().parents[:2]) if (f / "config.yaml").is_file()), None)
+        if run_dir is None:
+            raise UserError(f"scorer {spec!r}: {folder} is neither the folder of a run nor a checkpoint of one")
+        config = load_config(run_dir / "config.yaml")
+        if config.reward_model:
+            raise UserError(f"scorer {spec!r}: the run trains a reward model, which is a scorer itself: {run_dir}")
+        weights, index = folder, len(config.stage_configs()) - 1
+        if run_dir == folder:
+            weights, index = weights_of_run(run_dir, index + 1)
+        elif folder.name != "model":
+            index = read_state(folder)[0].stage
+        stage = config.stage_configs()[index]
+        loss = stage.loss_fn
+        beta = getattr(loss, "beta", None) if loss.needs_reference else None
+        self.beta = float(beta) if beta else 1.0
+        self.max_length = stage.max_length
+        self.tokenizer = load_tokenizer(config)
+        self.policy = load_policy(config, self.tokenizer, weights)
+        before = random_state()
+        self.reference = reference_of(config, stage, index, run_dir, self.policy)  # seeds, for random weights
+        restore_random_state(before)
+        self.policy.model.eval()
+        self.reference.model.eval()
+
+    def _rewards(self, examples: list[Example]) -> list[float]:
+        def logps(policy: Policy) -> torch.Tensor:
+            batch = collate(examples, pad_token(self.tokenizer), "sft", layout=policy.layout)
+            return policy.sequence_logps(batch.to(policy.device))
+
+        found: list[float] = (self.beta * (logps(self.policy) - logps(self.reference))).tolist()
+        return found
