@@ -6,13 +6,16 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from fastpref.cli import quiet_imports
+
 COMMANDS = {
     "head": "the fused head and loss against bare GEMMs and every peer",
     "rows": "the row kernels against copying as many bytes",
     "attention": "shared prompts against repeated ones",
     "step": "a whole training step of a model",
+    "train": "preference training as the trainer does it, within a card's memory, beside TRL",
     "loss": "accuracy: errors against fp64",
-    "sweep": "the head as rows, vocabulary, pair length or pairs grow",
+    "sweep": "the head as rows, vocabulary, pair length, pairs or ranks grow",
     "compare": "what became faster or slower between two result files",
     "readme": "the results of README.md, from bench/results",
 }
@@ -29,6 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if name not in COMMANDS:
         print(f"fastpref bench: no command {name!r}; there are {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
+    quiet_imports()
     try:
         return importlib.import_module(f"{__package__}.{name}").main(rest)
     except KeyboardInterrupt:

@@ -1,15 +1,17 @@
-"""What the head must reach, as ratios: to bare GEMMs and to peers of the same run, and to its own plan."""
+"""What the head and a training step must reach, as ratios: to bare GEMMs and to peers of the same run, to the own plan,
+and to the card that the run stands for."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.table import Table
 
 from fastpref.plan import DEFAULT_BUDGET
+from fastpref.train.memory import CONTEXT
 
 from .peers import MIB
 from .presets import PRESETS
@@ -104,4 +106,20 @@ def on_gpu(rows: Sequence[Row]) -> list[Gate]:
             if peer_row.impl == "liger":
                 share = over(default.peak_extra_mib, peer_row.peak_extra_mib)
                 found.append(Gate(f"{where}: memory / Liger's", share, 0.25))
+    return found
+
+
+def of_training(rows: Sequence[Any]) -> list[Gate]:
+    """Of `bench train`: within the card, as planned, faster than what pads. Of cells that were begun."""
+    found = []
+    for ours in (row for row in rows if row.impl == "fastpref" and row.status not in ("skipped", "missing")):
+        if ours.card_gb:
+            taken = None if ours.ms_median is None else ours.reserved_mib * MIB + CONTEXT
+            found.append(Gate(f"{ours.cell}: memory / {ours.card_gb:g} GB", over(taken, ours.card_gb * 1e9), 1.0))
+            off = abs(over(ours.ms_median and ours.peak_mib, ours.plan_mib) - 1)
+            found.append(Gate(f"{ours.cell}: peak off its plan", off, 0.05))
+        for peer in (row for row in rows if row.cell == ours.cell and row.impl in ("trl", "naive")):
+            if peer.status == "ok":
+                times = over(ours.pairs_per_s, peer.pairs_per_s)
+                found.append(Gate(f"{ours.cell}: pairs/s / {peer.impl}'s", times, 1.5, at_least=True))
     return found

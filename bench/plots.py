@@ -26,13 +26,14 @@ INK, FAINT, GRID = "#1a1a1a", "#6b6b6b", "#e4e4e4"
 COLOURS = {
     "fastpref": "#0072b2", "naive": "#e69f00", "naive_all": "#d55e00", "naive_compiled": "#8c6d1f",
     "torch_lce": "#009e73", "trl": "#cc79a7", "liger": "#56b4e9", "cce": "#5b5b5b", "quack": "#7a5195",
-    "padded": "#e69f00", "packed": "#009e73",
+    "padded": "#e69f00", "packed": "#009e73", "gathered": "#e69f00",
 }  # fmt: skip
 BACKENDS = {"reference": "#8a8a8a", "native": "#0072b2", "triton": "#009e73", "cuda": "#e69f00"}
-MARKERS = {"fastpref": "o", "naive": "s", "naive_all": "D", "torch_lce": "^", "trl": "v", "liger": "P"}
+MARKERS = {"fastpref": "o", "naive": "s", "naive_all": "D", "torch_lce": "^", "trl": "v", "liger": "P", "gathered": "s"}
 TITLES = {
     "naive": "naive", "naive_all": "naive, prompts too", "naive_compiled": "torch.compile",
     "torch_lce": "torch linear_cross_entropy", "trl": "TRL", "liger": "Liger", "cce": "Cut Cross-Entropy",
+    "gathered": "W gathered (FSDP)",
 }  # fmt: skip
 STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans", "font.size": 9, "axes.edgecolor": FAINT, "axes.labelcolor": INK,
@@ -41,8 +42,8 @@ STYLE: dict[Any, Any] = {
     "ytick.labelcolor": INK, "text.color": INK, "figure.facecolor": "white", "axes.facecolor": "white",
     "savefig.facecolor": "white", "svg.hashsalt": "fastpref", "axes.axisbelow": True,
 }  # fmt: skip
-SWEPT = {"rows": "N", "vocab": "V", "length": "N", "pairs": "pairs"}
-AXES = {"N": "scored rows", "V": "vocabulary", "pairs": "pairs"}
+SWEPT = {"rows": "N", "vocab": "V", "length": "N", "pairs": "pairs", "ranks": "ranks"}
+AXES = {"N": "scored rows", "V": "vocabulary", "pairs": "pairs", "ranks": "ranks"}
 LIMIT = {"rows": "copy_ of as many bytes", "step": "trunk, bare GEMMs, optimiser"}
 
 

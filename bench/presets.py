@@ -23,6 +23,19 @@ PRESETS = {
         "llama",
         dict(intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8),
     ),
+    # Its published config.json, but for the ids of special tokens: long contexts cost nothing here.
+    "llama3.1-8b": Preset(
+        Shape(8192, 4096, 128256, pairs=8),
+        "llama",
+        dict(
+            intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
+            max_position_embeddings=131072, rms_norm_eps=1e-5, rope_theta=500000.0, tie_word_embeddings=False,
+            rope_scaling=dict(
+                rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+                original_max_position_embeddings=8192,
+            ),
+        ),
+    ),
     "qwen2.5-7b": Preset(
         Shape(8192, 3584, 152064, pairs=8),
         "qwen2",

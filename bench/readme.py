@@ -1,4 +1,4 @@
-"""The results of README.md: a table and two plots, made from the rows in bench/results and from nothing else.
+"""The results of README.md: tables and two plots, made from the rows in bench/results and from nothing else.
 
     fastpref bench readme            writes them (`make readme-bench`)
     fastpref bench readme --check    exits with 1 where README, plots and rows differ
@@ -31,6 +31,9 @@ PLOTS = {
     "readme-share": ("Share of the bare GEMMs' rate", plots.share),
     "readme-memory": ("Peak memory beyond inputs and gradients", plots.memory),
 }
+TRAINING = """\
+DPO steps of the trainer on random weights and tokens with UltraFeedback's lengths, each in a process that may take no
+more than the card it stands for; peers on the same pairs may take the whole device (`fastpref bench train`)."""
 LEGEND = """\
 A DPO step of the head (log-probs, loss, gradients of hidden states and weight) over N scored rows. Times are ratios to
 the three bare GEMMs of the same shapes, interleaved in the same run; memory is the peak beyond inputs and gradients.
@@ -92,6 +95,41 @@ def _entry(row: dict[str, Any] | None) -> str:
         return {"oom": "out of memory"}.get(row["status"], row["status"])
     memory = "" if row["peak_extra_mib"] is None else f", {row['peak_extra_mib']:.0f} MiB"
     return f"{row['ratio']:.2f}{memory}"
+
+
+def trained(folder: Path = RESULTS) -> list[dict[str, Any]]:
+    """Rows of `bench train`, the newest of each cell and implementation."""
+    found: dict[Any, dict[str, Any]] = {}
+    for row in (row for path in sorted(folder.glob("*.json")) for row in read(path) if row["benchmark"] == "train"):
+        key = not on_gpu(row), row["device"], row["threads"], row["cell"], row["impl"]
+        if row["cell"] != "quick" and row["status"] not in ("skipped", "missing"):
+            if key not in found or found[key]["date"] < row["date"]:
+                found[key] = row
+    return [found[key] for key in sorted(found)]
+
+
+def training_table(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Markdown, a line per cell of fastpref's."""
+    lines = ["| hardware | model, weights and optimiser | card | pairs/s | TRL's | naive loop's | MFU | peak (plan) |"]
+    lines.append("|---|---|---|---|---|---|---|---|")
+    for ours in (row for row in rows if row["impl"] == "fastpref"):
+        place = ("device", "threads", "cell")
+        others = {row["impl"]: row for row in rows if all(row[name] == ours[name] for name in place)}
+        speeds = [_speed(others.get(name)) for name in ("fastpref", "trl", "naive")]
+        memory = "-" if ours["peak_mib"] is None else f"{ours['peak_mib'] / 1024:.1f} GiB"
+        memory += f" ({ours['plan_mib'] / 1024:.1f})" if ours["plan_mib"] else ""
+        mfu = f"{ours['mfu']:.0%}".replace("%", " %") if ours["mfu"] else "-"
+        card = f"{ours['card_gb']:g} GB" if ours["card_gb"] else "-"
+        what = f"{ours['model']}, {ours['recipe'].strip()}, checkpointing {ours['checkpointing']}"
+        entries = (_hardware(ours), what, card, f"**{speeds[0]}**", *speeds[1:], mfu, memory)
+        lines.append(f"| {' | '.join(entries)} |")
+    return lines
+
+
+def _speed(row: dict[str, Any] | None) -> str:
+    if row is None or row["pairs_per_s"] is None:
+        return "-" if row is None else {"oom": "out of memory"}.get(row["status"], row["status"])
+    return f"{row['pairs_per_s']:.3g}" + (" (wrong)" if row["status"] == "wrong" else "")
 
 
 def table(rows: Sequence[dict[str, Any]]) -> list[str]:
@@ -162,7 +200,7 @@ def _missed(rows: Sequence[dict[str, Any]]) -> str:
     return f"Aims missed: {'; '.join(found)}." if found else ""
 
 
-def block(rows: Sequence[dict[str, Any]]) -> str:
+def block(rows: Sequence[dict[str, Any]], training: Sequence[dict[str, Any]] = ()) -> str:
     """What stands between the markers."""
     lines = [BEGIN, ""]
     if rows:
@@ -173,6 +211,10 @@ def block(rows: Sequence[dict[str, Any]]) -> str:
         lines += ["", left]
     for name, (title, _) in PLOTS.items() if rows else ():
         lines += ["", f"![{title}](bench/results/plots/{name}.svg)"]
+    if training:
+        lines += ["", TRAINING, "", *training_table(training), "", _sources(training)]
+    if not any(on_gpu(row) for row in training):
+        lines += ["", "Training steps within 80, 48 and 24 GB on a GPU (`fastpref bench train`): not measured yet."]
     return "\n".join([*lines, "", END])
 
 
@@ -192,7 +234,8 @@ def with_block(text: str, new: str) -> str:
 def differences(readme: Path = README, results: Path = RESULTS) -> list[str]:
     """What does not follow from the rows: one line each."""
     rows, text = headline(results), readme.read_text()
-    found = [] if with_block(text, block(rows)) == text else [f"{readme.name} does not show what {results} holds"]
+    shown = with_block(text, block(rows, trained(results))) == text
+    found = [] if shown else [f"{readme.name} does not show what {results} holds"]
     for name in PLOTS if rows else ():
         path = results / "plots" / f"{name}.svg"
         if not path.exists() or digest(rows) not in path.read_text():
@@ -202,7 +245,7 @@ def differences(readme: Path = README, results: Path = RESULTS) -> list[str]:
 
 def write(readme: Path = README, results: Path = RESULTS) -> None:
     rows = headline(results)
-    readme.write_text(with_block(readme.read_text(), block(rows)))
+    readme.write_text(with_block(readme.read_text(), block(rows, trained(results))))
     timed = [row for row in rows if row["ratio"]]
     for name, (_, draw) in PLOTS.items() if timed else ():
         plots.save(plots.styled(draw, timed), results / "plots" / name, digest(rows), png=False)

@@ -53,17 +53,23 @@ class StepRow(Row):
     tokens_per_s: float | None = None  # of the padded input, prompts too
 
 
-def make_model(preset: Preset, layers: int | None, dtype: torch.dtype, device: torch.device) -> Any:
-    from transformers import AutoConfig, AutoModelForCausalLM
+def model_config(preset: Preset, layers: int | None = None) -> Any:
+    from transformers import AutoConfig
 
     sizes = preset.config | ({} if layers is None else {"num_hidden_layers": layers})
     shape = preset.shape
-    config = AutoConfig.for_model(
+    return AutoConfig.for_model(
         preset.model_type, hidden_size=shape.hidden, vocab_size=shape.vocab, use_cache=False, **sizes
     )
+
+
+def make_model(preset: Preset, layers: int | None, dtype: torch.dtype, device: torch.device) -> Any:
+    """Random weights, made where they are used: an 8B model in bf16 takes a GPU seconds, a CPU minutes."""
+    from transformers import AutoModelForCausalLM
+
     torch.manual_seed(0)
     with torch.device(device):
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model: Any = AutoModelForCausalLM.from_config(model_config(preset, layers), dtype=dtype)
     return model.to(device)  # buffers made elsewhere
 
 

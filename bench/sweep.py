@@ -4,18 +4,20 @@
     fastpref bench sweep vocab      V from 32k to 512k
     fastpref bench sweep length     one pair, ever longer: memory must stay flat
     fastpref bench sweep pairs      ever more pairs of one length
+    fastpref bench sweep ranks      ever more ranks with a part of the vocabulary each (ranks.py has its options)
 
-Vocabulary-parallel ranks are not swept: there is no sharded head yet. Protocol: bench/README.md.
+Protocol: bench/README.md.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 
-from . import command, plots
+from . import command, plots, ranks
 from .gates import Gate, over, show_gates
 from .harness import GEMM_BYTES, Cell, all_right, free_bytes
 from .head import Group, add_arguments, chosen_groups, run_groups
@@ -97,9 +99,12 @@ def gates(what: str, rows: Sequence[Row]) -> list[Gate]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = command.parser("sweep", __doc__ or "")
-    parser.add_argument("what", choices=("rows", "vocab", "length", "pairs"))
+    parser.add_argument("what", choices=("rows", "vocab", "length", "pairs", "ranks"))
     add_arguments(parser)
-    options = parser.parse_args(arguments)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if given[:1] == ["ranks"]:
+        return ranks.main(given[1:])
+    options = parser.parse_args(given)
     options.impl = options.impl or ["fastpref", "naive", "torch_lce", "liger"]
     if options.what == "length":
         if options.pairs:

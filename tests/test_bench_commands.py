@@ -191,6 +191,34 @@ def test_one_pair_grows(tmp_path):
         sweep.main(["length", *QUICK, *arguments, "--pairs", "2"])
 
 
+def test_ranks_share_the_vocabulary(tmp_path, capsys, drawn):
+    arguments = ["--ranks", "2", "--dtype", "fp32", "--vocab", "4095", "--output", str(tmp_path)]
+    assert sweep.main(["ranks", *QUICK, *arguments]) == 0
+    found = {(row["impl"], row["ranks"]): row for row in results(tmp_path)}
+    assert list(found) == [("fastpref", 2), ("gathered", 2)]
+    for row in found.values():
+        assert (row["status"], row["rounds"]) == ("ok", 1) and max(row["dx_rel_err"], row["dw_rel_err"]) < 1e-5
+    w_bytes = 4 * 4095 * 64
+    assert found["gathered", 2]["sent_mib"] == pytest.approx(w_bytes / 2**20, rel=1e-5)  # half of W there, of dW back
+    assert found["fastpref", 2]["sent_mib"] < 0.1 * found["gathered", 2]["sent_mib"]
+    assert found["fastpref", 2]["peak_extra_mib"] < found["gathered", 2]["peak_extra_mib"]
+    assert sorted(name.split("-ranks-")[1] for name in drawn) == ["memory", "share", "time"]
+    with pytest.raises(ValueError, match="--pairs is 4; it takes at least one a rank"):
+        sweep.main(["ranks", *QUICK, "--ranks", "5"])
+
+
+def test_a_wrong_rank_is_told(tmp_path, monkeypatch):
+    """Gathered over one rank, so that nothing has to be sent: its gradient is made wrong."""
+    from bench import ranks
+
+    whole = ranks.Part.gathered
+    monkeypatch.setattr(ranks.Part, "gathered", lambda self: (*whole(self)[:3], whole(self)[3] * 1.1))
+    monkeypatch.setattr(ranks.processes, "spawn", lambda call, args, nprocs: call(0, *args))
+    arguments = ["--ranks", "1", "--dtype", "fp32", "--output", str(tmp_path)]
+    assert sweep.main(["ranks", *QUICK, *arguments]) == 1
+    assert {row["impl"]: row["status"] for row in results(tmp_path)} == {"fastpref": "ok", "gathered": "wrong"}
+
+
 def test_beyond_the_memory_it_is_planned(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sweep, "free_bytes", lambda device: 90 << 20)
     arguments = ["--dtype", "fp32", "--impl", "fastpref", "--rows", "64", str(1 << 20), "--output", str(tmp_path)]

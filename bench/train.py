@@ -1,0 +1,287 @@
+"""Preference training as the trainer does it, within the memory of a card: speed, MFU, peak against plan, and peers.
+
+    fastpref bench train                        the cells of this device
+    fastpref bench train --cell 48gb            one of them
+    fastpref bench train --quick --device cpu   a tiny model: does it run
+
+DPO on random weights and tokens, lengths like UltraFeedback's; every implementation in a process of its own
+(train_cell.py says what each is). On a GPU the process may take no more than the card it stands for:
+
+    80gb    Llama 3.1 8B, all weights, 16k tokens a micro-batch, gradients accumulated over two; beside TRL
+    48gb    the same, updated inside the backward pass
+    24gb    Qwen 2.5 7B, LoRA, 4k tokens a micro-batch, four a step
+
+On a CPU a model of 38M parameters on sequences half as long, in fp32.
+
+Recipe and checkpointing are what `fastpref plan --model` says fits, with 5 % to spare. The gradient norm of the first
+step is compared: it is the same for everybody. Protocol: bench/README.md.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import chain
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import yaml
+from rich.table import Table
+
+import fastpref
+from fastpref.train import memory
+from fastpref.train.memory import CONTEXT, KINDS, RECIPES, Terms
+
+from . import command, gates
+from .peers import MIB, _version
+from .records import Row
+from .step import model_config
+from .train_cell import Spec, preset_of, steps_of
+
+IMPLEMENTATIONS = ("fastpref", "trl", "naive")
+MARGIN = 0.05  # by which a plan may be off
+# Of the gradient norm. TRL gives every micro-batch of a step the same weight, however many pairs are in it.
+TOLERANCE = {("naive", "fp32"): 1e-3, ("naive", "bf16"): 0.05, ("trl", "fp32"): 0.1, ("trl", "bf16"): 0.1}
+MOST_SPLITS = 8
+LEAST_SECONDS = 20  # in which a process can come to its first step
+
+
+class Cell(NamedTuple):
+    name: str
+    preset: str
+    recipe: str  # the label of one of memory.RECIPES
+    max_tokens: int
+    accumulation: int
+    card_gb: float | None = None  # decimal gigabytes, as on the box
+    peers: bool = False
+    shorter: int = 1
+
+    def __str__(self) -> str:
+        card = f", within {self.card_gb:g} GB" if self.card_gb else ""
+        return f"{self.name}: {self.preset}, {self.recipe}, {self.accumulation} x {self.max_tokens} tokens a step{card}"
+
+
+# In the order of what they tell.
+GPU_CELLS = (
+    Cell("80gb", "llama3.1-8b", "bf16, 8-bit AdamW", 16384, 2, 80, peers=True),
+    Cell("48gb", "llama3.1-8b", "+ in backward", 16384, 1, 48),
+    Cell("24gb", "qwen2.5-7b", "LoRA on bf16", 4096, 4, 24),
+)
+CPU_CELLS = (Cell("cpu", "cpu-small", "fp32 AdamW", 2048, 2, peers=True, shorter=2),)
+QUICK_CELL = Cell("quick", "quick", "fp32 AdamW", 256, 2, peers=True, shorter=20)
+CELLS = {cell.name: cell for cell in (*GPU_CELLS, *CPU_CELLS, QUICK_CELL)}
+
+
+@dataclass
+class TrainRow(Row):
+    """N: scored tokens of the first timed step, pairs: its pairs. A round is a step; peers have no plan."""
+
+    cell: str = ""
+    model: str = ""
+    layers: int = 0
+    recipe: str = ""
+    checkpointing: str = ""
+    max_tokens: int = 0  # of a micro-batch
+    accumulation: int = 1
+    card_gb: float | None = None
+    pairs_per_s: float | None = None
+    tokens_per_s: float | None = None  # that fastpref's trunk reads: each prompt once, no padding
+    mfu: float | None = None
+    peak_mib: float | None = None  # allocated by torch on a GPU, resident on a CPU
+    reserved_mib: float | None = None  # by torch on a GPU
+    grad_norm: float | None = None  # of the first step
+    grad_norm_rel_err: float | None = None  # a peer's, to fastpref's
+    split: int = 1  # so many times as many micro-batches, because larger ones did not fit
+
+
+# ---- what to run -----------------------------------------------------------------------------------------------------
+
+
+def plan_of(cell: Cell) -> Terms | None:
+    """The recipe with the least checkpointing that fits the card by its plan; None where there is no card.
+
+    Raises ValueError where nothing fits.
+    """
+    if cell.card_gb is None:
+        return None
+    sizes = memory.measure(model_config(preset_of(cell.preset)), cell.max_tokens)
+    (recipe,) = (recipe for recipe in RECIPES if recipe.label.strip() == cell.recipe)
+    if recipe.lora and not sizes.lora:
+        raise ValueError(f"{cell.name}: {sizes.no_lora}")
+    for kind in KINDS[:-1]:
+        found = memory.terms(sizes, recipe, kind)
+        if (1 + MARGIN) * found.total <= cell.card_gb * 1e9:
+            return found
+    raise ValueError(f"{cell.name}: by its plan {cell.recipe} does not fit {cell.card_gb:g} GB")
+
+
+def spec_of(cell: Cell, impl: str, plan: Terms | None, run: command.Session) -> Spec:
+    (recipe,) = (recipe for recipe in RECIPES if recipe.label.strip() == cell.recipe)
+    keys = {key: yaml.safe_load(value) for key, value in (plan.keys if plan else recipe.keys).items()}
+    return Spec(
+        impl, cell.preset, str(run.device), keys, cell.max_tokens, cell.accumulation, 1 + run.rounds,
+        cell.card_gb if impl == "fastpref" else None, cell.shorter, threads=torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def row_of(cell: Cell, spec: Spec, plan: Terms | None) -> TrainRow:
+    preset, step = preset_of(cell.preset), list(chain.from_iterable(steps_of(spec)[1]))
+    version = {"fastpref": fastpref.__version__, "trl": _version("trl") or "", "naive": torch.__version__}[spec.impl]
+    dtype = "bf16" if spec.keys["dtype"] == "bfloat16" else "fp32"
+    checkpointing = spec.keys.get("gradient_checkpointing", "none")
+    found = TrainRow(
+        spec.impl, "train", "dpo", sum(len(ids) for e in step for ids in e.responses), preset.shape.hidden,
+        preset.shape.vocab, dtype, version=version, pairs=len(step), benchmark="train", cell=cell.name,
+        model=cell.preset, layers=preset.config["num_hidden_layers"], recipe=cell.recipe, checkpointing=checkpointing,
+        max_tokens=cell.max_tokens, accumulation=cell.accumulation, card_gb=cell.card_gb,
+    )  # fmt: skip
+    if spec.impl != "fastpref":
+        found.recipe = f"{dtype}, torch's AdamW"
+        found.checkpointing = "full" if spec.impl == "trl" or checkpointing != "none" else "none"
+    elif plan:
+        found.plan_mib = (plan.total - CONTEXT) / MIB
+    return found
+
+
+def missing(cell: Cell, impl: str) -> str:
+    """Why it cannot run here; empty if it can."""
+    needs = {"trl": ("trl", "datasets")}.get(impl, ())
+    if impl == "fastpref":
+        needs = (("torchao",) if "8-bit" in cell.recipe or "backward" in cell.recipe else ()) + (
+            ("peft",) if "LoRA" in cell.recipe else ()
+        )
+    absent = [name for name in needs if importlib.util.find_spec(name) is None]
+    return f"{' and '.join(absent)} not installed" if absent else ""
+
+
+# ---- a process -------------------------------------------------------------------------------------------------------
+
+
+def measured(spec: Spec, run: command.Session) -> dict[str, Any]:
+    """The measured fields of its row, from a process of its own; peers in smaller parts where theirs do not fit."""
+    while True:
+        found = _once(spec, run)
+        found["split"] = spec.split
+        again = found.get("status") == "oom" and spec.impl != "fastpref" and spec.split < MOST_SPLITS
+        if not again or run.out_of_time:
+            return found
+        spec = replace(spec, split=2 * spec.split)
+        run.say(f"  {spec.impl}: out of memory; again in {spec.split} times as many micro-batches")
+
+
+def process(spec: Spec, seconds: float) -> subprocess.CompletedProcess[str]:
+    # what torch advises against fragmentation, for everybody
+    environment = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", **os.environ}
+    return subprocess.run(
+        [sys.executable, "-m", "bench.train_cell", json.dumps(asdict(spec))], capture_output=True, text=True,
+        cwd=Path(__file__).parent.parent, env=environment, timeout=seconds if seconds < 1e9 else None,
+    )  # fmt: skip
+
+
+def _once(spec: Spec, run: command.Session) -> dict[str, Any]:
+    left = run.deadline - time.monotonic()
+    if left < LEAST_SECONDS:
+        return {"status": "skipped", "note": "time budget"}
+    try:
+        child = process(spec, left)
+    except subprocess.TimeoutExpired:
+        return {"status": "skipped", "note": "time budget"}
+    if child.returncode < 0:  # by the system: on a CPU most likely for its memory
+        return {"status": "error", "note": f"ended by signal {-child.returncode}"}
+    if child.returncode:
+        lines = child.stderr.strip().splitlines() or ["no output"]
+        return {"status": "error", "note": lines[-1][:200]}
+    return json.loads(child.stdout.splitlines()[-1])
+
+
+def run_cell(cell: Cell, impls: Sequence[str], run: command.Session) -> None:
+    """Measures what the results do not have yet."""
+    started = time.monotonic()
+    try:
+        plan = plan_of(cell)
+    except ValueError as error:
+        run.say(f"  left out: {error}")
+        return
+    rows = []
+    for impl in impls if cell.peers else [name for name in impls if name == "fastpref"]:
+        spec = spec_of(cell, impl, plan, run)
+        row = row_of(cell, spec, plan)
+        if run.results.has(row):
+            rows.append(next(one for one in run.results.rows if (one.impl, one.cell) == (impl, cell.name)))
+            continue
+        if why := missing(cell, impl):
+            row.status, row.note = "missing", why
+        else:
+            for name, value in measured(spec, run).items():
+                setattr(row, name, value)
+        rows.append(row)
+        compare(row, rows[0])
+        run.say(f"  {impl}: {row.status} {row.note}")
+        run.results.add([row])
+    run.screen.print(table(f"{cell} ({time.monotonic() - started:.0f} s)", rows))
+
+
+def compare(row: TrainRow, ours: TrainRow) -> None:
+    """The gradient of the first step, before anything has moved, is the same for everybody."""
+    if row is ours or ours.impl != "fastpref" or row.grad_norm is None or not ours.grad_norm:
+        return
+    row.grad_norm_rel_err = abs(row.grad_norm / ours.grad_norm - 1)
+    if not row.grad_norm_rel_err <= TOLERANCE[row.impl, row.dtype]:
+        row.status, row.note = "wrong", f"first gradient norm {row.grad_norm:.4g}, fastpref's {ours.grad_norm:.4g}"
+
+
+# ---- what a reader sees ----------------------------------------------------------------------------------------------
+
+
+def table(title: str, rows: Sequence[TrainRow]) -> Table:
+    found = Table(title=title, title_justify="left", caption_justify="left")
+    columns = ("pairs/s", "tokens/s", "MFU", "ms a step", "peak GiB", "plan GiB", "1st grad norm")
+    for name in ("", "weights and optimiser", "checkpointing", *columns):
+        found.add_column(name, justify="right" if name in columns else "left")
+    for row in rows:
+        peak = "" if row.peak_mib is None else f"{row.peak_mib / 1024:.1f}"
+        if row.ms_median is None:
+            found.add_row(row.impl, row.recipe, row.checkpointing, f"{row.status}: {row.note}", "", "", "", peak)
+            continue
+        found.add_row(
+            row.impl, row.recipe, row.checkpointing, f"{row.pairs_per_s:.3g}", f"{row.tokens_per_s:,.0f}",
+            "" if row.mfu is None else f"{row.mfu:.0%}", f"{row.ms_median:,.0f}", peak,
+            "" if row.plan_mib is None else f"{row.plan_mib / 1024:.1f}", f"{row.grad_norm:.4g}",
+        )  # fmt: skip
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = command.parser("train", __doc__ or "")
+    parser.add_argument("--cell", nargs="+", choices=CELLS, metavar="NAME", help=", ".join(CELLS))
+    parser.add_argument(
+        "--impl", nargs="+", choices=IMPLEMENTATIONS, metavar="NAME",
+        help=f"of {', '.join(IMPLEMENTATIONS)}; default: all on a CPU; on a GPU naive only where TRL is not installed",
+    )  # fmt: skip
+    options = parser.parse_args(arguments)
+    cuda = torch.cuda.is_available() if options.device is None else options.device.startswith("cuda")
+    names = ["quick"] if options.quick else options.cell or [cell.name for cell in (GPU_CELLS if cuda else CPU_CELLS)]
+    if not cuda and (large := [name for name in names if CELLS[name].card_gb]):
+        raise ValueError(f"--cell {' '.join(large)}: takes a GPU; on a CPU there is {CPU_CELLS[0].name}")
+    impls = options.impl or [
+        name for name in IMPLEMENTATIONS if not cuda or name != "naive" or missing(CELLS[names[0]], "trl")
+    ]
+    options.rounds = options.rounds or (1 if options.quick else 3)
+    with command.session(options, "train", TrainRow) as run:
+        for number, name in enumerate(names, 1):
+            run.progress(number, len(names), CELLS[name])
+            run_cell(CELLS[name], impls, run)
+        gates.show_gates(gates.of_training(run.results.rows), run.screen)
+        command.finish(run, [])
+    return int(any(row.status in ("wrong", "error", "oom") for row in run.results.rows))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
