@@ -22,7 +22,7 @@ from . import memory
 from .config import TrainConfig, UserError
 from .display import Display
 from .loop import describe, refuse_used
-from .memory import GIB, Recipe, Terms
+from .memory import GIB, Terms
 from .metrics import check_report_to, device_name
 from .model import load_tokenizer, pick_device, policy_on_meta
 from .optim import check_optimizer, learning_rate
@@ -108,9 +108,6 @@ def _memory(stage: TrainConfig, positions: int) -> tuple[Terms | None, str]:
     """What memory.py says of the stage's recipe; or why it says nothing."""
     if stage.reward_model:
         return None, "not estimated: a reward model; `fastpref plan --model` tells of a causal LM, which needs more"
-    keys = {"dtype": stage.dtype, "optim": stage.optimizer}
-    keys |= {"optim_in_backward": "true"} if stage.optim_in_backward else {}
-    keys |= {"use_peft": "true"} if stage.use_peft else {}
     try:
         config = AutoConfig.from_pretrained(
             stage.model_name_or_path, revision=stage.model_revision, trust_remote_code=stage.trust_remote_code
@@ -121,7 +118,7 @@ def _memory(stage: TrainConfig, positions: int) -> tuple[Terms | None, str]:
         return None, f"not estimated: {error}"
     if stage.use_peft and not sizes.lora:
         return None, f"not estimated: {sizes.no_lora}"
-    return memory.terms(sizes, Recipe("", 0, keys), stage.gradient_checkpointing, stage.memory_budget), ""
+    return memory.terms(sizes, memory.recipe_of(stage), stage.gradient_checkpointing, stage.memory_budget), ""
 
 
 def _lines(stage: TrainConfig, values: dict[str, Any], terms: Terms | None, why: str) -> Iterator[str]:

@@ -50,6 +50,7 @@ from .evaluate import (
     loss_inputs,
     totals_of,
 )
+from .memory import check_fits
 from .metrics import MetricsLog, NoLog, check_report_to, device_name, peak_memory_mib
 from .mfu import model_flops, peak_flops
 from .model import (
@@ -225,6 +226,8 @@ def _train(config: TrainConfig, resume: bool, display: Display, given: Given | N
             raise UserError(f"{resumed}: train_dataset has other examples now than when it was saved")
         alone = given is None
         if given is None:
+            if pick_device().type == "cuda":
+                check_fits(config, ranks.size(), torch.cuda.get_device_properties(pick_device()).total_memory)
             given = Given(sharding.load(config, tokenizer, resumed), tokenizer)
         given_weights = None
         if not alone and not given.reference and any(stage.sample_steps for stage in stages):

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
 from fastpref.plan import Problem, plan
 
-from .config import UserError
+from .config import TrainConfig, UserError
 from .model import enable_checkpointing
 from .optim import SLICE
 
@@ -114,10 +114,17 @@ class Terms:
         return {**self.recipe.keys, "gradient_checkpointing": self.kind}
 
 
-def terms(sizes: Sizes, recipe: Recipe, kind: str, memory_budget: int | None = None) -> Terms:
-    """The terms of `recipe`. memory_budget: bytes of workspace for the LM head, None: its default."""
+def recipe_of(stage: TrainConfig) -> Recipe:
+    """What a configuration trains with."""
+    keys = {"dtype": stage.dtype, "optim": stage.optimizer}
+    keys |= {"optim_in_backward": "true"} if stage.optim_in_backward else {}
+    keys |= {"use_peft": "true"} if stage.use_peft else {}
+    return Recipe("", 0, keys)
+
+
+def states(sizes: Sizes, recipe: Recipe) -> tuple[int, int, int, int, int]:
+    """Bytes of what stays from step to step: weights, gradients, optimiser; of the optimiser's step; on the host."""
     s, keys, size = sizes, recipe.keys, 2 if recipe.bf16 else 4
-    acts = (s.lora if recipe.lora else s.full)[kind]
     trained = s.adapters if recipe.lora else s.parameters
     grad_size = 4 if recipe.lora else size
     weights = size * s.parameters + (2 * s.matrices if not recipe.bf16 else 0) + 4 * s.adapters * recipe.lora
@@ -133,11 +140,19 @@ def terms(sizes: Sizes, recipe: Recipe, kind: str, memory_budget: int | None = N
         gradients = grad_size * s.largest
     elif optim == "adamw_offload":
         gradients = 2 * grad_size * s.largest  # one on its way to the host while the next is made
+    return weights, gradients, int(state), step, host
+
+
+def terms(sizes: Sizes, recipe: Recipe, kind: str, memory_budget: int | None = None) -> Terms:
+    """The terms of `recipe`. memory_budget: bytes of workspace for the LM head, None: its default."""
+    s, size = sizes, 2 if recipe.bf16 else 4
+    acts = (s.lora if recipe.lora else s.full)[kind]
+    weights, gradients, state, step, host = states(s, recipe)
     kept = acts.kept * (1 if recipe.bf16 or kind not in ("full", "offload") else 2)  # autocast: fp32 between layers
     if kind == "offload":
         kept, host = 0, host + kept
     head = head_bytes(s, frozen=recipe.lora, grad_size=size, memory_budget=memory_budget)
-    return Terms(recipe, kind, weights, gradients, int(state), kept, max(acts.work, head, step), int(host))
+    return Terms(recipe, kind, weights, gradients, state, kept, max(acts.work, head, step), host)
 
 
 def head_bytes(sizes: Sizes, *, frozen: bool, grad_size: int, memory_budget: int | None) -> int:
@@ -148,6 +163,35 @@ def head_bytes(sizes: Sizes, *, frozen: bool, grad_size: int, memory_budget: int
         needs_weight_grad=not frozen, coupling="sequence", scratches=1, cast_weight=grad_size == 4, device="cuda",
     )  # fmt: skip
     return plan(problem, memory_budget).bytes + 2 * 2 * sizes.tokens * sizes.hidden
+
+
+def check_fits(config: TrainConfig, ranks: int, gpu_bytes: int) -> None:
+    """Raises UserError where weights, gradients and optimiser states, shared out over `ranks` GPUs of `gpu_bytes` each,
+    are more than a GPU has: before the model is loaded. Activations are not in it, so what passes may still be too
+    large; nor are reward models and models that cannot be counted.
+    """
+    stages = [stage for stage in config.stage_configs() if not stage.reward_model]
+    if not stages:
+        return
+    try:
+        settings = AutoConfig.from_pretrained(
+            config.model_name_or_path, revision=config.model_revision, trust_remote_code=config.trust_remote_code
+        )
+        sizes = counted(settings, config.lora_r, adapters=config.use_peft)
+    except Exception:  # the run itself says what is wrong with its model
+        return
+    found = [states(sizes, recipe_of(stage)) for stage in stages]
+    needed, room = max(sum(parts[:3]) for parts in found), int(gpu_bytes - CONTEXT)
+    shards = max(1, ranks // config.dp_replicate)
+    whole = (2 if config.dtype == "bfloat16" else 4) * sizes.parameters  # each rank loads the model, then shards it
+    if max(needed / shards, whole) <= room:
+        return
+    enough = f"take at least {-(-needed // room) * config.dp_replicate} GPUs, or " if whole <= room else ""
+    raise UserError(
+        f"{config.model_name_or_path}: weights, gradients and optimiser states are {needed / GIB:.1f} GiB"
+        f"{f', the weights alone {whole / GIB:.1f}' if whole > room else ''}; there {'is' if ranks == 1 else 'are'} "
+        f"{ranks} GPU{'s' * (ranks > 1)} of {gpu_bytes / GIB:.1f} GiB: {enough}what `fastpref plan --model` says fits"
+    )
 
 
 # ---- the table -------------------------------------------------------------------------------------------------------
@@ -210,19 +254,25 @@ def measure(config: Any, tokens: int, lora_r: int = 16, only: tuple[str, bool] |
 
     only: (kind of checkpointing, with LoRA or without): activations of nothing else, which takes a sixth of the time.
     """
+    kinds = KINDS if only is None else (only[0],)
+    sizes = counted(config, lora_r, adapters=False)
+    full = {} if only and only[1] else _by_kind(_on_meta(config), tokens, kinds)
+    adapters, lora, no_lora = (0, {}, "") if only and not only[1] else _of_lora(config, tokens, lora_r, kinds)
+    return replace(sizes, adapters=adapters, tokens=tokens, full=full, lora=lora, no_lora=no_lora)
+
+
+def counted(config: Any, lora_r: int = 16, *, adapters: bool) -> Sizes:
+    """Sizes without activations. adapters: count LoRA's too."""
     model = _on_meta(config)
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear):
         raise UserError(f"{type(model).__name__}: its LM head is {type(head).__name__}; fastpref takes a linear layer")
     linear = {id(m.weight): m.weight for m in model.modules() if isinstance(m, nn.Linear)}
     counts = [p.numel() for p in model.parameters()]
-    kinds = KINDS if only is None else (only[0],)
-    full = {} if only and only[1] else _by_kind(model, tokens, kinds)
-    adapters, lora, no_lora = (0, {}, "") if only and not only[1] else _of_lora(config, tokens, lora_r, kinds)
     return Sizes(
         parameters=sum(counts), matrices=sum(w.numel() for w in linear.values()), largest=max(counts),
-        hidden=head.in_features, vocab=head.out_features, adapters=adapters, tokens=tokens, full=full, lora=lora,
-        no_lora=no_lora,
+        hidden=head.in_features, vocab=head.out_features,
+        adapters=_of_lora(config, 0, lora_r, ())[0] if adapters else 0, tokens=0, full={}, lora={},
     )  # fmt: skip
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,9 +13,11 @@ from tiny import make_config
 from transformers import Gemma2Config, LlamaConfig, LlamaForCausalLM, MixtralConfig
 
 from fastpref import cli
-from fastpref.train import memory
+from fastpref.train import loop, memory
+from fastpref.train.config import TrainConfig, UserError
 from fastpref.train.memory import GIB, KINDS, RECIPES, Activations, choose, measure, terms
 from fastpref.train.model import enable_checkpointing
+from fastpref.train.prepare import Data
 
 LLAMA_3_8B = LlamaConfig(
     vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
@@ -118,3 +123,59 @@ def test_the_command(tmp_path, capsys):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "nothing"}))
     assert "no usable config.json" in failed("--model", str(tmp_path), "--gpu-gib", "3")
     assert "--max-tokens is 0; it takes at least 1" in failed("--model", "m", "--gpu-gib", "3", "--max-tokens", "0")
+
+
+# ---- too few GPUs ----------------------------------------------------------------------------------------------------
+
+
+def fitting(folder, **keys):
+    return TrainConfig(model_name_or_path=str(folder), output_dir="out", train_dataset="pairs.jsonl", **keys)
+
+
+@pytest.fixture(scope="module")
+def llama_8b(tmp_path_factory):
+    """Its config.json alone."""
+    folder = tmp_path_factory.mktemp("8b")
+    LLAMA_3_8B.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(("keys", "bytes_each"), [
+    ({"dtype": "bfloat16", "optim": "adamw_fp32_master"}, 2 + 2 + 10),
+    ({"dtype": "bfloat16"}, 2 + 2 + 2 + 8 / 256),
+])  # fmt: skip
+def test_too_few_gpus_are_told_before_the_model_is_loaded(llama_8b, keys, bytes_each):
+    config, needed = fitting(llama_8b, **keys), 8_030_261_248 * bytes_each
+    for count in (1, 2, 3):
+        memory.check_fits(config, count, int(needed / count + memory.CONTEXT) + 2)
+    each = int(needed / 2.5 + memory.CONTEXT)
+    line = f"are {needed / GIB:.1f} GiB; there are 2 GPUs of {each / GIB:.1f} GiB: take at least 3 GPUs, or what"
+    with pytest.raises(UserError, match=re.escape(line)):
+        memory.check_fits(config, 2, each)
+
+
+def test_weights_that_do_not_fit_one_gpu_are_told(llama_8b):
+    with pytest.raises(UserError, match="the weights alone 15.0; there are 64 GPUs of 14.0 GiB: what `fastpref plan"):
+        memory.check_fits(fitting(llama_8b, dtype="bfloat16", optim="adamw_fp32_master"), 64, 14 * 2**30)
+
+
+def test_lora_needs_room_for_the_base_alone(llama_8b):
+    config = fitting(llama_8b, dtype="bfloat16", use_peft=True)
+    with pytest.raises(UserError, match="there is 1 GPU of 15.0 GiB"):
+        memory.check_fits(config, 1, 15 * 2**30)
+    memory.check_fits(config, 1, 17 * 2**30)
+
+
+def test_the_run_asks_before_it_loads(monkeypatch, llama_8b, tmp_path):
+    """On a GPU, which is only said to be there."""
+    asked = []
+    monkeypatch.setattr(loop, "pick_device", lambda: torch.device("cuda", 0))
+    monkeypatch.setattr(loop.torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=8 << 30))
+    monkeypatch.setattr(loop, "check_optimizer", lambda *args: None)
+    monkeypatch.setattr(loop, "load_tokenizer", lambda config: None)
+    monkeypatch.setattr(loop, "load_data", lambda *args: asked.append("data") or [Data([])])
+    monkeypatch.setattr(loop.sharding, "load", lambda *args: pytest.fail("the model was loaded"))
+    config = dataclasses.replace(fitting(llama_8b), output_dir=str(tmp_path / "run"))
+    with pytest.raises(UserError, match="weights, gradients and optimiser states are"):
+        loop.train(config)
+    assert asked == ["data"] and not (tmp_path / "run" / "config.yaml").exists()
