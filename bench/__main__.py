@@ -6,7 +6,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from fastpref.cli import quiet_imports
+from fastpref.train.display import quiet_imports
 
 COMMANDS = {
     "head": "the fused head and loss against bare GEMMs and every peer",

@@ -7,7 +7,6 @@ SIGTERM. FASTPREF_DEBUG=1 shows the traceback as well.
 from __future__ import annotations
 
 import argparse
-import logging as logs
 import os
 import signal
 import sys
@@ -44,6 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     import torch
     from transformers.utils import logging
 
+    from .train.display import quiet_imports
+
     quiet_imports()
     from .train.checkpoint import SaveError
     from .train.loop import Stopped, TrainingError
@@ -65,12 +66,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(error, 1)
     except (ValueError, TypeError, OSError, ImportError) as error:
         return _fail(error, 2)
-
-
-def quiet_imports() -> None:
-    """transformers imports torchao, which tells of parts it cannot load: lines that no user can do anything about."""
-    for name in ("torchao", "torch.utils._pytree"):
-        logs.getLogger(name).setLevel(logs.ERROR)
 
 
 def _fail(error: BaseException, code: int, line: str | None = None) -> int:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import math
 import multiprocessing
 import os
@@ -37,7 +36,7 @@ SMOKE = ROOT / "runs" / "studies"  # where --quick writes, unless told
 sys.path += [str(ROOT)] if str(ROOT) not in sys.path else []  # for bench.plots
 
 from fastpref.train.config import UserError  # noqa: E402
-from fastpref.train.display import duration  # noqa: E402
+from fastpref.train.display import duration, quiet_imports  # noqa: E402
 from fastpref.train.metrics import device_name, versions  # noqa: E402
 
 Say = Callable[[str], None]
@@ -183,8 +182,7 @@ def _side_by_side(study: ModuleType, todo: Sequence[int], settings: dict[str, An
 def _one(study: str, seed: int, settings: dict[str, Any], asked: dict[str, Any], part: Path) -> None:
     """One seed, in this process."""
     torch.set_num_threads(1)
-    for name in ("torchao", "torch.utils._pytree"):  # tell of parts that cannot be loaded
-        logging.getLogger(name).setLevel(logging.ERROR)
+    quiet_imports()
     module, begun = load(Path(study)), time.perf_counter()
 
     def say(text: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,6 +13,13 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
 from rich.table import Table
 from rich.text import Text
+
+
+def quiet_imports() -> None:
+    """transformers imports torchao, which tells of parts it cannot load: lines that no user can do anything about."""
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
 
 SHARES = ("watch/chosen_fell", "rewards/accuracies", "accuracy", "exact_match", "mfu")
 # name, label in the progress line
