@@ -168,7 +168,7 @@ def rows_of(cell: Cell, trunk: Trunk, device: torch.device) -> list[AttentionRow
             backend=backend or trunk.own, pairs=cell.pairs, benchmark="attention", model=cell.name,
             layers=cell.layers, prompt_ratio=cell.ratio, response=cell.response,
             tokens=trunk.batches[way].input_ids.numel(), ceiling=packed / shared,
-        ))  # fmt: skip
+        ))
     return found
 
 
@@ -185,7 +185,7 @@ def table(title: str, rows: Sequence[AttentionRow]) -> Table:
             row.impl, row.backend, f"{row.tokens:,}", f"{row.ms_median:.1f}", f"{row.ms_p10:.1f}-{row.ms_p90:.1f}",
             f"{row.pairs_per_s:.2f}", f"{row.speedup:.2f}", f"{row.over_packed:.2f}",
             f"{row.ceiling:.2f}" if row.impl == "fastpref" else "", f"{row.dx_rel_err:.1e}", f"{row.dw_rel_err:.1e}",
-        )  # fmt: skip
+        )
     return found
 
 
@@ -193,7 +193,7 @@ def _preset(name: str, layers: int) -> Preset:
     found = QUICK if name == "quick" else PRESETS[name]
     return replace(
         found, shape=replace(found.shape, vocab=VOCAB), config=found.config | {"num_hidden_layers": layers}
-    )  # fmt: skip
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -71,7 +71,7 @@ def _cell(row: Row) -> tuple:
 
 
 GPU_LIMITS = {("step", "fp32"): 1.10, ("step", "bf16"): 1.06, ("frozen", "fp32"): 1.10, ("frozen", "bf16"): 1.06,
-              ("forward", "fp32"): 1.05, ("forward", "bf16"): 1.05}  # fmt: skip
+              ("forward", "fp32"): 1.05, ("forward", "bf16"): 1.05}
 LEAST_ROWS = PRESETS["llama3-8b"].shape.rows  # with fewer the GEMMs themselves are not at their best
 
 

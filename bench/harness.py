@@ -74,7 +74,7 @@ class Cell(NamedTuple):
         return Row(
             name, self.op, self.loss, s.rows, s.hidden, s.vocab, self.dtype, status, note, logits_dtype=self.dtype,
             prompt_share=s.prompt_share, softcap=s.softcap, pairs=s.pairs, logits=s.logits, benchmark=self.benchmark,
-        )  # fmt: skip
+        )
 
     def __str__(self) -> str:
         return f"{self.loss} {self.op}, {self.dtype}, {self.shape}"
@@ -614,7 +614,7 @@ def table(title: str, rows: Sequence[Row], limit: str = "bare GEMMs") -> Table:
             *([_number(row.peak_rss_mib)] if resident else []), _number(row.plan_mib),
             *(_number(value, ".1e") for value in (row.logp_max_err, row.dx_rel_err, row.dw_rel_err)),
             *([_number(getattr(row, "tokens_per_s", None), ",.0f")] if speeds else []),
-        )  # fmt: skip
+        )
     found.caption = "\n".join(gaps)
     return found
 

@@ -130,7 +130,7 @@ def run_groups(
             rows = measure(
                 cell, running, run.device, rounds=run.rounds, least=run.least, deadline=run.deadline,
                 tolerance=tolerance, say=run.say,
-            )  # fmt: skip
+            )
             for row, implementation in zip(rows, running):
                 if resident and row.status == "ok":
                     row.peak_rss_mib = memory.peak_rss_mib(cell, implementation)

@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             backends = (*fastpref_backends(run.device, DTYPES[group.cell.dtype]), "reference")
             groups.append(group._replace(
                 cell=group.cell._replace(benchmark="loss"), backends=tuple(dict.fromkeys(backends))
-            ))  # fmt: skip
+            ))
         run_groups(groups, run, tolerance=ANY_FINITE)
         command.finish(run, plots.of_results(run.results))
     return int(not all_right(run.results.rows))

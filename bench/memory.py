@@ -26,7 +26,7 @@ def peak_rss_mib(cell: Cell, implementation: Implementation) -> float | None:
     child = subprocess.run(
         [sys.executable, "-m", "bench.memory", json.dumps(what)],
         capture_output=True, text=True, cwd=Path(__file__).parent.parent,
-    )  # fmt: skip
+    )
     return json.loads(child.stdout.splitlines()[-1]) if child.returncode == 0 else None
 
 

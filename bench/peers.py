@@ -103,7 +103,7 @@ def fastpref(backend: str | None = None, budget: int | None = None, logits: str 
             4 if logits_dtype(dtype, device) == "fp32" else 2, dtype.itemsize,
             needs_hidden_grad=op != "forward", needs_weight_grad=op == "step", coupling=kind.coupling,
             scratches=kind.scratches, gathered=shape.prompt_share > 0, device=device,
-        )  # fmt: skip
+        )
         return fp.plan(problem, budget)
 
     def gemms(shape: Shape, op: str) -> float:
@@ -112,7 +112,7 @@ def fastpref(backend: str | None = None, budget: int | None = None, logits: str 
     return Implementation(
         "fastpref", fp.__version__, run, gemms, tokens=tokens, plan=schedule, logits_dtype=logits_dtype,
         backend=backend, budget=budget,
-    )  # fmt: skip
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -218,7 +218,7 @@ def trl() -> Implementation | Missing:
         return ChunkedLogProbFunction.apply(
             batch.rows(), batch.weight, None, batch.scored_targets, 1.0, _CHUNKED_LOGPROB_CHUNK_SIZE,
             batch.shape.softcap, 1.0, ("log_probs",),
-        )[0]  # fmt: skip
+        )[0]
 
     return _from_tokens("trl", version, tokens, 4)
 

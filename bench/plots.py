@@ -27,21 +27,21 @@ COLOURS = {
     "fastpref": "#0072b2", "naive": "#e69f00", "naive_all": "#d55e00", "naive_compiled": "#8c6d1f",
     "torch_lce": "#009e73", "trl": "#cc79a7", "liger": "#56b4e9", "cce": "#5b5b5b", "quack": "#7a5195",
     "padded": "#e69f00", "packed": "#009e73", "gathered": "#e69f00",
-}  # fmt: skip
+}
 BACKENDS = {"reference": "#8a8a8a", "native": "#0072b2", "triton": "#009e73", "cuda": "#e69f00"}
 MARKERS = {"fastpref": "o", "naive": "s", "naive_all": "D", "torch_lce": "^", "trl": "v", "liger": "P", "gathered": "s"}
 TITLES = {
     "naive": "naive", "naive_all": "naive, prompts too", "naive_compiled": "torch.compile",
     "torch_lce": "torch linear_cross_entropy", "trl": "TRL", "liger": "Liger", "cce": "Cut Cross-Entropy",
     "gathered": "W gathered (FSDP)",
-}  # fmt: skip
+}
 STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans", "font.size": 9, "axes.edgecolor": FAINT, "axes.labelcolor": INK,
     "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 9.5, "axes.titlelocation": "left",
     "axes.titleweight": "bold", "xtick.color": FAINT, "ytick.color": FAINT, "xtick.labelcolor": INK,
     "ytick.labelcolor": INK, "text.color": INK, "figure.facecolor": "white", "axes.facecolor": "white",
     "savefig.facecolor": "white", "svg.hashsalt": "fastpref", "axes.axisbelow": True,
-}  # fmt: skip
+}
 SWEPT = {"rows": "N", "vocab": "V", "length": "N", "pairs": "pairs", "ranks": "ranks"}
 AXES = {"N": "scored rows", "V": "vocabulary", "pairs": "pairs", "ranks": "ranks"}
 LIMIT = {"rows": "copy_ of as many bytes", "step": "trunk, bare GEMMs, optimiser"}
@@ -152,14 +152,14 @@ def share(rows: Sequence[dict[str, Any]]) -> Figure:
     return _bars(
         rows, lambda row: 100 / row["ratio"], lambda row: f"{100 / row['ratio']:.0f} %, {_ms(row['ms_median'])}",
         f"share of the limit's rate, % ({limit} = 100)", mark=100.0,
-    )  # fmt: skip
+    )
 
 
 def memory(rows: Sequence[dict[str, Any]]) -> Figure:
     return _bars(
         rows, lambda row: row["peak_extra_mib"], lambda row: _mib(row["peak_extra_mib"]),
         "peak memory beyond inputs and gradients, MiB",
-    )  # fmt: skip
+    )
 
 
 def speedup(rows: Sequence[dict[str, Any]]) -> Figure:
@@ -167,7 +167,7 @@ def speedup(rows: Sequence[dict[str, Any]]) -> Figure:
     return _bars(
         rows, lambda row: row["speedup"], lambda row: f"{row['speedup']:.2f} x, {_ms(row['ms_median'])}",
         "speed-up over padded batches", mark=1.0,
-    )  # fmt: skip
+    )
 
 
 def _bars(
@@ -284,7 +284,7 @@ def _lines(rows: Sequence[dict[str, Any]], x: str, y: str, ylabel: str) -> Figur
             ax.set_ylim(0, 112)
             ax.axhline(100, color=INK, linewidth=1.2, linestyle=(0, (4, 3)))
             ax.annotate("bare GEMMs: the limit", (0, 100), (4, 3), xycoords=("axes fraction", "data"),
-                        textcoords="offset points", fontsize=8)  # fmt: skip
+                        textcoords="offset points", fontsize=8)
         else:
             ax.set_yscale("log")
             _plain_log_ticks(ax.yaxis)
@@ -317,7 +317,7 @@ def _label_ends(ax: Axes, ends: Iterable[tuple[float, float, str, str]]) -> None
             name, (x, y), (1.025, height), textcoords="axes fraction", color=colour, va="center", fontsize=8.5,
             fontweight="bold" if name.startswith("fastpref") else "normal",
             arrowprops=dict(arrowstyle="-", color=colour, linewidth=0.6, alpha=0.7, shrinkA=1, shrinkB=3),
-        )  # fmt: skip
+        )
 
 
 def _pair(values: Iterable[float]) -> tuple[float, float]:
@@ -432,7 +432,7 @@ def _label_points(ax: Axes, points: Iterable[tuple[float, float, str, str]]) -> 
                 va="center", ha="left" if side else "right", fontsize=8,
                 fontweight="bold" if name.startswith("fastpref") else "normal",
                 arrowprops=dict(arrowstyle="-", color=colour, linewidth=0.7, shrinkA=0, shrinkB=2),
-            )  # fmt: skip
+            )
 
 
 # ---------------------------------------------------------------------------------------------------------------------

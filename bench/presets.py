@@ -59,7 +59,7 @@ PRESETS = {
         "llama",
         dict(intermediate_size=1408, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=4),
     ),
-}  # fmt: skip
+}
 QUICK = Preset(
     Shape(64, 64, 4096, pairs=4),
     "llama",

@@ -148,7 +148,7 @@ def make_batch(shape: Shape, dtype: torch.dtype, device: torch.device | str = "c
         ref_logps=expected + REFERENCE_STD * normal(sequences),
         desirable=torch.arange(sequences, device=device) % 2 == 0,
         kl_logps=kl_logps, ref_kl_logps=kl_logps - 1.5 + normal(sequences),
-    )  # fmt: skip
+    )
     if shape.logits == "trained":
         return batch
     if shape.logits == "huge":  # log-probs of -1e6, whose rounding alone is nats: any reference near them is noise

@@ -41,7 +41,7 @@ Share of the limit: the GEMMs' time over fastpref's. Protocol: `bench/README.md`
 CELLS = (
     [("CPU", shape, dtype) for shape in CPU_SHAPES for dtype in ("fp32", "bf16")]
     + [("GPU", shape, "bf16") for shape in (MAIN, LARGE, *OTHERS)]
-)  # fmt: skip
+)
 
 
 def headline(folder: Path = RESULTS) -> list[dict[str, Any]]:

@@ -74,13 +74,13 @@ class Row:
 ENVIRONMENT = (
     "schema", "date", "device", "driver", "cpu", "threads", "python", "torch", "triton", "fastpref", "revision",
     "clocks", "freed_memory", "rounds_asked",
-)  # fmt: skip
+)
 MEASURED = (
     "status", "note", "version", "gemms", "rounds", "ms_median", "ms_p10", "ms_p90", "ms_limit", "ratio", "ms_rounds",
     "limit_ms_rounds", "clock_mhz", "peak_extra_mib", "peak_rss_mib", "plan_mib", "logp_max_err", "logp_err_of",
     "dx_rel_err", "dw_rel_err", "loss_err", "u_rel_err", "gb_per_s", "tokens_per_s", "pairs_per_s",
     "speedup", "over_packed", "sent_mib", "mfu", "peak_mib", "reserved_mib", "grad_norm", "grad_norm_rel_err", "split",
-)  # fmt: skip
+)
 CONTESTANT = ("impl", "backend", "logits_dtype", "budget_mib", "tokens")
 
 

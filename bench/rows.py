@@ -159,7 +159,7 @@ class Cell(NamedTuple):
         return KernelRow(
             "fastpref", self.op, "", shape.rows, 0, shape.vocab, self.dtype, version=fastpref.__version__,
             backend=backend, logits_dtype=self.logits_dtype, softcap=shape.softcap, benchmark="rows", l2=self.l2,
-        )  # fmt: skip
+        )
 
     def __str__(self) -> str:
         shape, l2 = self.shape, f", {self.l2} L2" if self.l2 else ""
@@ -223,7 +223,7 @@ def table(title: str, rows: Sequence[KernelRow]) -> Table:
         found.add_row(
             name, f"{row.ms_median:.3f}", f"{row.ms_p10:.3f}-{row.ms_p90:.3f}", f"{row.gb_per_s:.1f}",
             f"{100 / (row.ratio or 1):.0f} %", *errors,
-        )  # fmt: skip
+        )
     timed = next((row.ms_limit for row in rows if row.ms_limit is not None), None)
     if timed is not None:
         found.add_row("copy_ of as many bytes", f"{timed:.3f}", "", "", "100 %")

@@ -95,7 +95,7 @@ class Step:
             shape, hidden, self.weight.detach().clone(), targets, index, targets.flatten()[index],
             ref_logps=noise[0], desirable=torch.arange(size[0], device=device) % 2 == 0,
             kl_logps=noise[1], ref_kl_logps=noise[2],
-        )  # fmt: skip
+        )
         self.truth = Truth(batch)
         self.batch = replace(batch, ref_logps=(self.truth.logps + REFERENCE_STD * noise[0]).float())
         self.gemms = Gemms(self.batch, "step")

@@ -116,7 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         taken = {"rows": "rows", "vocab": "vocab", "length": "rows", "pairs": "pairs"}[options.what]
         shapes = given if getattr(options, taken) else [
             shape for each in given for shape in swept(options.what, each, options.quick)
-        ]  # fmt: skip
+        ]
         groups = [
             group._replace(cell=group.cell._replace(benchmark=f"sweep-{options.what}"))
             for group in chosen_groups(options, run.device, shapes)

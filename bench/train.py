@@ -128,7 +128,7 @@ def spec_of(cell: Cell, impl: str, plan: Terms | None, run: command.Session) -> 
     return Spec(
         impl, cell.preset, str(run.device), keys, cell.max_tokens, cell.accumulation, 1 + run.rounds,
         cell.card_gb if impl == "fastpref" else None, cell.shorter, threads=torch.get_num_threads(),
-    )  # fmt: skip
+    )
 
 
 def row_of(cell: Cell, spec: Spec, plan: Terms | None) -> TrainRow:
@@ -141,7 +141,7 @@ def row_of(cell: Cell, spec: Spec, plan: Terms | None) -> TrainRow:
         preset.shape.vocab, dtype, version=version, pairs=len(step), benchmark="train", cell=cell.name,
         model=cell.preset, layers=preset.config["num_hidden_layers"], recipe=cell.recipe, checkpointing=checkpointing,
         max_tokens=cell.max_tokens, accumulation=cell.accumulation, card_gb=cell.card_gb,
-    )  # fmt: skip
+    )
     if spec.impl != "fastpref":
         found.recipe = f"{dtype}, torch's AdamW"
         found.checkpointing = "full" if spec.impl == "trl" or checkpointing != "none" else "none"
@@ -182,7 +182,7 @@ def process(spec: Spec, seconds: float) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "bench.train_cell", json.dumps(asdict(spec))], capture_output=True, text=True,
         cwd=Path(__file__).parent.parent, env=environment, timeout=seconds if seconds < 1e9 else None,
-    )  # fmt: skip
+    )
 
 
 def _once(spec: Spec, run: command.Session) -> dict[str, Any]:
@@ -254,7 +254,7 @@ def table(title: str, rows: Sequence[TrainRow]) -> Table:
             row.impl, row.recipe, row.checkpointing, f"{row.pairs_per_s:.3g}", f"{row.tokens_per_s:,.0f}",
             "" if row.mfu is None else f"{row.mfu:.0%}", f"{row.ms_median:,.0f}", peak,
             "" if row.plan_mib is None else f"{row.plan_mib / 1024:.1f}", f"{row.grad_norm:.4g}",
-        )  # fmt: skip
+        )
     return found
 
 
@@ -264,7 +264,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--impl", nargs="+", choices=IMPLEMENTATIONS, metavar="NAME",
         help=f"of {', '.join(IMPLEMENTATIONS)}; default: all on a CPU; on a GPU naive only where TRL is not installed",
-    )  # fmt: skip
+    )
     options = parser.parse_args(arguments)
     cuda = torch.cuda.is_available() if options.device is None else options.device.startswith("cuda")
     names = ["quick"] if options.quick else options.cell or [cell.name for cell in (GPU_CELLS if cuda else CPU_CELLS)]

@@ -82,7 +82,7 @@ def config_of(spec: Spec) -> TrainConfig:
         "model_name_or_path": spec.preset, "train_dataset": "synthetic", "output_dir": "none", "beta": BETA,
         "learning_rate": LEARNING_RATE, "max_tokens_per_batch": spec.max_tokens, "max_steps": spec.steps,
         "gradient_accumulation_steps": spec.accumulation, **spec.keys,
-    })  # fmt: skip
+    })
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -139,7 +139,7 @@ def make_tokenizer(vocab: int) -> Any:
     return PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="<s>")), pad_token="<pad>", bos_token="<s>",
         eos_token="</s>",
-    )  # fmt: skip
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -261,11 +261,11 @@ def trl(spec: Spec, device: torch.device) -> Seen:
             logging_steps=1, seed=SEED,
             save_strategy="no", report_to="none", disable_tqdm=True, precompute_ref_log_probs=True,
             use_cpu=device.type == "cpu", bf16=dtype_of(spec) == torch.bfloat16, dataloader_pin_memory=False,
-        )  # fmt: skip
+        )
         trainer = Trainer(
             model, args=arguments, train_dataset=Dataset.from_list(rows[0]), processing_class=tokenizer,
             callbacks=[Clock()],
-        )  # fmt: skip
+        )
         batches = [trainer.data_collator(part) for part in rows]
         for batch in batches:
             moved = {name: value.to(device) for name, value in batch.items()}
@@ -324,7 +324,7 @@ def measure(spec: Spec) -> dict[str, Any]:
     cap(spec, device)
     seen = IMPLEMENTATIONS[spec.impl](spec, device)
     pairs, tokens = ([sum(count(e) for batch in step for e in batch) for step in steps_of(spec)]
-                     for count in (lambda e: 1, lambda e: e.tokens(True)))  # fmt: skip
+                     for count in (lambda e: 1, lambda e: e.tokens(True)))
     timed = seen.seconds[1:]
     milliseconds = sorted(1e3 * s for s in timed)
     peak = peak_flops(device_name(device), seen.dtype)
@@ -332,7 +332,7 @@ def measure(spec: Spec) -> dict[str, Any]:
         "rounds": len(timed), "ms_rounds": [1e3 * s for s in timed], "ms_median": statistics.median(milliseconds),
         "ms_p10": milliseconds[0], "ms_p90": milliseconds[-1], "pairs_per_s": sum(pairs[1:]) / sum(timed),
         "tokens_per_s": sum(tokens[1:]) / sum(timed), "grad_norm": seen.norms[0],
-    }  # fmt: skip
+    }
     if peak and seen.flops:
         found["mfu"] = sum(seen.flops[1:]) / sum(timed) / peak
     return found

@@ -38,14 +38,14 @@ def options_of(
     hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, ignore_index: int, softcap: float | None,
     logit_scale: float, temperature: float, memory_budget: int | None, backend: str | None,
     logits_dtype: str | None,
-) -> Options:  # fmt: skip
+) -> Options:
     """Checks what both functions take, and settles the compute dtype."""
     for name, x in (("hidden", hidden), ("weight", weight), ("targets", targets)):
         require(isinstance(x, Tensor), name, f"a {type(x).__name__}", "a tensor", TypeError)
     require(hidden.dim() >= 1, "hidden", f"of shape {tuple(hidden.shape)}", "[..., H]")
     require(weight.dim() == 2, "weight", f"of shape {tuple(weight.shape)}", "[V, H]")
     require(weight.shape[1] == hidden.shape[-1], "weight", f"of shape {tuple(weight.shape)}",
-             f"[V, {hidden.shape[-1]}], the width of hidden")  # fmt: skip
+             f"[V, {hidden.shape[-1]}], the width of hidden")
     require(weight.shape[0] > 0, "weight", f"of shape {tuple(weight.shape)}", "at least one row (an empty shard?)")
     for name, x in (("hidden", hidden), ("weight", weight)):
         require(x.dtype in _DTYPES, name, x.dtype, "float32, bfloat16, float16 or float64", TypeError)
@@ -66,7 +66,7 @@ def options_of(
             require(isinstance(value, int | float) and value > 0, name, repr(value), "a number above 0")
     require(isinstance(ignore_index, int), "ignore_index", repr(ignore_index), "an integer", TypeError)
     require(memory_budget is None or (isinstance(memory_budget, int) and memory_budget > 0), "memory_budget",
-             repr(memory_budget), "a positive number of bytes, or None")  # fmt: skip
+             repr(memory_budget), "a positive number of bytes, or None")
     recording = torch.is_grad_enabled()
     needs = (
         recording and hidden.requires_grad,
@@ -114,23 +114,23 @@ def check_layout(hidden: Tensor, targets: Tensor, cu_seqlens: Sequence[int] | No
     width = hidden.shape[-1]
     if cu_seqlens is None:
         require(hidden.dim() == 3, "hidden", f"of shape {tuple(hidden.shape)} without cu_seqlens",
-                 f"[S, T, {width}] (padded), or [N, {width}] with cu_seqlens (packed)")  # fmt: skip
+                 f"[S, T, {width}] (padded), or [N, {width}] with cu_seqlens (packed)")
         require(targets.dim() == 2, "targets", f"of shape {tuple(targets.shape)} without cu_seqlens",
-                 "[S, T] (padded), or [N] with cu_seqlens (packed)")  # fmt: skip
+                 "[S, T] (padded), or [N] with cu_seqlens (packed)")
         return targets.shape[0]
     require(hidden.dim() == 2, "hidden", f"of shape {tuple(hidden.shape)} with cu_seqlens", f"[N, {width}] (packed)")
     require(targets.dim() == 1, "targets", f"of shape {tuple(targets.shape)} with cu_seqlens", "[N] (packed)")
     ends = list(cu_seqlens)
     ok = len(ends) >= 1 and ends[0] == 0 and ends[-1] == targets.shape[0] and ends == sorted(ends)
     require(ok, "cu_seqlens", ends if len(ends) < 20 else f"{ends[:20]}...",
-             f"offsets from 0 to {targets.shape[0]} (rows of hidden), never falling")  # fmt: skip
+             f"offsets from 0 to {targets.shape[0]} (rows of hidden), never falling")
     return len(ends) - 1
 
 
 def check_reference(
     loss: object, sequences: int, hidden: Tensor, targets: Tensor, ref_logps: Tensor | None, ref_hidden: Tensor | None,
     ref_weight: Tensor | None, ref_bias: Tensor | None,
-) -> None:  # fmt: skip
+) -> None:
     check_vector("ref_logps", ref_logps, (sequences,), hidden, floating=True)
     if getattr(loss, "needs_reference", False) and ref_logps is None and ref_hidden is None:
         raise ValueError(f"ref_logps is None; {loss_name(loss)} takes ref_logps [S], or ref_hidden and ref_weight")
@@ -159,7 +159,7 @@ def check_reference(
 def check_kto(
     loss: object, sequences: int, hidden: Tensor, desirable: Tensor | None, kl_logps: Tensor | None,
     ref_kl_logps: Tensor | None,
-) -> Tensor | None:  # fmt: skip
+) -> Tensor | None:
     """KTO's baseline before its clamp: mean of kl_logps - ref_kl_logps."""
     given = {"desirable": desirable, "kl_logps": kl_logps, "ref_kl_logps": ref_kl_logps}
     for name, x in given.items():
@@ -174,7 +174,7 @@ def check_kto(
     if kl_logps is None and ref_kl_logps is None:
         return None
     require(kl_logps is not None and ref_kl_logps is not None, "kl_logps", "given without the other",
-             "kl_logps and ref_kl_logps together")  # fmt: skip
+             "kl_logps and ref_kl_logps together")
     assert kl_logps is not None and ref_kl_logps is not None
     require(
         kl_logps.dim() == 1 and kl_logps.shape[0] > 0, "kl_logps", f"of shape {tuple(kl_logps.shape)}", "[K] with K > 0"
@@ -188,7 +188,7 @@ def check_accumulate_into(buffer: Tensor | None, weight: Tensor, possible: bool)
     if buffer is None:
         return
     require(possible, "accumulate_into", "given for a free callable or under torch.compile",
-            "None there, or a loss object of fastpref.losses in eager mode")  # fmt: skip
+            "None there, or a loss object of fastpref.losses in eager mode")
     check_vector("accumulate_into", buffer, weight.shape, weight)
     require(buffer.dtype == torch.float32, "accumulate_into", buffer.dtype, "float32", TypeError)
     require(buffer.is_contiguous(), "accumulate_into", "not contiguous", "a contiguous buffer")

@@ -35,6 +35,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastpref.errors import first_line
+
 NAME = "fastpref"
 HALF = (torch.float16, torch.bfloat16)
 
@@ -84,7 +86,7 @@ class AttentionPlan:
             tuple(positions), tuple(pieces), tuple(gather), tuple(q_lengths), tuple(k_lengths),
             torch.tensor([0, *accumulate(q_lengths)], dtype=torch.int32),
             torch.tensor([0, *accumulate(k_lengths)], dtype=torch.int32),
-        )  # fmt: skip
+        )
 
     @property
     def num_tokens(self) -> int:
@@ -194,19 +196,19 @@ def _varlen_attn() -> tuple[Callable[..., Any], bool] | None:
 
 
 def _run_flash_attn(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float, window: int | None,
-                    softcap: float | None) -> Tensor:  # fmt: skip
+                    softcap: float | None) -> Tensor:
     function = _flash_attn()
     assert function is not None
     out = function(
         q, k, _as_wide(v, q), plan.cu_seqlens_q, plan.cu_seqlens_k, max(plan.q_lengths), max(plan.k_lengths),
         dropout_p=0.0, softmax_scale=scale, causal=True, softcap=softcap or 0.0,
         window_size=(-1, -1) if window is None else (window - 1, 0),
-    )  # fmt: skip
+    )
     return out[..., : v.shape[-1]]
 
 
 def _run_varlen_attn(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float, window: int | None,
-                     softcap: float | None) -> Tensor:  # fmt: skip
+                     softcap: float | None) -> Tensor:
     found = _varlen_attn()
     assert found is not None and softcap is None
     function, takes_gqa = found
@@ -217,7 +219,7 @@ def _run_varlen_attn(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale
     out: Tensor = function(
         q, k, _as_wide(v, q), plan.cu_seqlens_q, plan.cu_seqlens_k, max(plan.q_lengths), max(plan.k_lengths),
         scale=scale, window_size=(-1 if window is None else window - 1, 0), **options,
-    )  # fmt: skip
+    )
     return out[..., : v.shape[-1]]
 
 
@@ -228,7 +230,7 @@ def _as_wide(value: Tensor, query: Tensor) -> Tensor:
 
 
 def _run_torch(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float, window: int | None,
-               softcap: float | None) -> Tensor:  # fmt: skip
+               softcap: float | None) -> Tensor:
     repeats = q.shape[1] // k.shape[1]
     parts = zip(q.split(list(plan.q_lengths)), *(x.split(list(plan.k_lengths)) for x in (k, v)), strict=True)
     found = []
@@ -353,7 +355,7 @@ def replace_attention(model: Any, trunk: Any, compute_dtype: torch.dtype = torch
     except (ValueError, TypeError, RuntimeError) as error:  # RuntimeError: shapes that a layer of its own kind expects
         if config._attn_implementation == NAME:
             model.set_attn_implementation(own)
-        reason = next(iter(str(error).splitlines()), type(error).__name__).removeprefix(f"{what}: ")
+        reason = first_line(error).removeprefix(f"{what}: ")
         raise ValueError(f"{what}: its attention cannot be replaced: {reason}") from error
     finally:
         model.train(training)

@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from .train.display import quiet_imports
 
     quiet_imports()
-    from .train.checkpoint import SaveError
+    from .errors import SaveError
     from .train.loop import Stopped, TrainingError
 
     logging.disable_progress_bar()  # a bar for every save and load would break ours
@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except torch.OutOfMemoryError as error:
         return _fail(error, 1, "out of GPU memory; lower per_device_train_batch_size or max_length, or set "
                                "gradient_checkpointing=full, use_peft=true (fastpref plan --model tells what fits)"
-                     )  # fmt: skip
+                     )
     except (SaveError, TrainingError) as error:
         return _fail(error, 1)
     except (ValueError, TypeError, OSError, ImportError) as error:

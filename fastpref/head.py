@@ -96,7 +96,7 @@ def _preference_step(
             ignore_index, softcap, logit_scale, temperature, memory_budget, backend, compute_dtype, logits_dtype,
             _three(needs), extras,
         ),
-    )  # fmt: skip
+    )
     ref = None if ref is ref_logps else ref  # an op may not return its input
     ref, dx, dw, db = (_present(x, logps) for x in (ref, dx, dw, db))
     return value, logps, ref, lengths, sums, dx, dw, db
@@ -107,7 +107,7 @@ def _(
     loss, hidden, weight, bias, targets, cu_seqlens, ref_logps, ref_hidden, ref_weight, ref_bias, desirable, kl,
     token_weights, totals, ignore_index, softcap, logit_scale, temperature, memory_budget, backend, compute_dtype,
     logits_dtype, needs, extras,
-):  # fmt: skip
+):
     stats = rows.stats_dtype(compute_dtype)
     sequences = targets.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
     logps = hidden.new_empty(sequences, dtype=stats)
@@ -206,11 +206,11 @@ def _token_stats_op(
 def _(
     hidden, weight, bias, targets, index, ignore_index, softcap, logit_scale, temperature, memory_budget, backend,
     compute_dtype, logits_dtype, needs, extras,
-):  # fmt: skip
+):
     options = Options(
         ignore_index, softcap, logit_scale, temperature, memory_budget, backend, compute_dtype, logits_dtype, needs,
         extras,
-    )  # fmt: skip
+    )
     schedule = _late_plan(hidden, weight, targets, index, options)
     stats = hidden.new_empty(targets.shape, dtype=rows.stats_dtype(compute_dtype))
     if schedule.scheme == "frozen":
@@ -300,7 +300,7 @@ def _made(
 def _(
     grad, grad_entropy, entropy, lse, scale, kept, hidden, weight, bias, targets, index, ignore_index, softcap,
     logit_scale, temperature, memory_budget, backend, compute_dtype, logits_dtype, needs, extras,
-):  # fmt: skip
+):
     return tuple(
         torch.empty_like(x, memory_format=torch.contiguous_format) if need else grad.new_empty(0)
         for x, need in zip((hidden, weight, bias), needs)
@@ -393,7 +393,7 @@ def _preference_step_of(
     value, logps, ref, *rest = step(
         loss, hidden, weight, bias, targets, cu_seqlens, reference, desirable, kl, token_weights,
         None if totals is None else Totals(*totals.unbind()), options, accumulate_into,
-    )  # fmt: skip
+    )
     return value, logps, *(_present(x, logps) for x in (None if ref is ref_logps else ref, *rest))
 
 
@@ -483,7 +483,7 @@ def linear_logps(
     options = options_of(
         hidden, weight, targets, bias, ignore_index, softcap, logit_scale, temperature, memory_budget, backend,
         logits_dtype,
-    )  # fmt: skip
+    )
     return _token_stats(hidden, weight, bias, targets, options, pick=True).logps
 
 
@@ -530,7 +530,7 @@ def linear_token_stats(
     options = options_of(
         hidden, weight, targets, bias, ignore_index, softcap, logit_scale, temperature, memory_budget, backend,
         logits_dtype,
-    )  # fmt: skip
+    )
     options = options._replace(extras=extras_of("outputs", outputs))
     return _token_stats(hidden, weight, bias, targets, options, pick=True)
 
@@ -609,7 +609,7 @@ def linear_preference_loss(
     options = options_of(
         hidden, weight, targets, bias, ignore_index, softcap, logit_scale, temperature, memory_budget, backend,
         logits_dtype,
-    )  # fmt: skip
+    )
     needed = tuple(getattr(loss, "needs_extras", ()))
     options = options._replace(extras=extras_of("extras", (*extras_of("extras", extras).split(), *needed)))
     if isinstance(cu_seqlens, Tensor):
@@ -619,7 +619,7 @@ def linear_preference_loss(
     sequences = check_layout(hidden, targets, cu_seqlens)
     pairwise = getattr(loss, "pairwise", False)
     require(not pairwise or sequences % 2 == 0, "targets", f"of {sequences} sequences",
-             f"an even number: {loss_name(loss)} compares the first half (chosen) with the second")  # fmt: skip
+             f"an even number: {loss_name(loss)} compares the first half (chosen) with the second")
     check_vector("token_weights", token_weights, targets.shape, hidden)
     check_reference(loss, sequences, hidden, targets, ref_logps, ref_hidden, ref_weight, ref_bias)
     kl = check_kto(loss, sequences, hidden, desirable, kl_logps, ref_kl_logps)
@@ -640,7 +640,7 @@ def linear_preference_loss(
         inputs = (
             targets, cu_seqlens, ref_logps, ref_hidden, ref_weight, ref_bias, desirable, kl,
             None if token_weights is None else token_weights.detach(), _totals_tensor(totals, hidden.device, stats),
-        )  # fmt: skip
+        )
         value, logps, computed_ref, lengths, sums = _PreferenceLoss.apply(
             hidden, weight, bias, loss, options, accumulate_into, *inputs
         )
@@ -651,7 +651,7 @@ def linear_preference_loss(
         seq, value, found = _free_loss(
             loss, hidden, weight, bias, targets, cu_seqlens, ref_logps, (ref_hidden, ref_weight, ref_bias), desirable,
             kl, token_weights, totals, options,
-        )  # fmt: skip
+        )
     return PreferenceOutput(value, seq.logps, seq.ref_logps, seq.lengths.long(), losses.metrics(loss, seq), found)
 
 

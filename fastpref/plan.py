@@ -285,7 +285,7 @@ class _Planner:
         return Plan(
             scheme, p, self.budget, blocks, tile, rows if frozen else 0, 0, 0,
             rows * each + (self.scratch_bytes(tile) if frozen else 0), self.accumulator_bytes(0),
-        )  # fmt: skip
+        )
 
     def stash_capacity(self) -> int:
         """Rows of residuals that fit beside the logits' scratch, which gets up to a quarter of the budget."""
@@ -343,7 +343,7 @@ class _Planner:
             "groups", self.p, self.budget, groups, tile, stash, 0, 0 if self.direct else self.weight_slice,
             stash * self.per_stash_row() + self.logits_bytes(tile),
             self.accumulator_bytes(len(groups), self.p.scratches if long else 0),
-        )  # fmt: skip
+        )
 
     def one_group_if_smaller(self, several: Plan) -> Plan:
         """One stash for the whole batch needs no fp32 sum beside dW: often the lesser evil, and always the faster."""
@@ -375,7 +375,7 @@ class _Planner:
             if cols >= SLICE_COLS and used <= self.budget:
                 return Plan(
                     "recompute", p, self.budget, (self.p.whole,), tile, kept, cols, 0, used, self.accumulator_bytes(0)
-                )  # fmt: skip
+                )
         return None
 
     def slices(self, kept: int) -> tuple[int, int]:

@@ -52,7 +52,7 @@ def shard_of(weight: Any, bias: Any) -> Shard:
     others = [p for dim, p in enumerate(weight.placements) if dim not in dims]
     if len(dims) != 1 or not all(p.is_replicate() for p in others) or "_StridedShard" in kinds[dims[0]]:
         raise ValueError(f"weight is a DTensor of placements {', '.join(kinds)}; it takes one Shard(dim=0), over the "
-                         "ranks that share a vocabulary, and else Replicate()")  # fmt: skip
+                         "ranks that share a vocabulary, and else Replicate()")
     if bias is not None and (not is_sharded(bias) or tuple(bias.placements) != tuple(weight.placements)):
         raise ValueError("bias is not sharded like weight; a sharded head takes one that is")
     (dim,) = dims
@@ -60,11 +60,11 @@ def shard_of(weight: Any, bias: Any) -> Shard:
     each = -(-vocab // mesh.size(dim))  # as torch.chunk and so DTensor do: the last ranks may have less, or nothing
     start = min(each * mesh.get_local_rank(dim), vocab)
     shard = Shard(start, min(start + each, vocab), vocab, mesh.get_group(dim),
-                  tuple(mesh.get_group(other) for other in range(mesh.ndim) if other != dim))  # fmt: skip
+                  tuple(mesh.get_group(other) for other in range(mesh.ndim) if other != dim))
     found = weight.to_local().shape[0]
     if found != shard.end - shard.start:
         raise ValueError(f"weight has {found} of {vocab} rows on this rank; it takes {shard.end - shard.start}, as "
-                         "torch.chunk shards them")  # fmt: skip
+                         "torch.chunk shards them")
     return shard
 
 
@@ -201,7 +201,7 @@ class _ShardWalk(Walk):
             logits = self.logits(first, end, out)
             state = rows.FoldState(*(values[mine] for values in self.state))
             head.kernels.fold(logits, self.scored.targets[mine], state, col_offset=0, transform=head.transform,
-                              bias=head.bias, ignore_index=IGNORED)  # fmt: skip
+                              bias=head.bias, ignore_index=IGNORED)
             if out is not None:
                 # 0 where all columns are -inf: exp(z - lse) then is 0
                 self.lse[mine] = torch.where(state.sum_exp == 0, 0.0, _lse(state))

@@ -143,7 +143,7 @@ def take_score_apart(model: Any) -> Parts:
         off = float((z - expected).abs().max()) / size if z.shape == expected.shape else math.inf
     if not off < 3 * _tolerance(hidden):
         raise ValueError(f"{what}: trunk and {name} do not give its logit (relative difference {off:.1g}); a reward "
-                         "is taken as the score layer on the last token's hidden row, of a causal model")  # fmt: skip
+                         "is taken as the score layer on the last token's hidden row, of a causal model")
     return parts
 
 
@@ -263,7 +263,7 @@ def _check(module: nn.Module) -> None:
         }
         if variants.intersection(lora.active_adapters):
             raise ValueError(f"{found} with a variant of LoRA (DoRA, ...); the fused head takes plain LoRA: leave the "
-                             "LM head out of target_modules")  # fmt: skip
+                             "LM head out of target_modules")
     # Subclasses with another forward compute something else (quantised weights, ...); FSDP's own ones keep it.
     if not isinstance(base, nn.Linear) or type(base).forward is not nn.Linear.forward:
         hint = "; leave the LM head out of target_modules" if "peft" in type(module).__module__ else ""
@@ -338,7 +338,7 @@ def _settled(
     what = type(inner).__name__
     if z.shape != expected.shape:
         raise ValueError(f"{what}: its LM head gives {z.shape[-1]} logits a token, of which it returns "
-                         f"{expected.shape[-1]}; the fused head takes them all")  # fmt: skip
+                         f"{expected.shape[-1]}; the fused head takes them all")
     tolerance = _tolerance(z)
     z, expected = z.double(), expected.double()
     if not expected.any():  # an LM head of zeros would prove anything

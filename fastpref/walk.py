@@ -96,7 +96,7 @@ class Head(NamedTuple):
         return self.kernels.residual(
             logits, targets, out, transform=self.transform, bias=self.bias, ignore_index=self.ignore_index,
             extras=self.extras,
-        )  # fmt: skip
+        )
 
 
 def score(
@@ -413,7 +413,7 @@ class Walk:
         sweep(
             logits, self.scored.targets[mine], *known, out,
             col_offset=start, transform=head.transform, bias=bias, ignore_index=head.ignore_index,
-        )  # fmt: skip
+        )
 
     def late_scale(self, ga: Tensor, gh: Tensor | None) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
         """What rows made again are multiplied with at the end, [N], and what is swept into them."""
@@ -562,7 +562,7 @@ def head_of(weight: Tensor, bias: Tensor | None, options: Options) -> Head:
 def problem_of(
     counts: tuple[int, ...], hidden: Tensor, weight: Tensor, index: Tensor | None, coupling: str, options: Options,
     *, late: bool = False, scratches: int = 2, accumulate_into: Tensor | None = None,
-) -> Problem:  # fmt: skip
+) -> Problem:
     compute, needs = options.compute_dtype, options.needs
     grad = weight.dtype if accumulate_into is None else accumulate_into.dtype
     return Problem(
@@ -572,7 +572,7 @@ def problem_of(
         cast_weight=weight.dtype != compute,
         gathered=index is not None or hidden.dtype != compute,
         device="cuda" if fp32_gemms(weight.device) else "cpu",
-    )  # fmt: skip
+    )
 
 
 def gradients(
@@ -618,7 +618,7 @@ def step(
     scored = score(hidden, targets, cu_seqlens, options.ignore_index, token_weights)
     head = head_of(weight, bias, options)
     problem = problem_of(scored.counts, hidden, weight, scored.index, loss.coupling, options, scratches=loss.scratches,
-                         accumulate_into=accumulate_into)  # fmt: skip
+                         accumulate_into=accumulate_into)
     schedule = plan(problem, options.memory_budget)
     counts = on_device(scored.counts, hidden.device)
     if schedule.order is not None:
@@ -718,4 +718,4 @@ def step(
         None if dx is None else dx.grad.view(hidden.shape),
         None if dw is None else dw.finish(),
         None if db is None or bias is None else db.to(bias.dtype),
-    )  # fmt: skip
+    )

@@ -12,7 +12,7 @@ VOCAB = 96
 _SIZES: dict[str, Any] = dict(
     vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
     num_key_value_heads=1, max_position_embeddings=64, bos_token_id=1, eos_token_id=2, pad_token_id=0,
-)  # fmt: skip
+)
 
 
 def _config(name: str, **changes: Any) -> Any:
@@ -48,14 +48,14 @@ CONFIGS = {
         "Qwen2Moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, shared_expert_intermediate_size=24,
         output_router_logits=True, router_aux_loss_coef=0.1, decoder_sparse_step=1,
     ),
-}  # fmt: skip
+}
 for _name, _label, _changes in (  # not in every version of transformers
     ("HyperCLOVAX", "hyperclovax, logits_scaling multiplies", {"logits_scaling": 0.25, "head_dim": 16}),
     ("MiniCPM3", "minicpm3, scaled before the head", {
         "dim_model_base": 8, "num_key_value_heads": 2, "q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 8,
         "qk_rope_head_dim": 8, "v_head_dim": 16,
     }),
-):  # fmt: skip
+):
     if hasattr(transformers, f"{_name}Config"):
         CONFIGS[_label] = _config(_name, **_changes)
 

@@ -176,7 +176,7 @@ def test_the_kernels_get_what_they_ask_for(monkeypatch, takes_gqa):
     calls = []
 
     def flash_attn(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None,
-                   causal=False, window_size=(-1, -1), softcap=0.0):  # fmt: skip
+                   causal=False, window_size=(-1, -1), softcap=0.0):
         assert causal and dropout_p == 0.0
         calls.append("flash_attn")
         offsets = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
@@ -245,7 +245,7 @@ def test_kernels_that_are_too_old_are_left_alone(monkeypatch):
 # ---- whole models ----------------------------------------------------------------------------------------------------
 
 TINY = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, max_position_embeddings=64)  # fmt: skip
+            num_key_value_heads=2, max_position_embeddings=64)
 MODELS = {
     "llama": lambda: transformers.LlamaConfig(**TINY),
     "qwen2, window in its second layer": lambda: transformers.Qwen2Config(

@@ -26,7 +26,7 @@ KEYS = {
     "logits_dtype", "budget_mib", "prompt_share", "ms_median", "ms_limit", "ratio", "ms_rounds",
     "limit_ms_rounds", "revision", "clocks", "peak_extra_mib", "plan_mib",
     "logp_max_err", "dx_rel_err", "dw_rel_err", "status", "note",
-}  # fmt: skip
+}
 ORACLE = {
     "dpo": (oracle.dpo, {"beta": problem.BETA}),
     "rpo": (oracle.rpo, {"beta": problem.BETA, "eta": problem.ETA, "sft": "sum"}),
@@ -188,10 +188,10 @@ def test_what_fails_becomes_a_row_and_the_run_goes_on():
     rows = measured(
         cell, replace(peers.naive(), run=out_of_memory), replace(peers.naive(), run=crash),
         replace(peers.naive(), losses=("dpo",)), peers.naive(), rounds=1,
-    )  # fmt: skip
+    )
     assert [(row.status, row.note) for row in rows] == [
         ("oom", "out of memory"), ("error", "RuntimeError: no kernel image"), ("missing", "has no kto"), ("ok", ""),
-    ]  # fmt: skip
+    ]
 
 
 # ---------------------------------------------------------------------------------------------- harness
@@ -472,7 +472,7 @@ def test_gates_on_a_gpu():
         filled("fastpref", 1.12), filled("fastpref", 1.09, budget=4096.0), filled("fastpref", 1.07, logits="bf16"),
         filled("fastpref", 1.11, op="frozen", error=2e-4), filled("fastpref", 1.04, op="forward", extra=103.0),
         filled("trl", 2.5), filled("liger", 1.4, extra=350.0), replace(filled("naive", 1.5), ratio=None),
-    ]  # fmt: skip
+    ]
     shape = "N 8192, H 4096, V 128256"
     assert {gate.what.replace(f", {shape}", ""): gate.passed for gate in gates.on_gpu(rows)} == {
         "dpo step, fp32 logits: time / three GEMMs": True,  # with the better budget

@@ -108,7 +108,7 @@ def test_step(tmp_path, capsys, drawn):
 def test_a_step_is_the_models_own(tied):
     """Loss and gradients of a timed step against transformers' logits; the limit leaves the same weights a gradient."""
     preset = replace(presets.QUICK, shape=replace(presets.QUICK.shape, hidden=16, vocab=97, rows=16, pairs=2),
-                     config=presets.QUICK.config | {"tie_word_embeddings": tied, "intermediate_size": 32})  # fmt: skip
+                     config=presets.QUICK.config | {"tie_word_embeddings": tied, "intermediate_size": 32})
     shape = replace(preset.shape, prompt_share=0.5)
     model = step.make_model(preset, None, torch.float32, torch.device("cpu"))
     one = step.Step(model, shape, "dpo")
@@ -207,12 +207,17 @@ def test_ranks_share_the_vocabulary(tmp_path, capsys, drawn):
         sweep.main(["ranks", *QUICK, "--ranks", "5"])
 
 
-def test_a_wrong_rank_is_told(tmp_path, monkeypatch):
-    """Gathered over one rank, so that nothing has to be sent: its gradient is made wrong."""
+@pytest.mark.parametrize("place", range(4), ids=["loss", "log-probs", "dX", "dW"])
+def test_a_wrong_rank_is_told(tmp_path, monkeypatch, place):
+    """Gathered over one rank, so that nothing has to be sent: one of its results is made wrong."""
     from bench import ranks
 
     whole = ranks.Part.gathered
-    monkeypatch.setattr(ranks.Part, "gathered", lambda self: (*whole(self)[:3], whole(self)[3] * 1.1))
+
+    def wrong(self):
+        return [x * 1.1 if i == place else x for i, x in enumerate(whole(self))]
+
+    monkeypatch.setattr(ranks.Part, "gathered", wrong)
     monkeypatch.setattr(ranks.processes, "spawn", lambda call, args, nprocs: call(0, *args))
     arguments = ["--ranks", "1", "--dtype", "fp32", "--output", str(tmp_path)]
     assert sweep.main(["ranks", *QUICK, *arguments]) == 1

@@ -37,7 +37,7 @@ def row(impl="fastpref", times=(2.0, 2.2, 1.9, 2.1, 2.0), limits=(1.0,) * 5, *, 
         if hasattr(found, name):
             setattr(found, name, value)
     place = dict(schema=2, date="2026-01-01T00:00:00", device="Some CPU", cpu="Some CPU", threads=2, driver=None,
-                 torch="2.13.0", revision="abc")  # fmt: skip
+                 torch="2.13.0", revision="abc")
     return place | asdict(found) | changes
 
 
@@ -209,9 +209,9 @@ def sweep(what="rows"):
         for impl, factor in (("fastpref", 1.05), ("naive", 2.0), ("trl", 6.0)):
             times = [factor * n / 10] * 5
             found.append(row(impl, times, [n / 10] * 5, shape=shape, benchmark=f"sweep-{what}",
-                             peak_extra_mib=100.0 if impl == "fastpref" else 100.0 * 2**i))  # fmt: skip
+                             peak_extra_mib=100.0 if impl == "fastpref" else 100.0 * 2**i))
     planned = row(shape=replace(CPU_SHAPES[0], rows=8192), benchmark=f"sweep-{what}", status="planned",
-                  ms_median=None, ratio=None, ms_limit=None, peak_extra_mib=None)  # fmt: skip
+                  ms_median=None, ratio=None, ms_limit=None, peak_extra_mib=None)
     return [*found, planned]
 
 
@@ -234,7 +234,7 @@ def test_plots_of_a_sweep(tmp_path):
 
 def test_plots_of_cells(tmp_path):
     rows = [row(impl, [t] * 5, shape=shape, dtype=dtype) for shape in CPU_SHAPES[:2] for dtype in ("fp32", "bf16")
-            for impl, t in (("fastpref", 1.04), ("naive", 2.0), ("liger", 4.0))]  # fmt: skip
+            for impl, t in (("fastpref", 1.04), ("naive", 2.0), ("liger", 4.0))]
     figures = plots.of_rows(rows)
     assert list(figures) == ["share", "memory", "error-time"]
     assert len(figures["share"].axes) == 4 and {"96 %, 1.04 ms", "50 %, 2 ms", "25 %, 4 ms"} <= texts(figures["share"])
@@ -301,7 +301,7 @@ def test_the_newest_measurement_of_a_cell_counts(pages):
     written(results / "0.json", row(times=[1.25] * 5, date="2026-02-01T00:00:00"), row(dtype="bf16"))
     gpu = dict(device="NVIDIA H200", driver=None, budget_mib=2048.0, shape=MAIN, dtype="bf16")
     written(results / "gpu.json", row(times=[1.1] * 5, logits_dtype="fp32", **gpu),
-            row(times=[1.01] * 5, logits_dtype="bf16", **gpu))  # fmt: skip
+            row(times=[1.01] * 5, logits_dtype="bf16", **gpu))
     readme.write(page, results)
     lines = [line for line in page.read_text().splitlines() if line.startswith("| ")][1:]
     assert [line.split(" | ")[:4] for line in lines] == [

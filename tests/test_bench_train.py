@@ -142,7 +142,7 @@ def done(stdout="", code=0, stderr=""):
 
 
 FINE = {"rounds": 1, "ms_rounds": [10.0], "ms_median": 10.0, "pairs_per_s": 5.0, "tokens_per_s": 50.0, "grad_norm": 2.0,
-        "peak_mib": 100.0}  # fmt: skip
+        "peak_mib": 100.0}
 OOM = {"status": "oom", "note": "out of memory", "peak_mib": 90.0}
 
 
@@ -276,7 +276,7 @@ def test_readme(tmp_path, plan):
     from bench import records
 
     place = dict(schema=2, date="2026-01-01T00:00:00", device="NVIDIA H200", cpu="Some CPU", threads=2, torch="2.13.0",
-                 revision="abc")  # fmt: skip
+                 revision="abc")
     rows = rows_of(plan, mfu=0.47)
     lines = [place | vars(row) for row in rows]
     (tmp_path / "a.json").write_text(records.as_json(lines))

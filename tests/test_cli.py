@@ -87,7 +87,7 @@ def test_losses(capsys, monkeypatch, columns):
     for name, (reference, pairs, scratches) in {
         "dpo": ("yes", "yes", "1"), "rpo": ("yes", "yes", "2"), "simpo": ("no", "yes", "1"),
         "kto": ("yes", "no", "1"), "aot": ("yes", "yes*", "-"), "bco": ("yes", "no*", "-"),
-    }.items():  # fmt: skip
+    }.items():
         assert tuple(rows[name][-4:-1]) == (reference, pairs, scratches) and rows[name][-1][4] == "."
 
 

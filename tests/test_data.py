@@ -603,13 +603,13 @@ def test_collate_packs_and_shares_prompts():
 def test_equal_prompts_are_shared_by_all_their_responses():
     prompt = [BOS, 10, 11]
     pairs = [Example(0, prompt, ([20, EOS], [21, EOS])), Example(1, [BOS], ([EOS], [22, EOS])),
-             Example(2, prompt, ([23, 24, EOS], [25, EOS]))]  # fmt: skip
+             Example(2, prompt, ([23, 24, EOS], [25, EOS]))]
     batch = collate(pairs, PAD, layout="shared")
     assert batch.input_ids.tolist() == [[*prompt, 20, EOS, 23, 24, EOS, 21, EOS, 25, EOS, BOS, EOS, 22, EOS]]
     assert batch.attention_plan.k_lengths == (5, 6, 5, 5, 2, 3)
     assert batch.targets.tolist() == collate(pairs, PAD).targets.tolist()
     labelled = [Example(0, prompt, ([20, EOS],), True), Example(0, prompt, ([21, EOS],), False),
-                Example(1, [BOS, 12], ([22, EOS],), True)]  # fmt: skip
+                Example(1, [BOS, 12], ([22, EOS],), True)]
     batch, padded = (collate(labelled, PAD, "kto", layout=layout) for layout in ("shared", "padded"))
     assert batch.input_ids.tolist() == [[*prompt, 20, EOS, 21, EOS, BOS, 12, 22, EOS]]
     assert batch.kl.targets.tolist() == padded.kl.targets.tolist() and batch.kl.lengths == padded.kl.lengths
@@ -664,7 +664,7 @@ def test_collate_refuses_what_it_was_not_made_for():
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_last_row_of_each_sequence(layout):
     examples = [Example(0, [BOS, 10], ([20, 21], [22])), Example(1, [BOS, 11], ([23], [24, 25, 26])),
-                Example(2, [BOS, 10], ([27], [28, 29]))]  # fmt: skip
+                Example(2, [BOS, 10], ([27], [28, 29]))]
     batch = collate(examples, PAD, layout=layout)
     assert batch.input_ids.flatten()[batch.last_rows].tolist() == [21, 23, 27, 22, 26, 29]
 

@@ -26,7 +26,7 @@ class Model(torch.nn.Module):
         return fp.linear_preference_loss(
             self.trunk(inputs).tanh(), self.head.weight, targets, bias=self.head.bias,
             loss=fp.RPO(sft="tokens", eta=0.3), ref_logps=ref_logps, totals=totals,
-        ).loss  # fmt: skip
+        ).loss
 
 
 def batch():

@@ -114,13 +114,13 @@ def test_rewards_are_what_the_docstring_says(frontier, small):
     rewards = {name: reward_of(getattr(world, name), world, settings) for name in ("gold", "visible", "allowed")}
     prompts = range(settings["prompts"])
     within = {name: {p: sum(q * of[s] for s, q in reference.items() if s[0] == p) for p in prompts}
-              for name, of in rewards.items()}  # fmt: skip
+              for name, of in rewards.items()}
     variance = {name: mean(reference, {s: (x - within[name][s[0]]) ** 2 for s, x in of.items()}, len(prompts))
-                for name, of in rewards.items()}  # fmt: skip
+                for name, of in rewards.items()}
     assert [*within["gold"].values(), *within["visible"].values()] == pytest.approx([0] * 2 * len(prompts), abs=1e-6)
     assert (variance["gold"], variance["visible"]) == pytest.approx((1, 1), rel=1e-5)
     total = {s: rewards["visible"][s] + (share - within["allowed"][s[0]]) / variance["allowed"] ** 0.5
-             for s, share in rewards["allowed"].items()}  # fmt: skip
+             for s, share in rewards["allowed"].items()}
     scale = mean(reference, {s: x**2 for s, x in total.items()}, len(prompts)) ** 0.5
     assert all(rewards["gold"][s] == pytest.approx(x / scale, abs=1e-5) for s, x in total.items())
     after: dict = {}
@@ -159,7 +159,7 @@ def test_losses_are_those_of_the_papers(frontier, small):
     expected = {
         "DPO": np.log1p(np.exp(-beta * d)).mean(), "IPO": ((d - 1 / (2 * beta)) ** 2).mean(),
         "SLiC": np.maximum(0, 1 - beta * d).mean(), "RPO": np.log1p(np.exp(-beta * d)).mean() + 0.1 * beta * 4.0,
-    }  # fmt: skip
+    }
     found = {name: frontier.make_loss(name, beta, settings)(seq).item() for name in frontier.TITLES}
     assert found == pytest.approx(expected)
 
@@ -197,13 +197,13 @@ def test_errors_are_of_own_and_of_other_seeds_fits(frontier):
     seeds = made_up("law", 0.1, seeds=2)
     found, errors = frontier.compare(seeds), {}
     points = [(np.sqrt(np.concatenate([c["kl"] for c in curves])), np.concatenate([c["gold"] for c in curves]))
-              for curves in seeds]  # fmt: skip
+              for curves in seeds]
     for form in ("law", "quadratic"):
         designs = [np.stack([d, -d * (np.log(np.maximum(d, 1e-300)) if form == "law" else d)], 1) for d, _ in points]
         fits = [np.linalg.lstsq(design, gold, rcond=None)[0] for design, (_, gold) in zip(designs, points)]
         for kind, order in (("own", (0, 1)), ("held_out", (1, 0))):
             errors[form, kind] = [np.sqrt(np.mean((gold - design @ fits[i]) ** 2))
-                                  for design, (_, gold), i in zip(designs, points, order)]  # fmt: skip
+                                  for design, (_, gold), i in zip(designs, points, order)]
             assert found[form][kind]["mean"] == pytest.approx(np.mean(errors[form, kind]), rel=1e-3)
         assert (found[form]["a"]["mean"], found[form]["b"]["mean"]) == pytest.approx(np.mean(fits, 0), rel=1e-3)
     for kind in ("own", "held_out"):

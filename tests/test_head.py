@@ -82,7 +82,7 @@ def truth(batch, name, options=None, *, with_bias=True, **given):
         batch.hidden, batch.weight, batch.targets,
         lambda logps, lengths: LOSSES[name].loss(logps, lengths, **inputs, **options),
         bias=batch.bias if with_bias else None, **given,
-    )  # fmt: skip
+    )
 
 
 def assert_agrees(out, grads, expected, tolerance=3e-6):
@@ -126,7 +126,7 @@ def test_transforms_of_the_logits(transform, share, backend):
 def worst_of_seeds(kind, dtype, vocab, measure):
     """Root mean square of every error over seeds: one rounding of one g moves a whole gradient."""
     runs = torch.tensor([measure(make_batch([37, 21, 30, 44], hidden_size=48, vocab=vocab, kind=kind, dtype=dtype,
-                                            seed=seed)) for seed in range(6)]).double()  # fmt: skip
+                                            seed=seed)) for seed in range(6)]).double()
     return runs.square().mean(0).sqrt().tolist()
 
 
@@ -229,7 +229,7 @@ def test_gradcheck(transform, share):
         out = fp.linear_preference_loss(
             x, w, batch.targets, loss=fp.RPO(0.2, eta=0.5), bias=b, ref_logps=torch.tensor([-9.0, -8.0]).double(),
             memory_budget=budget, backend="reference", **transform,
-        )  # fmt: skip
+        )
         return out.loss
 
     budget = budget_of(share, batch, lambda n: loss(hidden, weight, bias, n))
@@ -306,7 +306,7 @@ def test_long_pairs_with_token_weights_and_transforms():
     expected = oracle.head_and_loss(
         *batch[:3], lambda a, b: oracle.rpo(a, b, **inputs, **options), bias=batch.bias, token_weights=weights,
         **transform,
-    )  # fmt: skip
+    )
     out, grads = run(batch, fp.RPO(**options), share=0.4, token_weights=weights, **given, **transform)
     assert_agrees(out, grads, expected, LONG_TOLERANCE)
 
@@ -439,7 +439,7 @@ def test_policy_equal_to_reference(needs, share, dtype, backend):
     out, _ = run(
         batch, fp.DPO(beta=0.5), share=share, backend=backend, needs=needs, ref_hidden=batch.hidden,
         ref_weight=batch.weight, ref_bias=batch.bias,
-    )  # fmt: skip
+    )
     again, _ = run(batch, fp.DPO(beta=0.5), share=share, backend=backend, needs=needs, ref_logps=out.logps)
     for found in (out, again):
         assert torch.equal(found.logps, found.ref_logps)
@@ -870,7 +870,7 @@ def arguments(**changes):
     call = dict(
         hidden=batch.hidden, weight=batch.weight, targets=batch.targets, bias=batch.bias, loss="dpo",
         ref_logps=torch.full((4,), -20.0),
-    )  # fmt: skip
+    )
     return call | changes
 
 
@@ -964,7 +964,7 @@ BAD_CALLS = {
     "kl_logps for DPO": (arguments(kl_logps=torch.zeros(4), ref_kl_logps=torch.zeros(4)), "kl_logps"),
     "totals as a dict": (arguments(totals={"sequences": 4}), "totals.*dict"),
     "totals of 0": (arguments(totals=fp.Totals(sequences=0, tokens=0, chosen_tokens=0)), "totals|sequences"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("what", BAD_CALLS)
@@ -986,7 +986,7 @@ OF_LINEAR_LOGPS = [
     "a list for hidden", "weight on another device", "targets on another device", "target equal to V",
     "negative target", "softcap 0", "temperature 0", "temperature NaN", "memory_budget 0", "memory_budget too small",
     "memory_budget as text", "unknown backend",
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("what", OF_LINEAR_LOGPS)

@@ -29,7 +29,7 @@ def batch(lengths=LENGTHS, hidden=512, vocab=32001, dtype=torch.bfloat16, seed=0
     return dict(
         hidden=x.requires_grad_(), weight=w.requires_grad_(), targets=targets, cu_seqlens=cu,
         ref_logps=torch.randn(len(lengths), device="cuda") - 2 * torch.tensor(lengths, device="cuda"),
-    )  # fmt: skip
+    )
 
 
 def gradients(call, **options):
@@ -119,7 +119,7 @@ def test_peak_memory_is_the_plans(budget, options):
     problem = fp.Problem(
         tuple(lengths), hidden, vocab, logits_itemsize=2 if options else 4, scratches=1,
         needs_weight_grad=call["weight"].requires_grad, device="cuda",
-    )  # fmt: skip
+    )
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()

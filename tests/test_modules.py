@@ -43,7 +43,7 @@ def test_a_module_is_the_function_with_its_options():
     expected = fp.linear_preference_loss(
         hidden, weight, targets, loss=fp.RPO(0.3, 0.2, "tokens"), softcap=4.0, logit_scale=0.5, temperature=0.8,
         ignore_index=-7, **inputs,
-    )  # fmt: skip
+    )
     assert torch.equal(out.loss, expected.loss) and torch.equal(out.logps, expected.logps)
     for a, b in zip(*(torch.autograd.grad(x.loss, (hidden, weight)) for x in (out, expected))):
         assert torch.equal(a, b)

@@ -58,7 +58,7 @@ def every_call():
                         ref_hidden=packed.detach(), ref_weight=weight.detach(), ref_bias=batch.bias.detach(),
                         token_weights=torch.ones(targets.shape), totals=fp.Totals(8, 60, 26), **head,
                     ).loss,
-                ]  # fmt: skip
+                ]
                 for result in results:
                     if result.requires_grad:
                         result.backward()

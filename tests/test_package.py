@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 IN_SDIST = (
     "CHANGELOG.md", "CITATION.cff", "CMakeLists.txt", "CONTRIBUTING.md", "LICENSE", "MANIFEST.in", "Makefile",
     "README.md", "constraints.txt", "mkdocs.yml", "pyproject.toml", "setup.py",
-)  # fmt: skip
+)
 FOLDERS_IN_SDIST = ("bench", "csrc", "docs", "examples", "fastpref", "tests")
 NOT_CODE = {".pyc", ".pyo", ".so"}
 

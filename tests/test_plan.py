@@ -34,7 +34,7 @@ def problems(draw):
         coupling=draw(st.sampled_from(["pair", "sequence", "batch"])),
         scratches=draw(st.integers(1, 2)), late=draw(st.booleans()),
         gathered=draw(st.booleans()), device=draw(st.sampled_from(["cpu", "cuda"])),
-    )  # fmt: skip
+    )
 
 
 budgets = st.integers(10, 26).flatmap(lambda log: st.integers(2 ** (log - 1), 2**log))
@@ -255,7 +255,7 @@ def test_flops_and_peak_bytes_are_what_the_plan_says(scheme, options, share, mon
 def measure(
     scheme, share, monkeypatch, *, dtype=torch.float32, loss="dpo", weight_grad=True, hidden_grad=True, autocast=False,
     padded=False, lengths=(60, 50, 55, 45, 52, 58, 40, 40),
-):  # fmt: skip
+):
     if not rows.availability("native").available:
         pytest.skip("the reference rows keep fp32 copies of the tile; the plan counts the kernels that do not")
     prompt = 60 if padded else 0

@@ -47,7 +47,7 @@ def ultrafeedback(i):
         "prompt": question, "prompt_id": f"{i:064x}", "chosen": conversation(question, good),
         "rejected": conversation(question, bad), "messages": conversation(question, good), "score_chosen": 8.5,
         "score_rejected": 4.0,
-    }  # fmt: skip
+    }
 
 
 def dpo_mix(i):
@@ -57,7 +57,7 @@ def dpo_mix(i):
     return {
         "dataset": "argilla/distilabel-intel-orca-dpo-pairs", "chosen": first + conversation(question, f"It is {i}."),
         "rejected": first + conversation(question, f"No {i}."), "chosen_rating": 9.0, "rejected_rating": 7.0,
-    }  # fmt: skip
+    }
 
 
 def llama3_ultrafeedback(i):
@@ -65,7 +65,7 @@ def llama3_ultrafeedback(i):
     row = ultrafeedback(i)
     return {key: row[key] for key in ("prompt_id", "prompt", "chosen", "rejected")} | {
         "all_generated_responses": [f"It is {i}.", f"No {i}."], "all_rm_scores": [0.17, 0.12],
-    }  # fmt: skip
+    }
 
 
 def tulu_3(i):
@@ -75,7 +75,7 @@ def tulu_3(i):
     return {
         "id": f"x_{i}", "prompt": question, "chosen": earlier + conversation(question, f"It is {i}."),
         "rejected": earlier + conversation(question, f"No {i}."), "source": "allenai/tulu-3-wildchat",
-    }  # fmt: skip
+    }
 
 
 FORMATS = {

@@ -27,7 +27,7 @@ CASES = {
     "replicas": {"loss": fp.DPO(beta=0.3), "bias": True, "replicas": True},
     "bf16": {"loss": fp.DPO(beta=0.3), "dtype": torch.bfloat16},
     "bf16, frozen head": {"loss": fp.DPO(beta=0.3), "dtype": torch.bfloat16, "frozen": True},
-}  # fmt: skip
+}
 
 
 def problem(case):
@@ -55,7 +55,7 @@ def totals(targets):
 def expected(case):
     """(loss, logps [S], dX, dW, db) in fp64."""
     hidden, weight, bias, targets, ref_logps, weights = (x.double() if x.is_floating_point() else x
-                                                         for x in problem(case))  # fmt: skip
+                                                         for x in problem(case))
     for x in (hidden, weight, bias):
         x.requires_grad_()
     z = hidden @ weight.t() + (bias if case.get("bias") else 0.0)
@@ -90,7 +90,7 @@ def run(case, rank, world):
     else:
         mesh, placements = init_device_mesh("cpu", (world,)), [Shard(0)]
     weight, bias = (distribute_tensor(x, mesh, placements).requires_grad_(not case.get("frozen"))
-                    for x in (weight, bias))  # fmt: skip
+                    for x in (weight, bias))
     bias = bias if case.get("bias") else None
     options = {k: case[k] for k in ("loss", "softcap", "logit_scale", "temperature", "memory_budget") if k in case}
     mine = [part(x, rank, world) for x in (hidden, targets, ref_logps, weights)]
@@ -103,7 +103,7 @@ def run(case, rank, world):
     if case.get("token_weights"):
         options["token_weights"] = own_weights
     out = fp.linear_preference_loss(given, weight, own_targets, bias=bias, ref_logps=own_ref, cu_seqlens=cu_seqlens,
-                                    totals=totals(targets), **options)  # fmt: skip
+                                    totals=totals(targets), **options)
     out.loss.backward()
 
     def whole(x):
@@ -198,5 +198,5 @@ def test_ranks_together_are_one_process(tmp_path, world):
         for message, text in zip(found["messages"], (
             "weight is a DTensor of placements S(1)", "weight is a DTensor of placements R; it takes one Shard(dim=0)",
             "bias is not sharded like weight", "extras is 'entropy'", "accumulate_into is given", "targets holds",
-        ), strict=True):  # fmt: skip
+        ), strict=True):
             assert text in message

@@ -126,7 +126,7 @@ def test_fp64_passes_gradcheck():
                 found = fp.linear_token_stats(
                     x, w, batch.targets, outputs=("entropy",), bias=b, softcap=3.0, temperature=0.8,
                     memory_budget=budget,
-                )  # fmt: skip
+                )
                 return found.logps, found.entropy
 
             assert torch.autograd.gradcheck(call, inputs, fast_mode=True)
@@ -351,7 +351,7 @@ def test_extras_of_every_schedule(loss, needs, share, layout, monkeypatch):
     weights = torch.linspace(0.5, 1.5, targets.numel()).view(targets.shape)
     given = dict(
         loss=loss, cu_seqlens=cu, bias=bias, ref_logps=oracle.reference_logps(batch), token_weights=weights,
-    )  # fmt: skip
+    )
 
     def call(budget, **more):
         return fp.linear_preference_loss(x, weight, targets, memory_budget=budget, **given, **more)
@@ -418,7 +418,7 @@ def test_a_loss_that_needs_extras(loss, share, layout):
         return fp.linear_preference_loss(
             x, weight, targets, loss=loss, cu_seqlens=cu, bias=bias, ref_logps=refs, extras=("top1",),
             memory_budget=budget,
-        )  # fmt: skip
+        )
 
     out = call(budget_of(share, batch, call))
     assert list(out.extras) == ["entropy", "top1", "log_sum_p2"]

@@ -64,16 +64,16 @@ def make_loss(name: str, beta: float, settings: dict[str, Any]) -> fp.losses.Los
 def settings(quick: bool) -> dict[str, Any]:
     common = {
         "allowed": 3, "slip": 0.1, "hidden_part": 1.0, "label_scale": 3.0, "flipped": 0.25, "lr": 7e-4, "eta": 0.1,
-    }  # fmt: skip
+    }
     if quick:
         return common | {
             "prompts": 3, "vocab": 4, "tokens": 3, "corpus": 200, "pretrain_steps": 20, "width": 8, "pairs": 60,
             "batch": 20, "betas": [0.1, 0.5], "steps": checkpoints(10, 7),
-        }  # fmt: skip
+        }
     return common | {
         "prompts": 16, "vocab": 8, "tokens": 4, "corpus": 8192, "pretrain_steps": 800, "width": 48, "pairs": 2000,
         "batch": 200, "betas": [0.05, 0.1, 0.2, 0.5, 1.0], "steps": checkpoints(1500, 40),
-    }  # fmt: skip
+    }
 
 
 def checkpoints(last: int, count: int) -> list[int]:
@@ -252,7 +252,7 @@ def measure(world: World, policy: Policy) -> dict[str, float]:
     found = {
         "kl": max(kl, 0.0), "gold": gold - before[0], "visible": visible - before[1], "allowed": allowed - before[2],
         "accuracy": (chosen > rejected).double().mean().item(), "chosen": chosen.mean().item(),
-    }  # fmt: skip
+    }
     return {name: study.significant(value, 5) for name, value in found.items()}
 
 
@@ -302,7 +302,7 @@ def one_seed(seed: int, settings: dict[str, Any], folder: Path, say: study.Say) 
                 raise study.Failed(f"{name} at beta {beta:g} diverged")
             best = peak(curve)
             say(f"{name:4} beta {beta:<4g} gold {best['gold']:.2f} at {best['kl']:.2f} nats, in the end "
-                f"{curve['gold'][-1]:.2f} at {curve['kl'][-1]:.2f}")  # fmt: skip
+                f"{curve['gold'][-1]:.2f} at {curve['kl'][-1]:.2f}")
     return found
 
 
@@ -328,7 +328,7 @@ def summarize(results: dict[str, Any]) -> dict[str, Any]:
                 "peak_gold": study.spread([p["gold"] for p in peaks]),
                 "peak_kl": study.spread([p["kl"] for p in peaks]),
                 "peak_is_last": sum(p["at"] == len(c["gold"]) - 1 for p, c in zip(peaks, of)),
-            } | {f"last_{k}": study.spread([curve[k][-1] for curve in of]) for k in of[0]}  # fmt: skip
+            } | {f"last_{k}": study.spread([curve[k][-1] for curve in of]) for k in of[0]}
     return found
 
 
@@ -357,7 +357,7 @@ def compare(seeds: list[list[dict[str, list[float]]]]) -> dict[str, Any]:
         differences = np.subtract(of["law"], of["quadratic"]).tolist()
         found[f"{kind}_difference"] = interval(differences) if differences else None
     single = [[laws.fit(form, *_points([curve]), origin=False).residual for form in laws.FORMS]
-              for curves in seeds for curve in curves]  # fmt: skip
+              for curves in seeds for curve in curves]
     found["curves"], found["curves_law_closer"] = len(single), sum(law < quadratic for law, quadratic in single)
     found["better"] = {kind: _better(found[f"{kind}_difference"]) for kind in KINDS}
     return found
@@ -392,7 +392,7 @@ def table(record: dict[str, Any]) -> str:
     lines = [
         "| loss | β | peak gold reward (sd) | KL there (nats) | at the last step: gold | KL | visible part |"
         " allowed tokens (points) | peak before the last step |", "|---|---|---|---|---|---|---|---|---|",
-    ]  # fmt: skip
+    ]
     for name, loss in summary.items():
         for beta, of in loss["beta"].items():
             shown = "peak_gold", "peak_kl", "last_gold", "last_kl", "last_visible"
@@ -400,7 +400,7 @@ def table(record: dict[str, Any]) -> str:
             cells += [study.plus_minus(of["last_allowed"], 1, 100), f"{seeds - of['peak_is_last']} of {seeds} seeds"]
             lines.append(" | ".join([f"| {name}", beta, *cells]) + " |")
     lines += ["", "| loss | form | a | b | error of a seed's own fit | of the other seeds' fit |",
-              "|---|---|---|---|---|---|"]  # fmt: skip
+              "|---|---|---|---|---|---|"]
     for name, loss in summary.items():
         for form in laws.FORMS:
             of = loss["fits"][form]
@@ -408,7 +408,7 @@ def table(record: dict[str, Any]) -> str:
             cells += [study.plus_minus(of[kind], 3) if of[kind] else "n/a" for kind in KINDS]
             lines.append(" | ".join([f"| {name}", form, *cells]) + " |")
     lines += ["", "| loss | error of law − quadratic, own fit | other seeds' fit | single curves nearer to the law | "
-              "closer |", "|---|---|---|---|---|"]  # fmt: skip
+              "closer |", "|---|---|---|---|---|"]
     for name, loss in summary.items():
         fits = loss["fits"]
         cells = [_with_interval(fits[f"{kind}_difference"], 3) for kind in KINDS]
@@ -466,7 +466,7 @@ def _frontier(record: dict[str, Any]) -> Figure:
         ax.axhline(0, color=FAINT, linewidth=0.8, zorder=0)
         ax.set_title(TITLES[name])
         text = "\n".join(f"{form}: a = {_with_interval(loss['fits'][form]['a'])}, b = "
-                         f"{_with_interval(loss['fits'][form]['b'])}" for form in laws.FORMS)  # fmt: skip
+                         f"{_with_interval(loss['fits'][form]['b'])}" for form in laws.FORMS)
         ax.text(0.02, 0.02, text, transform=ax.transAxes, fontsize=8, color=FAINT)
         ax.grid(color=GRID)
     low, high = axes[0, 0].get_ylim()
@@ -545,7 +545,7 @@ def _label_ends(ax: Axes, ends: list[tuple[float, float, str, str]]) -> None:
         _, by, box = min(places, key=lambda place: place[0])  # of equals the first
         taken.append(box)
         ax.annotate(text, (x, y), by, textcoords="offset points", color=colour, va="center", fontweight="bold",
-                    path_effects=halo)  # fmt: skip
+                    path_effects=halo)
 
 
 if __name__ == "__main__":

@@ -52,12 +52,12 @@ def settings(quick: bool) -> dict[str, Any]:
             "beta": 0.1, "etas": [0.5], "tasks": ["largest"], "held_out": 8,
             "warm_start": {"learning_rate": 2e-3, "max_steps": 3, "eval_max_new_tokens": 3},
             "preferences": {"learning_rate": 2e-4, "max_steps": 2, "eval_steps": 1, "eval_max_new_tokens": 3},
-        }  # fmt: skip
+        }
     return {
         "beta": 0.1, "etas": [0, 0.005, 0.05, 0.5, 5], "tasks": list(TASKS), "held_out": 150,
         "warm_start": {"learning_rate": 2e-3, "max_steps": 500},
         "preferences": {"learning_rate": 2e-4, "max_steps": 120, "eval_steps": 12},
-    }  # fmt: skip
+    }
 
 
 def one_seed(seed: int, settings: dict[str, Any], folder: Path, say: study.Say) -> dict[str, Any]:
@@ -82,7 +82,7 @@ def one_seed(seed: int, settings: dict[str, Any], folder: Path, say: study.Say) 
         return [line for line in map(json.loads, lines) if line["split"] == "eval"]
 
     warm = run("warm start", loss="sft", model_name_or_path=str(MODEL), train_dataset=str(folder / "sft.jsonl"),
-               **settings["warm_start"])  # fmt: skip
+               **settings["warm_start"])
     found: dict[str, Any] = {"warm_start": _exact_match(warm[-1]), "methods": {}}
     for method in [*settings["etas"], SFT]:
         if method == SFT:
@@ -93,12 +93,12 @@ def one_seed(seed: int, settings: dict[str, Any], folder: Path, say: study.Say) 
             method_name(method), model_name_or_path=str(folder / "warm start" / "model"), init_from_config=False,
             train_dataset=str(folder / "train.jsonl"), reference_dir=str(folder / "reference"), **loss,
             **settings["preferences"],
-        )  # fmt: skip
+        )
         found["methods"][str(method)] = {
             "step": [line["step"] for line in lines],
             "chosen": _change(lines, "logps/chosen"),
             "rejected": _change(lines, "logps/rejected"),
-        } | _exact_match(lines[-1])  # fmt: skip
+        } | _exact_match(lines[-1])
     return found
 
 

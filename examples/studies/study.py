@@ -35,7 +35,7 @@ RESULTS, README = HERE / "results", HERE / "README.md"
 SMOKE = ROOT / "runs" / "studies"  # where --quick writes, unless told
 sys.path += [str(ROOT)] if str(ROOT) not in sys.path else []  # for bench.plots
 
-from fastpref.train.config import UserError  # noqa: E402
+from fastpref.errors import UserError  # noqa: E402
 from fastpref.train.display import duration, quiet_imports  # noqa: E402
 from fastpref.train.metrics import device_name, versions  # noqa: E402
 
@@ -157,7 +157,7 @@ def _measure(study: ModuleType, seeds: Sequence[int], settings: dict[str, Any], 
 
 
 def _side_by_side(study: ModuleType, todo: Sequence[int], settings: dict[str, Any], asked: dict[str, Any], part: Path,
-                  jobs: int, begun: float) -> None:  # fmt: skip
+                  jobs: int, begun: float) -> None:
     waiting, running, done = list(todo), {}, 0
     context = multiprocessing.get_context("spawn")
     try:
@@ -310,7 +310,7 @@ def band(curves: Sequence[Sequence[float]]) -> tuple[list[float], list[float], l
 
 
 def lines(ax: Axes, xs: Sequence[float], curves: dict[str, tuple[Sequence[Sequence[float]], str]],
-          gap: float = 0.075) -> None:  # fmt: skip
+          gap: float = 0.075) -> None:
     """Mean and band of one standard deviation over seeds, by label: (a curve a seed, colour); each with its name right
     of its end, names at least `gap` of the height apart. The axis limits must be set."""
     ends = []
@@ -331,7 +331,7 @@ def lines(ax: Axes, xs: Sequence[float], curves: dict[str, tuple[Sequence[Sequen
         ax.annotate(
             label, (xs[-1], y), (1.05, place), textcoords="axes fraction", color=colour, va="center", fontsize=9,
             arrowprops=dict(arrowstyle="-", color=colour, linewidth=0.7, relpos=(0, 0.5), shrinkA=0, shrinkB=1),
-        )  # fmt: skip
+        )
 
 
 def is_finite(result: Any) -> bool:

@@ -145,7 +145,7 @@ def fit(policy: RNN | Table, pairs: Tensor, settings: dict[str, Any]) -> None:
 
 
 def prefer(policy: RNN | Table, pairs: Tensor, beta: float, optimizer: str, settings: dict[str, Any]
-           ) -> Iterator[dict[str, Tensor]]:  # fmt: skip
+           ) -> Iterator[dict[str, Tensor]]:
     """DPO from `policy` on; at each recorded step the masses of all trees, [F]."""
     ref_logps, loss = policy.leaf_logps().detach(), fp.DPO(beta=beta)
     if optimizer == "adam":
@@ -168,12 +168,12 @@ def settings(quick: bool) -> dict[str, Any]:
     common = {"fitted_to": 0.005, "fit_rate": 0.02, "most_fit_steps": 2000, "rate": 0.05, "adam_rate": 0.01}
     if quick:
         return common | {"trees": 2, "betas": [0.1], "partings": ["23", "123"], "variants": [["sgd", 1]],
-                         "steps": [0, 2, 4]}  # fmt: skip
+                         "steps": [0, 2, 4]}
     return common | {
         "trees": 32, "betas": [0.01, 0.1, 0.5], "partings": ["3", "2", "1", "23", "123"],
         "variants": [["sgd", 1], ["sgd", 2], ["sgd", 3], ["adam", 1]],
         "steps": [0, 5, 10, 20, 30, 40, 60, 80, 100, 150, 200, 300],
-    }  # fmt: skip
+    }
 
 
 def one_seed(seed: int, settings: dict[str, Any], folder: Path, say: study.Say) -> dict[str, Any]:
@@ -220,7 +220,7 @@ def summarize(results: dict[str, Any]) -> dict[str, Any]:
         name: {"end": study.spread([seed[name]["ood"][-1] for seed in seeds]),
                "high": study.spread([seed[name]["high"] for seed in seeds])}
         for name in seeds[0]
-    }  # fmt: skip
+    }
 
 
 def table(record: dict[str, Any]) -> str:
@@ -273,7 +273,7 @@ def _over_steps(record: dict[str, Any]) -> Figure:
                 curves[WORDS[parting]] = [seed[name]["ood"] for seed in seeds], COLOURS[parting]
             if reference == "fitted":
                 of_table = [[s[condition("table", reference, parting, beta)]["ood"] for parting in asked["partings"]]
-                            for s in seeds]  # fmt: skip
+                            for s in seeds]
                 curves["table, any of these"] = ([study.band(one)[0] for one in of_table], FAINT)
             ax.set_ylim(0, 1 if reference == "uniform" else 0.85)
             ax.set_xlim(0, asked["steps"][-1])
@@ -286,7 +286,7 @@ def _over_steps(record: dict[str, Any]) -> Figure:
     figure.supxlabel(
         f"Lines: the actions in which a pair's responses differ; mean and one standard deviation over {len(seeds)} "
         "seeds", fontsize=9, color=FAINT,
-    )  # fmt: skip
+    )
     return figure
 
 
@@ -298,7 +298,7 @@ def _variants(record: dict[str, Any]) -> Figure:
 
     seeds, asked = list(record["results"].values()), record["settings"]
     names = [f"{pairs} pair{'s' * (pairs > 1)}" + ("\nAdam" if optimizer == "adam" else "")
-             for optimizer, pairs in asked["variants"]]  # fmt: skip
+             for optimizer, pairs in asked["variants"]]
     figure = Figure(figsize=(3.4 * len(asked["betas"]), 3.4), layout="constrained")
     for ax, beta in zip(figure.subplots(1, len(asked["betas"]), squeeze=False, sharey=True)[0], asked["betas"]):
         for i, parting in enumerate(asked["partings"]):
@@ -308,7 +308,7 @@ def _variants(record: dict[str, Any]) -> Figure:
                 values = [seed[key]["ood"][-1] for seed in seeds]
                 ax.scatter([x + shift] * len(values), values, s=12, color=COLOURS[parting], linewidth=0, alpha=0.55)
                 ax.plot([x + shift - 0.06, x + shift + 0.06], [sum(values) / len(values)] * 2, color=COLOURS[parting],
-                        linewidth=2.2, label=WORDS[parting] if x == 0 else None)  # fmt: skip
+                        linewidth=2.2, label=WORDS[parting] if x == 0 else None)
         ax.set_xticks(range(len(names)), names)
         ax.set_ylim(0, 0.85)
         ax.grid(axis="y", color=GRID)

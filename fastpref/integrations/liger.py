@@ -98,7 +98,7 @@ class _Chunked(nn.Module):
 
 
 def _reference(use_ref_model: bool, ref_input: Tensor | None, ref_weight: Tensor | None, ref_bias: Tensor | None,
-               target: Tensor, like: Tensor) -> dict[str, Any]:  # fmt: skip
+               target: Tensor, like: Tensor) -> dict[str, Any]:
     """Without a reference model Liger takes its log-probs to be 0, and does not look at the other arguments."""
     if not use_ref_model:
         return {"ref_logps": torch.zeros(target.shape[0], dtype=torch.float32, device=like.device)}
@@ -128,7 +128,7 @@ class _Pairs(_Chunked):
     def _run(
         self, loss: Loss, average: bool, weight: Tensor, hidden: Tensor, target: Tensor, bias: Tensor | None,
         **reference: Any,
-    ) -> tuple[Tensor, list[Tensor], PreferenceOutput]:  # fmt: skip
+    ) -> tuple[Tensor, list[Tensor], PreferenceOutput]:
         """(loss, what Liger returns beside it, the same unreduced)."""
         out = linear_preference_loss(
             hidden, weight, target, loss=loss, bias=bias, ignore_index=self.ignore_index, **reference
@@ -204,7 +204,7 @@ class LigerFusedLinearDPOLoss(_Pairs):
             raise ValueError(f"loss_type is {loss_type!r}; it takes {', '.join(_DPO)}")
         if label_smoothing and loss_type not in _SMOOTHED:
             raise ValueError(f"label_smoothing is {label_smoothing!r} with loss_type {loss_type!r}, which has none; it "
-                             f"takes 0 there, or one of {', '.join(_SMOOTHED)}")  # fmt: skip
+                             f"takes 0 there, or one of {', '.join(_SMOOTHED)}")
         if discopop_tau != 0.05 and loss_type != "discopop":
             raise ValueError(f"discopop_tau is {discopop_tau!r} with loss_type {loss_type!r}; it takes 'discopop'")
         loss = _DPO[loss_type](beta, label_smoothing, discopop_tau)
@@ -339,7 +339,7 @@ class LigerFusedLinearORPOLoss(_Pairs):
                 raise ValueError(f"nll_target is of shape {got}; it takes {tuple(target.shape)}, as target")
             half = target.shape[0] // 2
             nll = linear_preference_loss(_input[:half], lin_weight, nll_target[:half], loss=losses.SFT(), bias=bias,
-                                         ignore_index=self.ignore_index).loss  # fmt: skip
+                                         ignore_index=self.ignore_index).loss
             value, beside[4] = value + nll, nll.detach()
         below_0 = out.logps.clamp(max=-torch.finfo(out.logps.dtype).eps)
         chosen, rejected = (below_0 - torch.log(-torch.expm1(below_0))).chunk(2)
@@ -547,7 +547,7 @@ class LigerFusedLinearCrossEntropyLoss(nn.Module):
     def _per_token(
         self, weight: Tensor, hidden: Tensor, target: Tensor, bias: Tensor | None, scored: Tensor, safe: Tensor,
         weights: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    ) -> tuple[Tensor, Tensor]:
         """(loss, z_loss), reduced."""
         logps = linear_logps(hidden, weight, target, bias=bias, ignore_index=self.ignore_index, softcap=self.softcap)
         loss = -logps if weights is None else -weights * logps

@@ -286,7 +286,7 @@ def _adapter_off(model: Any) -> AbstractContextManager[Any]:
         if hasattr(type(part), "disable_adapter"):
             return part.disable_adapter()
     raise ValueError(f"ref is 'adapter_off', but {type(unwrap(model)).__name__} has no adapter; it takes a model to "
-                     "compare with, or log-probs [S]")  # fmt: skip
+                     "compare with, or log-probs [S]")
 
 
 def _call(model: Any, batch: Batch, request: PreferenceRequest) -> PreferenceModelOutput:

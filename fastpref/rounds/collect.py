@@ -25,8 +25,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from fastpref.data import load_prompts, tokenize_prompts
-from fastpref.train.checkpoint import SaveError
-from fastpref.train.config import UserError
+from fastpref.errors import SaveError, UserError
 from fastpref.train.display import Display
 from fastpref.train.loop import spent
 from fastpref.train.sample import Sample
@@ -68,7 +67,7 @@ def read_prompts(
 def collect(
     path: Path, prompts: Prompts, source: Source, scorer: Scorer, *, group: int, seconds: dict[str, float],
     of_reference: bool = False, each: Callable[[int, Scored], None] = lambda index, responses: None,
-) -> list[Scored]:  # fmt: skip
+) -> list[Scored]:
     """The responses of every prompt, in the order of the prompts: from the file as far as it has them, else sampled and
     scored into it.
 

@@ -94,10 +94,10 @@ class RoundsConfig:
                 raise UserError("rounds.num_generations is 1: the best of one is no choice; raise it, or set min_score")
         if self.schedule == "run" and self.start_from == "initial":
             raise UserError("rounds.schedule is run, over all rounds, but start_from initial begins anew in each: "
-                            "set schedule=round, or start_from=previous")  # fmt: skip
+                            "set schedule=round, or start_from=previous")
         if self.pairing == "policy_reference" and self.reference == "previous":
             raise UserError("rounds.pairing policy_reference: with reference previous both samples come from the same "
-                            "weights; set reference=initial")  # fmt: skip
+                            "weights; set reference=initial")
 
     @property
     def one_schedule(self) -> bool:
@@ -126,10 +126,10 @@ class Config:
             raise UserError(f"loss {stage.loss!r} trains a reward model: rounds have no policy to sample from")
         if pairs and kind == "sft":
             raise UserError(f"loss {stage.loss!r} trains on completions, but rounds.pairing {rounds.pairing} makes "
-                            "pairs: set pairing=best_of_n, or a loss of pairs")  # fmt: skip
+                            "pairs: set pairing=best_of_n, or a loss of pairs")
         if not pairs and kind != "sft":
             raise UserError(f"rounds.pairing best_of_n makes completions, but loss {stage.loss!r} trains on pairs: set "
-                            "loss=sft")  # fmt: skip
+                            "loss=sft")
         if rounds.reference is not None and not stage.loss_fn.needs_reference and rounds.pairing != "policy_reference":
             raise UserError(f"rounds.reference: loss {stage.loss!r} has no reference")
         if stage.ref_model_name_or_path and (rounds.reference is not None or rounds.pairing == "policy_reference"):
@@ -137,10 +137,10 @@ class Config:
             raise UserError(f"{what} and ref_model_name_or_path name two references: leave one out")
         if rounds.engine == "vllm" and self.train.use_peft:
             raise UserError("rounds.engine vllm takes whole models, and use_peft trains an adapter: set "
-                            "engine=transformers")  # fmt: skip
+                            "engine=transformers")
         if rounds.max_new_tokens >= stage.max_length:
             raise UserError(f"rounds.max_new_tokens is {rounds.max_new_tokens}, which leaves no room for a prompt in "
-                            f"max_length={stage.max_length}")  # fmt: skip
+                            f"max_length={stage.max_length}")
         if stage.dataset_streaming:
             raise UserError("dataset_streaming: rounds read all of their prompts; leave it out of what they train")
         if rounds.prompts is None and stage.train_dataset is None:
@@ -197,10 +197,10 @@ def config_from(values: Mapping[str, Any], where: str = "config") -> Config:
         section = values.get("rounds")
         if not isinstance(section, Mapping):
             raise UserError("rounds: a section of keys and values is missing" if section is None else
-                            f"rounds is {section!r}; it takes keys and values")  # fmt: skip
+                            f"rounds is {section!r}; it takes keys and values")
         if not section.get("scorer"):
             raise UserError("rounds.scorer is missing; it takes module:function, the folder of a reward model, or "
-                            "implicit:FOLDER")  # fmt: skip
+                            "implicit:FOLDER")
         rounds = RoundsConfig(**_checked(section))
     except UserError as error:
         raise UserError(f"{where}: {error}") from None

@@ -37,10 +37,12 @@ import yaml
 from transformers import PreTrainedTokenizerBase
 
 from fastpref.data import Example, load_records
+from fastpref.errors import UserError
+from fastpref.files import replacing, write_text
 from fastpref.train import checkpoint
 from fastpref.train.best_of_n import best_of_n
 from fastpref.train.checkpoint import snapshot
-from fastpref.train.config import TrainConfig, UserError
+from fastpref.train.config import TrainConfig
 from fastpref.train.display import Display
 from fastpref.train.loop import Given, Interrupted, StopFlag, Stopped, describe, spent, train
 from fastpref.train.metrics import check_report_to, device_name, versions
@@ -111,7 +113,7 @@ def rounds(config: Config, *, resume: bool = False, display: Display | None = No
     run_dir = Path(config.train.output_dir)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("rounds run in one process: a model sharded over several does not generate; start it without "
-                        "torchrun")  # fmt: skip
+                        "torchrun")
     check_report_to(config.train)
     for stage in config.train.stage_configs():
         check_optimizer(stage, pick_device())
@@ -125,7 +127,7 @@ def rounds(config: Config, *, resume: bool = False, display: Display | None = No
         scorer = load_scorer(
             config.rounds.scorer, timeout=config.rounds.scorer_timeout,
             batch_size=config.stage.per_device_eval_batch_size,
-        )  # fmt: skip
+        )
         held.enter_context(scorer)
         session = _open(run_dir, config, display, stop, scorer, vllm, goes_on)
         _prepare(session, goes_on)
@@ -154,7 +156,7 @@ def _may_begin(run_dir: Path, config: Config, resume: bool) -> bool:
         if config.train.overwrite_output_dir:
             return False
         raise UserError(f"output_dir {run_dir} holds a run already: --resume goes on with it, "
-                        "overwrite_output_dir=true starts over")  # fmt: skip
+                        "overwrite_output_dir=true starts over")
     saved = yaml.safe_load(there.read_text(encoding="utf-8"))
     if "rounds" not in saved:
         raise UserError(f"output_dir {run_dir} holds a run of `fastpref train`, no rounds; set another output_dir")
@@ -184,11 +186,11 @@ def _prepare(session: Session, goes_on: bool) -> None:
         else:
             path.unlink(missing_ok=True)
     checkpoint.clean_up(run_dir)
-    checkpoint.write_file(run_dir / "config.yaml", yaml.safe_dump(session.config.to_dict(), sort_keys=False))
+    write_text(run_dir / "config.yaml", yaml.safe_dump(session.config.to_dict(), sort_keys=False))
 
 
 def _open(run_dir: Path, config: Config, display: Display, stop: StopFlag, scorer: Scorer, vllm: bool,
-          goes_on: bool) -> Session:  # fmt: skip
+          goes_on: bool) -> Session:
     """Reads the data, loads the policy once, with the newest weights there are."""
     settings, stage = config.rounds, config.stage
     checkpoint.seed_everything(config.train.seed)  # as train does: random weights are the same there and here
@@ -215,7 +217,7 @@ def _open(run_dir: Path, config: Config, display: Display, stop: StopFlag, score
     policy = load_policy(config.train, tokenizer, first)
     display.say(f"{describe(policy)} on {device_name(policy.device)}; run folder {run_dir}")
     session = Session(run_dir, config, stage, display, stop, scorer, tokenizer, prompts, held_out, data, offline, vllm,
-                      policy)  # fmt: skip
+                      policy)
     for name, part, n in (("prompts", prompts, settings.num_generations), ("held-out", held_out, settings.eval_n)):
         if part is not None:
             sample(policy, tokenizer, part.ids, _sampling(session, n, 0, name))  # checks, and generates nothing
@@ -239,7 +241,7 @@ def _check_budget(config: Config, prompts: Prompts) -> None:
         if most > stage.max_tokens_per_batch:
             raise UserError(f"max_tokens_per_batch is {stage.max_tokens_per_batch}, but the longest prompt and "
                             f"responses of max_new_tokens={settings.max_new_tokens} make up to {most:,} tokens"
-                            )  # fmt: skip
+                            )
 
 
 def _is_trained(folder: Path, number: int, config: Config) -> bool:
@@ -272,7 +274,7 @@ def _start(session: Session) -> None:
         if (folder / "summary.json").is_file():
             values["after"] = json.loads((folder / "summary.json").read_text(encoding="utf-8"))["after"]
         values |= {"round": 0, "seconds": seconds}
-        checkpoint.write_file(folder / "round.json", json.dumps(values, indent=1) + "\n")
+        write_text(folder / "round.json", json.dumps(values, indent=1) + "\n")
 
 
 def _keep_initial(session: Session) -> None:
@@ -327,7 +329,7 @@ def run_round(session: Session, number: int) -> None:
     chosen = block(len(session.prompts.ids), settings.prompts_per_round, number - 1, session.config.train.seed)
     prompts = session.prompts.take(chosen)
     display.say(f"round {number}/{settings.number}: {len(chosen):,} prompts x {settings.num_generations} responses"
-                + (" (trained again from saved responses)" if again else ""), "bold")  # fmt: skip
+                + (" (trained again from saved responses)" if again else ""), "bold")
     failures = Counter(session.scorer.failures)
 
     responses, pairs, dropped = _responses_and_pairs(session, number, prompts, seconds)
@@ -335,7 +337,7 @@ def run_round(session: Session, number: int) -> None:
     values: dict[str, Any] = {
         "round": number, "counts": counts, "pairs": sum(map(len, pairs)), "dropped": dict(sorted(dropped.items())),
         "reward": _mean([score for of_prompt in responses for score in scores(own(of_prompt)) if score is not None]),
-    }  # fmt: skip
+    }
     failed = session.scorer.failures - failures
     if failed:
         display.say(f"round {number}: scorer so far: {session.scorer.report()}", "yellow")
@@ -344,7 +346,7 @@ def run_round(session: Session, number: int) -> None:
     values["offline"] = len(examples) - values["pairs"] * (2 if session.stage.kind == "kto" else 1)
     if values["pairs"]:
         with spent(seconds, "pairing"):
-            checkpoint.write_file(folder / "pairs.jsonl", "".join(lines))
+            write_text(folder / "pairs.jsonl", "".join(lines))
         if session.trained < number:
             session.stop.check()
             values["training"] = _train(session, number, examples, seconds)
@@ -360,7 +362,7 @@ def run_round(session: Session, number: int) -> None:
         if number == 1:
             raise UserError(f"round 1: none of the {len(chosen):,} prompts makes a pair: {why}")
         display.say(f"round {number}: none of the {len(chosen):,} prompts makes a pair ({why}); nothing is trained",
-                    "yellow")  # fmt: skip
+                    "yellow")
         session.exact_match[number] = session.exact_match.get(number - 1, ({}, []))
         session.trained = number
     values["best_of_n"] = _evaluate(session, number, seconds)
@@ -370,7 +372,7 @@ def run_round(session: Session, number: int) -> None:
     values["seconds"] = seconds | {"between": total - sum(seconds.values()), "total": total}
     values["resumed"] = goes_on
     _tidy(session, number)
-    checkpoint.write_file(folder / "round.json", json.dumps(values, indent=1) + "\n")
+    write_text(folder / "round.json", json.dumps(values, indent=1) + "\n")
     for line in round_lines(values, settings.number):
         display.say(line, "cyan")
 
@@ -410,7 +412,7 @@ def _responses_and_pairs(
 
 
 def _collect(session: Session, path: Path, prompts: Prompts, sampling: Sampling, what: str, seconds: dict[str, float],
-             **more: Any) -> list[Scored]:  # fmt: skip
+             **more: Any) -> list[Scored]:
     group = max(1, sampling.batch_size // sampling.n)
 
     def source(done: Collection[int]) -> Generator[tuple[int, list[Sample]], None, None]:
@@ -448,7 +450,7 @@ def _sampling(session: Session, n: int, number: int, name: str) -> Sampling:
     return Sampling(
         n=n, temperature=settings.temperature, top_p=settings.top_p, max_new_tokens=settings.max_new_tokens,
         batch_size=settings.generation_batch_size, seed=int.from_bytes(digest[:7], "big"),
-    )  # fmt: skip
+    )
 
 
 def _examples(
@@ -518,12 +520,12 @@ def _train(session: Session, number: int, examples: list[Example], seconds: dict
         part=(number - 1, settings.number) if settings.one_schedule else (0, 1),
         exact_match=exact_match, generated=generated,
         save_model=number % settings.save_rounds == 0 or number == settings.number, seconds=seconds,
-    )  # fmt: skip
+    )
     session.optimizer = None  # the run's own from here on
     config = replace(  # one reference_dir for all: the log-probs of the held-out pairs may still be right
         stage, output_dir=str(folder), train_dataset=str(folder.parent / "pairs.jsonl"), overwrite_output_dir=True,
         reference_dir=stage.reference_dir or str(session.dir / "reference"), seed=session.config.train.seed + number,
-    )  # fmt: skip
+    )
     summary = train(config, resume=True, display=session.display, given=given)
     session.trained = number
     session.saved = given.save_model
@@ -538,13 +540,8 @@ def _train(session: Session, number: int, examples: list[Example], seconds: dict
 
 
 def _save_optimizer(path: Path, states: dict[str, Any] | None) -> None:
-    partial = path.with_name(checkpoint.PARTIAL + path.name)
-    try:
+    with replacing(path) as partial:
         torch.save(states, partial)
-        os.replace(partial, path)
-    except (OSError, RuntimeError) as error:
-        partial.unlink(missing_ok=True)
-        raise checkpoint.SaveError(f"could not write {path}: {error}") from error
 
 
 def _tidy(session: Session, number: int) -> None:
@@ -612,8 +609,8 @@ def _finish(session: Session, last: int) -> dict[str, Any]:
     summary = {
         "start": start, "rounds": found, "ended_by_kl_budget": _is_last(session, last),
         "model": str(model.relative_to(run_dir)), "device": device_name(session.policy.device), "versions": versions(),
-    }  # fmt: skip
-    checkpoint.write_file(run_dir / "summary.json", json.dumps(summary, indent=1) + "\n")
+    }
+    write_text(run_dir / "summary.json", json.dumps(summary, indent=1) + "\n")
     report = write_page(run_dir)
     show_table(session.display, summary)
     session.display.say(f"model   {model}\nreport  {report}")

@@ -6,7 +6,6 @@ The page reads files alone (summary.json, config.yaml, pairs.jsonl), so it can b
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 from rich.table import Table
 
+from fastpref.files import write_text
 from fastpref.train.chart import Line, line_chart, number, percent
 from fastpref.train.display import Display, duration
 from fastpref.train.report import html_page
@@ -90,7 +90,7 @@ def show_table(display: Display, summary: Values) -> None:
             continue
         reward = "" if row["reward"] is None else number(row["reward"])
         table.add_row(str(row["round"]), f"{row['counts']['prompts']:,}", f"{row['pairs']:,}", reward, *cells,
-                      duration(row["seconds"]["total"]))  # fmt: skip
+                      duration(row["seconds"]["total"]))
     display.console.print(table)
     display.say(f"all rounds | {time_split(_total_seconds(summary['rounds']))}")
 
@@ -120,9 +120,7 @@ def write_page(run_dir: Path) -> Path:
         f"<details><summary>Configuration (config.yaml)</summary><pre>{escape(config.rstrip())}</pre></details>",
     ]
     path = run_dir / "report.html"
-    unfinished = path.with_name(".report.html.partial")
-    unfinished.write_text(html_page(f"{name} · fastpref rounds", body), encoding="utf-8")
-    os.replace(unfinished, path)
+    write_text(path, html_page(f"{name} · fastpref rounds", body))
     return path
 
 
@@ -184,12 +182,12 @@ def _charts(summary: Values) -> str:
         line_chart("Reward", rewards, y_label="score, mean over responses", x_label="round"),
         line_chart("KL to the reference, on the data's responses", kl, y_label="nats per response", x_label="round"),
         line_chart("What pairing kept", pairs, y_label="pairs", x_label="round", from_zero=True),
-    ))  # fmt: skip
+    ))
 
 
 def _table(summary: Values, linked: set[int], start_linked: bool) -> str:
     heads = ("sampled reward", "prompts", "responses", "empty", "duplicates", "failed", "cut", "offline", "pairs",
-             "why no pair")  # fmt: skip
+             "why no pair")
     rows = [summary["start"], *summary["rounds"]]
     labels = list(dict.fromkeys(label for row in rows for label, value, _ in _columns(row) if value is not None))
     lines = []

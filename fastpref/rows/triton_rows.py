@@ -148,7 +148,7 @@ if triton is not None:
         row_ptr, bias_ptr, out_ptr, start, width, y, z_y, pre, post, limit, lift, m, s, ez, sz, p2, beaten,
         TRANSFORM: tl.constexpr, ENTROPY: tl.constexpr, TOP1: tl.constexpr, MEAN: tl.constexpr, P2: tl.constexpr,
         MASKED: tl.constexpr, BLOCK: tl.constexpr,
-    ):  # fmt: skip
+    ):
         """One block of a row. s, ez, p2: sums of E, E (z - m), E^2 without the target; sz: sum of z; beaten: 1.0 once
         there was a column that argmax prefers to y.
 
@@ -284,12 +284,12 @@ if triton is not None:
                 m, s, ez, sz, p2, beaten = _sweep(
                     row_ptr, bias_ptr, out_ptr, start, even, y, z_y, pre, post, limit, lift, m, s, ez, sz, p2, beaten,
                     TRANSFORM, ENTROPY, TOP1, MEAN, P2, False, BLOCK,
-                )  # fmt: skip
+                )
             if whole < even:
                 m, s, ez, sz, p2, beaten = _sweep(
                     row_ptr, bias_ptr, out_ptr, whole, even, y, z_y, pre, post, limit, lift, m, s, ez, sz, p2, beaten,
                     TRANSFORM, ENTROPY, TOP1, MEAN, P2, True, BLOCK,
-                )  # fmt: skip
+                )
 
             # As a scheduling fence: without it ptxas moves these loads up, and then spills.
             tl.debug_barrier()
@@ -366,12 +366,12 @@ if triton is not None:
                 m, s, _, _, _, _ = _sweep(
                     row_ptr, bias_ptr, None, start, width, -1, 0.0, pre, post, limit, 0.0, m, s, 0.0, 0.0, 0.0, 0.0,
                     TRANSFORM, False, False, False, False, False, BLOCK,
-                )  # fmt: skip
+                )
             if whole < width:
                 m, s, _, _, _, _ = _sweep(
                     row_ptr, bias_ptr, None, whole, width, -1, 0.0, pre, post, limit, 0.0, m, s, 0.0, 0.0, 0.0, 0.0,
                     TRANSFORM, False, False, False, False, True, BLOCK,
-                )  # fmt: skip
+                )
             tl.store(maximum_ptr + row, m)
             tl.store(sum_exp_ptr + row, s_before * tl.exp(m_before - m) + tl.sum(s, 0))
 
@@ -379,7 +379,7 @@ if triton is not None:
     def _given_lse(
         row_ptr, bias_ptr, out_ptr, start, width, y, lse, gl, gh, constant, pre, post,
         ENTROPY: tl.constexpr, TRANSFORM: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr,
-    ):  # fmt: skip
+    ):
         c = start + tl.arange(0, BLOCK)
         z, slope = _load_z(row_ptr, bias_ptr, c, width, pre, post, TRANSFORM, MASKED)
         log_p = z - lse
@@ -435,12 +435,12 @@ if triton is not None:
                 _given_lse(
                     row_ptr, bias_ptr, out_ptr, start, width, y, lse, gl, gh, constant, pre, post,
                     ENTROPY, TRANSFORM, False, BLOCK,
-                )  # fmt: skip
+                )
             if whole < width:
                 _given_lse(
                     row_ptr, bias_ptr, out_ptr, whole, width, y, lse, gl, gh, constant, pre, post,
                     ENTROPY, TRANSFORM, True, BLOCK,
-                )  # fmt: skip
+                )
 
     @triton.jit
     def _scale_row_block(x_ptr, out_ptr, w, start, width, MASKED: tl.constexpr, BLOCK: tl.constexpr):
@@ -621,7 +621,7 @@ def residual(
                 width, ignore_index, pre, post, transform.row_factor, *_limit_and_lift(out, width),
             ),
             config, TRANSFORM=kind, LOGITS_UNIT=logits_unit, OUT_UNIT=out_unit,
-        )  # fmt: skip
+        )
     return RowStats(stats["logp"], stats["lse"], stats.get("scale"), *(stats.get(name) for name in EXTRAS))
 
 
@@ -651,7 +651,7 @@ def fold(
                 width, col_offset, ignore_index, pre, post, _LIMIT,
             ),
             config, TRANSFORM=kind, LOGITS_UNIT=unit,
-        )  # fmt: skip
+        )
 
 
 def residual_given_lse(
@@ -668,7 +668,7 @@ def residual_given_lse(
     _launch_given_lse(
         logits, targets, out, {"lse": lse, "entropy": None, "grad_logps": None, "grad_entropy": None},
         col_offset, transform, bias, ignore_index,
-    )  # fmt: skip
+    )
 
 
 def gradient_given_lse(
@@ -688,13 +688,13 @@ def gradient_given_lse(
     _launch_given_lse(
         logits, targets, out, {"lse": lse, "entropy": entropy, "grad_logps": grad_logps, "grad_entropy": grad_entropy},
         col_offset, transform, bias, ignore_index,
-    )  # fmt: skip
+    )
 
 
 def _launch_given_lse(
     logits: Tensor, targets: Tensor, out: Tensor, given: dict[str, Tensor | None], col_offset: int,
     transform: Transform, bias: Tensor | None, ignore_index: int,
-) -> None:  # fmt: skip
+) -> None:
     targets, bias = _check(logits, targets, bias, out)
     rows, width = logits.shape
     for name, vector in given.items():
@@ -711,7 +711,7 @@ def _launch_given_lse(
                 out, out.stride(0) // out_unit, width, col_offset, ignore_index, pre, post,
             ),
             config, TRANSFORM=kind, LOGITS_UNIT=logits_unit, OUT_UNIT=out_unit,
-        )  # fmt: skip
+        )
 
 
 def scale_rows_(x: Tensor, w: Tensor, out: Tensor | None = None) -> Tensor:
@@ -731,7 +731,7 @@ def scale_rows_(x: Tensor, w: Tensor, out: Tensor | None = None) -> Tensor:
             _scale_rows_kernel, rows, x.device,
             (x, x.stride(0) // x_unit, w.contiguous(), out, out.stride(0) // out_unit, width),
             config, X_UNIT=x_unit, OUT_UNIT=out_unit,
-        )  # fmt: skip
+        )
     return out
 
 

@@ -10,12 +10,12 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from fastpref.data import Example
+from fastpref.data import Example, eval_order
+from fastpref.errors import UserError
 
 from . import checkpoint, ranks, reference
-from .config import TrainConfig, UserError
+from .config import TrainConfig
 from .display import Display, duration
-from .evaluate import eval_order
 from .model import Policy, fingerprint, load_policy, load_reference, load_tokenizer, pad_token
 from .prepare import Data, Schedule, load_data
 from .reference import ReferenceLogps, Tick
@@ -53,7 +53,7 @@ def splits_of(
 
 
 def obtain(split: Split, tokenizer: PreTrainedTokenizerBase, weights: str, like: Policy, source: Callable[[], Policy],
-           display: Display, watch: Callable[[Any], Tick], *, replace: bool) -> ReferenceLogps:  # fmt: skip
+           display: Display, watch: Callable[[Any], Tick], *, replace: bool) -> ReferenceLogps:
     """From the file if its header is what it has to be; else computed and written.
 
     weights: fingerprint of the reference; like: a policy of the same dtype and layout; source: makes the reference;
@@ -130,6 +130,6 @@ def cache_reference(config: TrainConfig, display: Display | None = None) -> list
             weights = fingerprint(source.model)
             for split in splits_of(config, run_dir, index, stage, data, schedule):
                 obtain(split, tokenizer, weights, policy, lambda source=source: source, display,  # type: ignore[misc]
-                       lambda show: show, replace=config.overwrite_output_dir)  # fmt: skip
+                       lambda show: show, replace=config.overwrite_output_dir)
                 found.append(split.path)
     return found

@@ -33,15 +33,11 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from .config import UserError
+from fastpref.errors import SaveError, UserError, first_line
+from fastpref.files import PARTIAL, reason, to_disk
 
 NAME = re.compile(r"(\d+)-([\w.-]+)-(\d{8})")
 SHARDED = "sharded"  # in a checkpoint: what several ranks wrote, see sharding.py
-PARTIAL = ".partial-"  # before the name of a folder or file that is being written, or removed
-
-
-class SaveError(RuntimeError):
-    """A save that failed; what was saved before is untouched. Its text is the one line shown."""
 
 
 @dataclass
@@ -94,28 +90,18 @@ def save(path: Path, write: Callable[[Path], None]) -> None:
         write(partial)
         for folder, _, files in os.walk(partial):
             for name in files:
-                _to_disk(Path(folder, name))
-            _to_disk(Path(folder))
+                to_disk(Path(folder, name))
+            to_disk(Path(folder))
         if path.exists():
             remove(path)
         os.rename(partial, path)
-        _to_disk(path.parent)
+        to_disk(path.parent)
     except (OSError, SafetensorError, RuntimeError) as error:  # the latter two: how their writers report a full disk
         shutil.rmtree(partial, ignore_errors=True)
-        raise SaveError(f"could not save {path}: {_reason(error, path)}") from error
+        raise SaveError(f"could not save {path}: {reason(error, path)}") from error
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-
-
-def _reason(error: Exception, path: Path) -> str:
-    free = shutil.disk_usage(_existing(path)).free
-    line = next(iter(str(error).splitlines()), type(error).__name__)
-    return f"{getattr(error, 'strerror', None) or line} ({free / 2**20:,.0f} MiB free on that disk)"
-
-
-def _existing(path: Path) -> Path:
-    return path if path.exists() else _existing(path.parent)
 
 
 class Saver:
@@ -202,26 +188,6 @@ def remove_old(run_dir: Path, limit: int | None, keep: Collection[str] = ()) -> 
         remove(path)
 
 
-def write_file(path: Path, text: str) -> None:
-    """Writes a small text file; at every instant it has its old or its new content."""
-    partial = path.with_name(PARTIAL + path.name)
-    try:
-        partial.write_text(text, encoding="utf-8")
-        _to_disk(partial)
-        os.replace(partial, path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise SaveError(f"could not write {path}: {_reason(error, path)}") from error
-
-
-def _to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def tensors_of(optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
     """What a run goes on from, beside weights and `State`. optimizer: None at a stage's start, where it is new."""
     return {"random": random_state(), "optimizer": None if optimizer is None else optimizer.state_dict()}
@@ -252,8 +218,7 @@ def read_tensors(folder: Path) -> dict[str, Any]:
         found: dict[str, Any] = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
         return found
     except Exception as error:  # a damaged zip, pickle, or file
-        line = next(iter(str(error).splitlines()), "")
-        raise UserError(f"{folder}/optimizer.pt: cannot be read ({line})") from error
+        raise UserError(f"{folder}/optimizer.pt: cannot be read ({first_line(error)})") from error
 
 
 def load_sharded_weights(model: nn.Module, folder: Path) -> None:
@@ -263,7 +228,7 @@ def load_sharded_weights(model: nn.Module, folder: Path) -> None:
         there = tuple(saved[key].size) if key in saved else None
         if there != tuple(tensor.shape):
             raise UserError(f"{folder.parent}: is of another model: {key.removeprefix('model.')} is "
-                            f"{there or 'missing'} there, {tuple(tensor.shape)} here")  # fmt: skip
+                            f"{there or 'missing'} there, {tuple(tensor.shape)} here")
     read_sharded(wanted, folder)
 
 
@@ -275,7 +240,7 @@ def sharded_metadata(folder: Path) -> dict[str, Any]:
     try:
         found = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
     except Exception as error:  # a missing file, a damaged pickle
-        raise UserError(f"{folder}: cannot be read ({next(iter(str(error).splitlines()), '')})") from error
+        raise UserError(f"{folder}: cannot be read ({first_line(error)})") from error
     return {key: value for key, value in found.items() if isinstance(value, TensorStorageMetadata)}
 
 
@@ -290,7 +255,7 @@ def read_sharded(wanted: dict[str, Any], folder: Path) -> None:
             warnings.simplefilter("ignore")  # that it reads without a process group
             dcp.load(wanted, checkpoint_id=folder, no_dist=True)
     except Exception as error:
-        raise UserError(f"{folder}: cannot be read ({next(iter(str(error).splitlines()), '')})") from error
+        raise UserError(f"{folder}: cannot be read ({first_line(error)})") from error
 
 
 def seed_everything(seed: int) -> None:

@@ -25,10 +25,7 @@ import yaml
 
 from fastpref import losses
 from fastpref.data import Kind
-
-
-class UserError(ValueError):
-    """Something the user can put right; its text is the one line shown."""
+from fastpref.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -157,7 +154,7 @@ class TrainConfig:
             self._check_optimizer()
             if self.dataset_streaming and self.max_steps < 1:
                 raise UserError("dataset_streaming reads as much of train_dataset as max_steps take: set max_steps (a "
-                                "stream has no length to count epochs by)")  # fmt: skip
+                                "stream has no length to count epochs by)")
 
     def _check_optimizer(self) -> None:
         bf16_weights = self.dtype == "bfloat16" and not self.use_peft
@@ -171,7 +168,7 @@ class TrainConfig:
             )
         if self.optimizer == "adamw_fp32_master" and not bf16_weights:
             raise UserError("optim is 'adamw_fp32_master', but the weights that are trained are fp32: "
-                            "set dtype=bfloat16 (without use_peft), or optim=adamw_torch_fused")  # fmt: skip
+                            "set dtype=bfloat16 (without use_peft), or optim=adamw_torch_fused")
         if self.optim_in_backward and self.optimizer == "adamw_offload":
             raise UserError("optim_in_backward: adamw_offload frees each gradient already; set one of them")
         if self.optim_in_backward or self.optimizer == "adamw_offload":
@@ -240,14 +237,14 @@ class TrainConfig:
 _AT_LEAST_1 = (
     "gradient_accumulation_steps", "per_device_eval_batch_size", "logging_steps",
     "eval_max_new_tokens", "sample_max_new_tokens", "max_skipped_steps", "lora_r", "lora_alpha", "dp_replicate",
-)  # fmt: skip
+)
 _AT_LEAST_0 = (
     "learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm", "warmup_steps", "save_steps", "seed",
-)  # fmt: skip
+)
 _NONE_OR_1 = (
     "eval_steps", "sample_steps", "save_total_limit", "eval_generate_samples", "max_prompt_length", "memory_budget",
     "per_device_train_batch_size", "max_tokens_per_batch",
-)  # fmt: skip
+)
 _NONE_OR_POSITIVE = ("sample_time_share", "scorer_timeout", "kl_budget")
 
 # What a stage cannot have for itself: there is one model and one output folder.
@@ -256,7 +253,7 @@ _RUN_KEYS = (
     "use_peft", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "dtype", "bf16",
     "gradient_checkpointing", "use_liger_kernel", "packing", "prefix_sharing", "fsdp", "dp_replicate",
     "output_dir", "overwrite_output_dir", "reference_dir", "seed", "report_to", "save_total_limit", "stages",
-)  # fmt: skip
+)
 # What may differ between a checkpoint and the run that goes on from it: nothing here changes a weight.
 MAY_DIFFER = (
     "output_dir", "overwrite_output_dir", "reference_dir", "report_to", "logging_steps", "save_steps",
@@ -264,7 +261,7 @@ MAY_DIFFER = (
     "eval_dataset", "eval_steps", "per_device_eval_batch_size", "eval_generate", "eval_max_new_tokens",
     "eval_generate_samples", "sample_steps", "sample_prompts", "sample_max_new_tokens", "sample_time_share", "scorer",
     "scorer_timeout", "kl_budget", "kl_budget_action", "memory_budget", "max_skipped_steps", "fsdp", "dp_replicate",
-)  # fmt: skip
+)
 
 _FIELDS = {f.name: f for f in fields(TrainConfig) if f.name != "loss_options"}
 _TYPES = get_type_hints(TrainConfig)

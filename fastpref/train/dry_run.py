@@ -17,9 +17,10 @@ from typing import Any
 from transformers import AutoConfig
 
 from fastpref.data import Example, Layout
+from fastpref.errors import UserError
 
 from . import memory
-from .config import TrainConfig, UserError
+from .config import TrainConfig
 from .display import Display
 from .loop import describe, refuse_used
 from .memory import GIB, Terms
@@ -124,19 +125,19 @@ def _memory(stage: TrainConfig, positions: int) -> tuple[Terms | None, str]:
 def _lines(stage: TrainConfig, values: dict[str, Any], terms: Terms | None, why: str) -> Iterator[str]:
     noun = {"pair": "pairs", "kto": "labelled examples", "sft": "examples"}[stage.kind]
     options = "".join(f", {name} {value:g}" if isinstance(value, float) else f", {name} {value}"
-                      for name, value in stage.loss_options.items())  # fmt: skip
+                      for name, value in stage.loss_options.items())
     held_out = f"; {values['held_out']:,} held out" if values["held_out"] else ""
     yield f"{stage.name}: loss {stage.loss}{options}; {values['examples']:,} {noun}{held_out}"
     micro = values["micro_batches_a_step"]
     parts = f" in {micro} micro-batches" if micro > 1 else ""
     yield (f"  steps          {values['steps']:,} of up to {values['examples_a_step']:,} {noun}{parts}; "
-           f"epochs {values['epochs']:.4g}")  # fmt: skip
+           f"epochs {values['epochs']:.4g}")
     share = values["scored_tokens"] / values["tokens"]
     yield (f"  tokens         {values['tokens_a_step']:,.0f} a step (most: {values['most_tokens_a_step']:,}), "
            f"{values['tokens']:,} in all, {100 * share:.0f} % of them in responses; "
-           f"{values['positions']:,} in the largest micro-batch")  # fmt: skip
+           f"{values['positions']:,} in the largest micro-batch")
     yield (f"  learning rate  {stage.lr_scheduler_type}, {values['learning_rate']:g} after {values['warmup_steps']} "
-           f"steps of warm-up; {stage.optimizer}")  # fmt: skip
+           f"steps of warm-up; {stage.optimizer}")
     if stage.loss_fn.needs_reference:
         source = stage.ref_model_name_or_path or "the policy as the stage finds it"
         yield f"  reference      {source}: {values['examples'] + values['held_out']:,} examples, once"
@@ -144,7 +145,7 @@ def _lines(stage: TrainConfig, values: dict[str, Any], terms: Terms | None, why:
         yield f"  memory         {why}"
         return
     names = {"weights": terms.weights, "gradients": terms.gradients, "optimiser": terms.optimizer,
-             "activations": terms.activations, "work": terms.work, "context": terms.context}  # fmt: skip
+             "activations": terms.activations, "work": terms.work, "context": terms.context}
     said = ", ".join(f"{name} {part / GIB:.1f}" for name, part in names.items())
     host = f"; {terms.host / GIB:.1f} GiB of host memory" if terms.host else ""
     yield f"  memory         {terms.total / GIB:.1f} GiB on one GPU alone ({said}){host}"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from fastpref.data import Batch, Example, Kind, Record, batch_order, collate
+from fastpref.data import Batch, Example, Kind, Record, collate, eval_order
 from fastpref.losses import BradleyTerry, Loss, Totals
 
 from . import ranks
@@ -18,11 +18,6 @@ from .model import Policy
 from .reference import ReferenceLogps, Tick, by_turns
 from .sample import Sampling, sample
 from .watch import Start, take_correlation, to_sums, watched
-
-
-def eval_order(examples: Sequence[Example], batch_size: int) -> list[list[int]]:
-    """Batches of a held-out set, as indices of examples."""
-    return batch_order([e.length for e in examples], batch_size, seed=0, epoch=0, shuffle=False)
 
 
 def totals_of(batches: Sequence[Batch]) -> Totals:
@@ -91,7 +86,7 @@ def sequence_logps(policy: Policy, batches: Sequence[Batch]) -> Iterator[Tensor]
 @torch.no_grad()
 def evaluate(policy: Policy, examples: Sequence[Example], kind: Kind, loss: Loss | BradleyTerry, batch_size: int,
              pad: int, reference: ReferenceLogps | None, tick: Tick,
-             start: Start | None = None) -> dict[str, float]:  # fmt: skip
+             start: Start | None = None) -> dict[str, float]:
     """Loss over the whole set (its own denominators) and the means of `fastpref.losses.metrics` under TRL's names; of a
     reward model those of `RewardPolicy.score`, accuracy on the held-out pairs among them.
 
@@ -165,7 +160,7 @@ def _text(prompt: Any) -> str:
 
 
 def generate(policy: Policy, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[list[int]], batch_size: int,
-             max_new_tokens: int, tick: Tick) -> list[str]:  # fmt: skip
+             max_new_tokens: int, tick: Tick) -> list[str]:
     """Greedy continuations as text, in the order of the prompts."""
     greedy = Sampling(temperature=0, max_new_tokens=max_new_tokens, batch_size=batch_size)
     texts = {i: responses[0].text for i, responses in sample(policy, tokenizer, prompts, greedy, tick)}

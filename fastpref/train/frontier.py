@@ -59,7 +59,7 @@ def frontier(points: Sequence[Measured], best_place: str) -> str:
             notes.append(_words(fit, label, most))
         notes.append(found.verdict)
     return line_chart("Reward of fresh samples against √KL", lines, y_label="mean reward",
-                      x_label=X_LABEL, x_name="√KL", note=" ".join(notes))  # fmt: skip
+                      x_label=X_LABEL, x_name="√KL", note=" ".join(notes))
 
 
 def implicit_frontier(points: Sequence[Measured]) -> str:
@@ -74,7 +74,7 @@ def implicit_frontier(points: Sequence[Measured]) -> str:
     )
     return line_chart("Implicit reward margin against √KL",
                       [_measured("held-out", points), _best(best)], y_label="chosen − rejected reward, nats",
-                      x_label=X_LABEL, x_name="√KL", note=note)  # fmt: skip
+                      x_label=X_LABEL, x_name="√KL", note=note)
 
 
 def best_sentence(points: Sequence[Measured], place: str) -> str:

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from fastpref.data import eval_order
+from fastpref.errors import UserError
+
 from . import checkpoint, reference
 from .cache import file_of
 from .checkpoint import seed_everything
-from .config import TrainConfig, UserError, load_config
+from .config import TrainConfig, load_config
 from .display import Display, evaluation_table
-from .evaluate import eval_order, evaluate, exact_match, generate
+from .evaluate import evaluate, exact_match, generate
 from .model import Policy, load_policy, load_reference, load_tokenizer, pad_token
 from .prepare import load_data
 

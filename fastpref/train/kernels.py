@@ -6,9 +6,8 @@ from typing import Any
 
 import torch
 
+from fastpref.errors import UserError
 from fastpref.trunk import evaluating
-
-from .config import UserError
 
 
 def use_liger_kernels(model: Any) -> None:

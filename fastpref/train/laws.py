@@ -79,7 +79,7 @@ class Comparison:
 
 
 def fit(form: str, d: ArrayLike, rewards: ArrayLike, errors: ArrayLike | None = None, *, origin: bool = True,
-        confidence: float = 0.95) -> Fit:  # fmt: skip
+        confidence: float = 0.95) -> Fit:
     """Weighted least squares of one form.
 
     d [n], at least 0; rewards [n]; errors [n]: standard errors of the rewards, whose inverse squares are the weights
@@ -99,7 +99,7 @@ def fit(form: str, d: ArrayLike, rewards: ArrayLike, errors: ArrayLike | None = 
     different = len(numpy.unique(at if origin else at[at > 0]))
     if len(at) < parameters + 1 or different < parameters:
         raise ValueError(f"{len(at)} points at {different} different distances; {parameters} parameters take at least "
-                         f"{parameters + 1} points at {parameters}")  # fmt: skip
+                         f"{parameters + 1} points at {parameters}")
     weights = _weights(errors, len(at))
     columns = [numpy.ones_like(at)] * origin + [at, FORMS[form](at)]
     root = numpy.sqrt(weights)[:, None]
@@ -115,22 +115,22 @@ def fit(form: str, d: ArrayLike, rewards: ArrayLike, errors: ArrayLike | None = 
 
 
 def compare(d: ArrayLike, rewards: ArrayLike, errors: ArrayLike | None = None, *, origin: bool = True,
-            confidence: float = 0.95) -> Comparison:  # fmt: skip
+            confidence: float = 0.95) -> Comparison:
     """Both forms, and which of them the data prefer: the one whose AICc is lower by at least 2; else neither. AICc
     needs p + 3 points; with fewer, neither. Arguments and errors as `fit`."""
     law, quadratic = (fit(form, d, rewards, errors, origin=origin, confidence=confidence) for form in FORMS)
     least = 5 + origin
     if law.points < least:
         return Comparison(law, quadratic, None, f"{law.points} points cannot tell the law from a quadratic; it takes "
-                                                f"{least} at least.")  # fmt: skip
+                                                f"{least} at least.")
     difference = law.aicc - quadratic.aicc
     if abs(difference) < CLEAR:
         return Comparison(law, quadratic, None, "The data cannot tell the law from a quadratic: their AICc differ by "
                                                 f"{abs(difference):.1f}, and {CLEAR:g} is the least that says "
-                                                "something.")  # fmt: skip
+                                                "something.")
     better, other = ("law", "quadratic") if difference < 0 else ("quadratic", "law")
     return Comparison(law, quadratic, better, f"The {better} fits better than the {other}: its AICc is lower by "
-                                              f"{abs(difference):.1f}.")  # fmt: skip
+                                              f"{abs(difference):.1f}.")
 
 
 def _weights(errors: ArrayLike | None, n: int) -> Array:

@@ -35,11 +35,13 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from fastpref.data import Batch, Example, collate
+from fastpref.errors import UserError
+from fastpref.files import PARTIAL, write_text
 
 from . import checkpoint, ranks, reference, sharding
 from .cache import obtain, splits_of
 from .checkpoint import Saver, State, seed_everything
-from .config import TrainConfig, UserError, differing_keys
+from .config import TrainConfig, differing_keys
 from .display import Display, StepBar, evaluation_line, samples_line
 from .evaluate import (
     MetricSums,
@@ -197,7 +199,7 @@ def train(
 
     Under torchrun the processes train one model, sharded (sharding.py): the same steps, whatever their number.
 
-    Raises UserError (ValueError) for what the user can put right, TrainingError and checkpoint.SaveError for a run that
+    Raises UserError (ValueError) for what the user can put right, TrainingError and SaveError for a run that
     cannot go on (what was saved stays), Stopped after SIGINT or SIGTERM once a checkpoint is saved.
     """
     with ranks.joined(config):
@@ -248,7 +250,7 @@ def _train(config: TrainConfig, resume: bool, display: Display, given: Given | N
         pad = pad_token(tokenizer)
         run = Run(run_dir, config, stages, data, tokenizer, pad, policy, display, log, stop, state, resumed,
                   goes_on=bool(resumed), given=given, alone=alone, scorers=scorers,
-                  given_weights=given_weights)  # fmt: skip
+                  given_weights=given_weights)
         try:
             for index in range(state.stage, len(stages)):
                 run_stage(run, index)
@@ -263,7 +265,7 @@ def _train(config: TrainConfig, resume: bool, display: Display, given: Given | N
 def _prepare_sampling(
     stages: Sequence[TrainConfig], data: Sequence[Data], policy: Policy, tokenizer: PreTrainedTokenizerBase,
     held: ExitStack,
-) -> dict[str, Scorer]:  # fmt: skip
+) -> dict[str, Scorer]:
     """Checks what fresh samples are to be taken from, and loads what scores them."""
     generators, scorers = checkpoint.random_state(), {}
     for stage, its in zip(stages, data, strict=True):
@@ -298,7 +300,7 @@ def _prepare(run_dir: Path, config: TrainConfig, resumed: Path | None, state: St
     elif (run_dir / "metrics.jsonl").stat().st_size < state.metrics_bytes:
         raise UserError(f"{run_dir}/metrics.jsonl is shorter than when {resumed.name} was saved")
     checkpoint.clean_up(run_dir)
-    checkpoint.write_file(run_dir / "config.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False))
+    write_text(run_dir / "config.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False))
 
 
 def _already_complete(run_dir: Path, config: TrainConfig, display: Display) -> dict[str, Any]:
@@ -374,7 +376,7 @@ def _reference_logps(run: Run, index: int, schedule: Schedule) -> tuple[Referenc
         found[split.name] = obtain(
             split, run.tokenizer, state.reference or "", run.policy, the_reference, run.display, run.stop.tick,
             replace=run.goes_on or stage.overwrite_output_dir,
-        )  # fmt: skip
+        )
     del source
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -482,7 +484,7 @@ def run_stage(run: Run, index: int) -> None:
         updater.close()
     state.history[name] |= {
         "steps": state.step, "num_tokens": state.num_tokens, "seconds": state.seconds, "skipped_steps": state.skipped,
-    }  # fmt: skip
+    }
     if not run.alone and index + 1 == len(run.stages):
         run.given.optimizer = updater.optimizer.state_dict()
     if index + 1 < len(run.stages):
@@ -620,7 +622,7 @@ def save_checkpoint(run: Run, optimizer: torch.optim.Optimizer | None) -> Path:
 
 def _save_sharded(run: Run, path: Path, optimizer: torch.optim.Optimizer | None) -> None:
     """All ranks write their parts beside; then the first one makes the checkpoint of them."""
-    parts = path.with_name(f"{checkpoint.PARTIAL}{checkpoint.SHARDED}-{path.name}")
+    parts = path.with_name(f"{PARTIAL}{checkpoint.SHARDED}-{path.name}")
     ranks.on_first(lambda: parts.mkdir(parents=True, exist_ok=True))
     sharding.save(run.policy, optimizer, parts)
     content, keep = asdict(run.state), _kept(run.state)
@@ -642,7 +644,7 @@ def _save_sharded(run: Run, path: Path, optimizer: torch.optim.Optimizer | None)
 def _kept(state: State) -> set[str]:
     """Checkpoints that save_total_limit does not count: of a stage's KL budget, and of its best reward so far."""
     found = (history.get(what, {}).get("checkpoint") for history in state.history.values()
-             for what in ("kl_budget", "best"))  # fmt: skip
+             for what in ("kl_budget", "best"))
     return {name for name in found if name}
 
 
@@ -665,7 +667,7 @@ def _check_budget(run: Run, split: str, kl: float | None) -> None:
         state.history[name]["kl_budget"] = found
         then = "the stage ends here" if found["action"] == "stop" else "the stage goes on"
         run.display.say(f"{name} {state.step} KL budget of {found['budget']:g} nats reached: {found['kl']:.3g} "
-                        f"({found['of']}); checkpoint {place} is kept, {then}", "yellow")  # fmt: skip
+                        f"({found['of']}); checkpoint {place} is kept, {then}", "yellow")
 
 
 def _fresh(run: Run, index: int) -> Fresh | None:
@@ -687,7 +689,7 @@ def _compared(run: Run, index: int) -> Callable[[], AbstractContextManager[Polic
     if stage.ref_model_name_or_path:
         source = _starting_policy(run, index) if state.step else load_reference(
             stage, run.tokenizer, stage.ref_model_name_or_path
-        )  # fmt: skip
+        )
         return lambda: nullcontext(source)
     if weights is None and run.config.use_peft and index == 0:
         return lambda: _without_adapter(policy)
@@ -724,7 +726,7 @@ def _sample(run: Run, index: int, fresh: Fresh, schedule: Schedule) -> None:
         if not record.get("waited"):
             takes = f"they take about {state.sampling['expected']:.1f} s"
             run.display.say(f"{name} {state.step} fresh samples wait: {takes}, more than sample_time_share="
-                            f"{stage.sample_time_share:g} leaves yet", "cyan")  # fmt: skip
+                            f"{stage.sample_time_share:g} leaves yet", "cyan")
         record["waited"] = record.get("waited", 0) + 1
         return
     record["taken"] += 1
@@ -796,7 +798,7 @@ def _exact_match(run: Run, index: int) -> dict[str, float]:
         texts = generate(
             run.policy, run.tokenizer, prompts, stage.per_device_eval_batch_size, stage.eval_max_new_tokens,
             run.stop.tick(show),
-        )  # fmt: skip
+        )
     state.generated = texts[:MOST_SAMPLES]
     return exact_match(data.questions, texts)
 
@@ -823,5 +825,5 @@ def _write_results(run: Run, weights: dict[str, torch.Tensor] | None) -> tuple[d
         checkpoint.save(run.dir / "model", lambda folder: save_model(run.policy, run.tokenizer, folder, weights))
     run.log.size()
     summary = summarize(run.stages, run.data[-1], run.state, run.policy.device)
-    checkpoint.write_file(run.dir / "summary.json", json.dumps(summary, indent=1) + "\n")
+    write_text(run.dir / "summary.json", json.dumps(summary, indent=1) + "\n")
     return summary, write_report(run.dir)

@@ -25,9 +25,10 @@ from torch import Tensor, library, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
+from fastpref.errors import UserError, first_line
 from fastpref.plan import Problem, plan
 
-from .config import TrainConfig, UserError
+from .config import TrainConfig
 from .model import enable_checkpointing
 from .optim import SLICE
 
@@ -88,7 +89,7 @@ RECIPES = (
            {"dtype": "bfloat16", "optim": "adamw_torch_8bit", "optim_in_backward": "true"} | _STREAMED),
     Recipe("bf16, states on host", 3, {"dtype": "bfloat16", "optim": "adamw_offload"} | _STREAMED),
     Recipe("LoRA on bf16", 4, {"dtype": "bfloat16", "use_peft": "true"}),
-)  # fmt: skip
+)
 
 
 @dataclass(frozen=True)
@@ -161,7 +162,7 @@ def head_bytes(sizes: Sizes, *, frozen: bool, grad_size: int, memory_budget: int
     problem = Problem(
         lengths=lengths, hidden=sizes.hidden, vocab=sizes.vocab, grad_itemsize=grad_size,
         needs_weight_grad=not frozen, coupling="sequence", scratches=1, cast_weight=grad_size == 4, device="cuda",
-    )  # fmt: skip
+    )
     return plan(problem, memory_budget).bytes + 2 * 2 * sizes.tokens * sizes.hidden
 
 
@@ -245,7 +246,7 @@ def load_sizes(model: str, tokens: int, lora_r: int = 16, revision: str = "main"
         config = AutoConfig.from_pretrained(model, revision=revision)
     except Exception as error:  # no file, no network, no permission, an unknown model type: each its own kind
         where = "no usable config.json" if Path(model).is_dir() else "no folder, and not to be had from the hub"
-        raise UserError(f"--model {model}: {where} ({_first_line(error)})") from None
+        raise UserError(f"--model {model}: {where} ({first_line(error)})") from None
     return measure(config, tokens, lora_r)
 
 
@@ -273,7 +274,7 @@ def counted(config: Any, lora_r: int = 16, *, adapters: bool) -> Sizes:
         parameters=sum(counts), matrices=sum(w.numel() for w in linear.values()), largest=max(counts),
         hidden=head.in_features, vocab=head.out_features,
         adapters=_of_lora(config, 0, lora_r, ())[0] if adapters else 0, tokens=0, full={}, lora={},
-    )  # fmt: skip
+    )
 
 
 def _of_lora(
@@ -291,11 +292,7 @@ def _of_lora(
     except ImportError:
         return 0, {}, "it needs peft (pip install peft)"
     except (ValueError, TypeError, RuntimeError) as error:  # what peft does not adapt, a mixture's experts say
-        return 0, {}, _first_line(error)
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        return 0, {}, first_line(error)
 
 
 def _by_kind(model: Any, tokens: int, kinds: Sequence[str]) -> dict[str, Activations]:
@@ -306,7 +303,7 @@ def _by_kind(model: Any, tokens: int, kinds: Sequence[str]) -> dict[str, Activat
         raise
     except Exception as error:  # code that looks at values, which the meta device has none of
         what = type(model).__name__
-        raise UserError(f"{what}: its activations cannot be counted without data ({_first_line(error)})") from None
+        raise UserError(f"{what}: its activations cannot be counted without data ({first_line(error)})") from None
     return {kind: found[name] for kind, name in same.items()}
 
 
@@ -316,7 +313,7 @@ def _on_meta(config: Any) -> Any:
         try:
             return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation=ATTENTION)
         except ValueError as error:
-            raise UserError(f"{config.model_type}: no causal language model ({_first_line(error)})") from None
+            raise UserError(f"{config.model_type}: no causal language model ({first_line(error)})") from None
 
 
 # A namespace of its own: fastpref's ops have kernels, this one is shapes only.

@@ -19,8 +19,9 @@ from typing import Any
 
 import torch
 
-from .checkpoint import SaveError
-from .config import TrainConfig, UserError
+from fastpref.errors import SaveError, UserError
+
+from .config import TrainConfig
 
 
 def check_report_to(config: TrainConfig) -> None:

@@ -25,7 +25,7 @@ PEAK_TFLOPS = {
     "B200": 2250, "GB200": 2500, "H200": 989, "GH200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H20": 148,
     "A100": 312, "A30": 165, "A40": 149.7, "A10": 125, "L40S": 362, "L40": 181, "L4": 121, "RTX 6000 Ada": 364,
     "RTX A6000": 154.8, "RTX 5090": 209.5, "RTX 4090": 165.2, "RTX 3090": 71, "MI300X": 1307,
-}  # fmt: skip
+}
 
 
 def peak_flops(name: str, compute_dtype: torch.dtype) -> float | None:
@@ -86,4 +86,4 @@ def model_flops(policy: Policy) -> ModelFlops | None:
     return ModelFlops(
         sum(w.numel() for w in weights), sum(w.numel() for w in weights if w.requires_grad), head.numel(),
         head.numel() * head.requires_grad, pair,
-    )  # fmt: skip
+    )

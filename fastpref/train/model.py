@@ -27,13 +27,14 @@ from transformers import (
 
 from fastpref.attention import backend, check_replaceable, own_attention, replace_attention
 from fastpref.data import Batch, Layout
+from fastpref.errors import UserError, first_line
 from fastpref.head import PreferenceOutput, linear_logps, linear_preference_loss
 from fastpref.losses import SFT, Totals
 from fastpref.trunk import Head, check_vocabulary, take_score_apart, unwrap
 from fastpref.trunk import take_apart as find_parts
 
 from .checkpoint import SHARDED, load_sharded_weights
-from .config import TrainConfig, UserError
+from .config import TrainConfig
 from .kernels import use_liger_kernels
 
 
@@ -101,7 +102,7 @@ class Policy:
             with self.autocast():
                 hidden, weight, bias = head.operands(hidden)
                 return linear_logps(hidden, weight, batch.targets, bias=bias, softcap=head.softcap,
-                                    logit_scale=head.logit_scale, memory_budget=self.memory_budget)  # fmt: skip
+                                    logit_scale=head.logit_scale, memory_budget=self.memory_budget)
 
     def autocast(self) -> AbstractContextManager[Any]:
         if self.compute_dtype == self.head.weight.dtype:
@@ -182,7 +183,7 @@ def load_tokenizer(config: TrainConfig) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=config.trust_remote_code, **revision)
     except Exception as error:  # missing files, the hub, the network, a broken tokenizer.json: each its own kind
-        raise UserError(f"{name}: no tokenizer that loads ({_first_line(error)})") from error
+        raise UserError(f"{name}: no tokenizer that loads ({first_line(error)})") from error
     if tokenizer.eos_token_id is None:
         raise UserError(f"{name}: the tokenizer has no EOS token to end responses with; set its eos_token")
     if config.reward_model:
@@ -195,10 +196,10 @@ def _pad_otherwise_than_eos(tokenizer: PreTrainedTokenizerBase, name: str) -> No
     if tokenizer.pad_token_id not in (None, tokenizer.eos_token_id):
         return
     others = [token for token in (tokenizer.unk_token, tokenizer.bos_token, *tokenizer.all_special_tokens)
-              if token not in (None, tokenizer.eos_token)]  # fmt: skip
+              if token not in (None, tokenizer.eos_token)]
     if not others:
         raise UserError(f"{name}: the tokenizer has no special token but EOS, which ends every response, to fill rows "
-                        "of a reward model up with; set its pad_token")  # fmt: skip
+                        "of a reward model up with; set its pad_token")
     tokenizer.pad_token = others[0]
 
 
@@ -236,7 +237,7 @@ def policy_on_meta(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> P
         except UserError:
             raise
         except Exception as error:  # as in _load_model
-            raise UserError(f"{name}: no {_kind(config)} whose configuration loads ({_first_line(error)})") from error
+            raise UserError(f"{name}: no {_kind(config)} whose configuration loads ({first_line(error)})") from error
 
 
 def prepared(
@@ -278,7 +279,7 @@ def enable_checkpointing(model: Any, kind: str) -> None:
     try:
         enable(options)
     except ValueError as error:
-        raise UserError(f"gradient_checkpointing is {kind!r}: {_first_line(error)}") from None
+        raise UserError(f"gradient_checkpointing is {kind!r}: {first_line(error)}") from None
 
 
 def keep_products(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
@@ -300,7 +301,7 @@ def _load_model(config: TrainConfig, weights: str | Path | None) -> Any:
     except (torch.OutOfMemoryError, UserError):
         raise
     except Exception as error:  # missing files, the hub, the network, a class that is no causal LM: each its own kind
-        line = _first_line(error)
+        line = first_line(error)
         if "safetensors" in line:
             line += "; only safetensors weights are loaded, because pickled ones can run code"
         raise UserError(f"{name}: no {_kind(config)} that loads ({line})") from error
@@ -326,7 +327,7 @@ def _from_config(config: TrainConfig) -> Any:
 def _from_pretrained(config: TrainConfig, weights: str | Path | None) -> Any:
     name = str(weights or config.model_name_or_path)
     options: dict[str, Any] = {"dtype": getattr(torch, config.dtype), "use_safetensors": True,
-                               "trust_remote_code": config.trust_remote_code}  # fmt: skip
+                               "trust_remote_code": config.trust_remote_code}
     if not weights:
         options["revision"] = config.model_revision
     if not config.reward_model:
@@ -349,10 +350,6 @@ def _without_report() -> Iterator[None]:
         yield
     finally:
         transformers.logging.set_verbosity(level)
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def _no_dropout(model: nn.Module) -> None:
@@ -386,7 +383,7 @@ def _with_lora(config: TrainConfig, model: Any, weights: str | Path | None) -> A
             ),
         )
     except ValueError as error:
-        raise UserError(f"lora_target_modules: {_first_line(error)}") from None
+        raise UserError(f"lora_target_modules: {first_line(error)}") from None
 
 
 def take_apart(model: Any, config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> Policy:
@@ -493,7 +490,7 @@ def load_weights(policy: Policy, folder: Path) -> None:
         for name, tensor in own.items():
             tensor.copy_(other[name])
     except (OSError, SafetensorError, RuntimeError, ValueError, KeyError) as error:
-        raise UserError(f"{folder}: no weights of this model ({_first_line(error)})") from error
+        raise UserError(f"{folder}: no weights of this model ({first_line(error)})") from error
 
 
 @contextmanager

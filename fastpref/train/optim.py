@@ -20,7 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from .config import TrainConfig, UserError
+from fastpref.errors import UserError
+
+from .config import TrainConfig
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -53,7 +55,7 @@ class MasterAdamW(_ExactLoad):
     """
 
     def __init__(self, params: Any, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
-                 weight_decay: float = 0.0) -> None:  # fmt: skip
+                 weight_decay: float = 0.0) -> None:
         # "fused" is what makes torch load a step count to the device of its weight
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "fused": True})
 
@@ -88,7 +90,7 @@ class MasterAdamW(_ExactLoad):
                 [master], [gradient.float()], [exp_avg], [exp_avg_sq], [], [state["step"]], fused=True, amsgrad=False,
                 beta1=group["betas"][0], beta2=group["betas"][1], lr=group["lr"], weight_decay=group["weight_decay"],
                 eps=group["eps"], maximize=False,
-            )  # fmt: skip
+            )
             if low:
                 split(master, weight, low[0])
 
@@ -126,7 +128,7 @@ def _adamw_8bit() -> type[torch.optim.Optimizer]:
             local = self._subclass_zeros(p._local_tensor, signed, BLOCK).float()  # type: ignore[attr-defined]
             return DTensor.from_local(
                 local, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride(),  # type: ignore[attr-defined]
-            )  # fmt: skip
+            )
 
     return AdamW8bitExact
 

@@ -22,8 +22,9 @@ from fastpref.data import (
     tokenize_records,
     with_margins,
 )
+from fastpref.errors import UserError
 
-from .config import TrainConfig, UserError
+from .config import TrainConfig
 from .display import Display
 from .evaluate import Question, questions
 from .watch import FreshPrompt, fresh_prompts

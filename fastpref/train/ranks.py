@@ -15,7 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .config import TrainConfig, UserError
+from fastpref.errors import UserError
+
+from .config import TrainConfig
 
 T = TypeVar("T")
 LAUNCH = "torchrun --nproc-per-node=GPUS -m fastpref train CONFIG.yaml"
@@ -85,10 +87,10 @@ def _check(stage: TrainConfig, count: int) -> None:
         raise UserError(f"{name} cannot be sharded over {count} ranks: set optim={other}, which can")
     if stage.optimizer == "adamw_torch_8bit" and stage.dp_replicate > 1:
         raise UserError(f"optim adamw_torch_8bit rounds at random, and {stage.dp_replicate} copies of a model "
-                        f"(dp_replicate) must not part: set optim={other}, or dp_replicate=1")  # fmt: skip
+                        f"(dp_replicate) must not part: set optim={other}, or dp_replicate=1")
     if stage.use_peft and stage.reward_model:
         raise UserError(f"use_peft: LoRA of a reward model trains on one GPU, not sharded over {count} ranks; leave it "
-                        "out, or torchrun")  # fmt: skip
+                        "out, or torchrun")
     if stage.sample_steps:
         raise UserError("sample_steps: a sharded model does not generate; leave it out: the KL of the data is watched")
     if stage.eval_generate:

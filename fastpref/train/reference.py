@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -32,10 +31,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from fastpref.data import Batch, Example, Kind, Layout, batch_order, collate
+from fastpref.data import Batch, Example, Kind, Layout, collate, eval_order
+from fastpref.errors import SaveError
+from fastpref.files import replacing
 
 from . import ranks
-from .checkpoint import PARTIAL, SaveError
 from .config import TrainConfig
 from .model import Policy
 
@@ -59,7 +59,7 @@ class ReferenceLogps:
 
 def header_of(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype, weights: str,
               examples: Sequence[Example], batches: Sequence[Sequence[int]] | None, *,
-              stream: bool = False) -> dict[str, Any]:  # fmt: skip
+              stream: bool = False) -> dict[str, Any]:
     """What reference log-probs depend on. weights: the model's `fingerprint`; batches: KTO's micro-batches; stream:
     whether the examples are a stream's first."""
     return {
@@ -90,14 +90,14 @@ def mismatched(
 
 def compute(policy: Policy, examples: Sequence[Example], kind: Kind, batch_size: int, pad: int, tick: Tick,
             batches: Sequence[Sequence[int]] | None = None,
-            progress: Progress | None = None) -> ReferenceLogps:  # fmt: skip
+            progress: Progress | None = None) -> ReferenceLogps:
     """Log-probs of all responses, and of KTO's mismatched sequences in `batches`, under `policy`.
 
     progress: where what is done is kept, if the pass does not come to its end, and taken from.
     """
     was_training = policy.model.training
     policy.model.eval()
-    order = batch_order([e.length for e in examples], batch_size, seed=0, epoch=0, shuffle=False)
+    order = eval_order(examples, batch_size)
     total = len(order) + len(batches or ())
     responses = len(examples[0].responses)
     scored: Iterator[Batch | None] = chain(
@@ -259,13 +259,6 @@ def write(path: Path, header: dict[str, Any], reference: ReferenceLogps, hashes:
     """hashes: `content_hash` of every example."""
     codes = torch.tensor([list(bytes.fromhex(code)) for code in hashes], dtype=torch.uint8)
     tensors = {"logps": reference.logps, "kl": reference.kl, "kl_offsets": reference.kl_offsets, "hashes": codes}
-    partial = path.with_name(PARTIAL + path.name)
-    try:
+    with replacing(path) as partial:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file(tensors, partial, metadata={"header": json.dumps(header)})
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except (OSError, SafetensorError) as error:
-        partial.unlink(missing_ok=True)
-        raise SaveError(f"could not write {path}: {error}") from error

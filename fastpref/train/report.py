@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -23,8 +22,10 @@ from typing import Any
 
 import yaml
 
+from fastpref.errors import UserError
+from fastpref.files import write_text
+
 from .chart import Line, Point, change_chart, line_chart, number, percent, spread
-from .config import UserError
 from .frontier import Measured, best_of, best_sentence, frontier, implicit_frontier
 
 Row = dict[str, Any]
@@ -45,9 +46,7 @@ def write_report(run_dir: str | Path) -> Path:
         raise UserError(f"run_dir: no metrics.jsonl in {run_dir}; expected the folder of a training run")
     run = _read_run(run_dir)
     path = run_dir / "report.html"
-    unfinished = path.with_name(".report.html.partial")
-    unfinished.write_text(_page(run), encoding="utf-8")
-    os.replace(unfinished, path)
+    write_text(path, _page(run))
     return path
 
 
@@ -267,7 +266,7 @@ REWARD_MODEL = (
     Panel("Reward margin", ("margin",), "chosen − rejected reward", guide=(0.0, "no preference")),
     Panel("Mean reward", ("mean_reward",), "reward of a response, chosen and rejected alike", guide=(0.0, "0")),
     _LENGTH,
-)  # fmt: skip
+)
 MACHINE = (
     Panel("Throughput", ("tokens_per_s",), "tokens per second", "tokens/s", total="median"),
     Panel("Peak memory", ("peak_memory_mib",), "MiB", "MiB", total="peak"),
@@ -434,7 +433,7 @@ def _watch_findings(run: Run, stage: str, splits: dict[str, list[Row]]) -> list[
     if length and abs(length[1]) >= 0.3:
         side = "longer" if length[1] > 0 else "shorter"
         said.append(f"the margin goes with length (correlation {number(length[1])}, {length[2]}): it is larger where "
-                    f"the chosen response is the {side} one.")  # fmt: skip
+                    f"the chosen response is the {side} one.")
     points = _fresh_points(splits)
     if points:
         sentence = best_sentence(points, _place_of(run, stage, splits, best_of(points).step))
@@ -444,7 +443,7 @@ def _watch_findings(run: Run, stage: str, splits: dict[str, list[Row]]) -> list[
         then = "the stage ended there" if budget.get("action") == "stop" else "the stage went on"
         said.append(f"the KL budget of {number(budget.get('budget'))} nats was reached at step "
                     f"{number(budget.get('step'), 8)} ({number(budget['kl'])}, {budget.get('of')}); checkpoint "
-                    f"{budget.get('checkpoint')} was kept, and {then}.")  # fmt: skip
+                    f"{budget.get('checkpoint')} was kept, and {then}.")
     return said
 
 
@@ -500,13 +499,13 @@ def _watch(run: Run, stage: str, splits: dict[str, list[Row]]) -> str:
         samples = number(last.get("samples"))
         note = (f"{len(rows)} times {samples} responses; the last: {k3} nats by k3, {k1} by k1. "
                 "Bars are standard errors; k3 is the better one up to about 0.25 nats a token, k1 beyond."
-                + cost)  # fmt: skip
+                + cost)
     return "".join([
         *(_panel(panel, splits) for panel in WATCH),
         line_chart("KL to the reference, on fresh samples", estimators, y_label="nats per response", note=note,
                    guide=(0.0, "as the reference")),
         reward,
-    ])  # fmt: skip
+    ])
 
 
 def _chosen_sentence(splits: dict[str, list[Row]]) -> str:
@@ -618,7 +617,7 @@ def _settings(stage: str, config: Row) -> Row:
         if isinstance(section, dict) and stage in (section.get("name"), section.get("loss")):
             config = config | section
     keys = ("loss", "beta", "eta", "center_coefficient", "learning_rate", "per_device_train_batch_size",
-            "max_tokens_per_batch", "gradient_accumulation_steps")  # fmt: skip
+            "max_tokens_per_batch", "gradient_accumulation_steps")
     return {key: config[key] for key in keys if isinstance(config.get(key), (str, int, float))}
 
 

@@ -23,8 +23,9 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 
+from fastpref.errors import UserError
+
 from . import ranks
-from .config import UserError
 from .model import Policy, pad_token
 from .reference import Tick
 
@@ -76,7 +77,7 @@ class Engine(Protocol):
 
 def sample(policy: Policy | None, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[list[int]], settings: Sampling,
            tick: Tick | None = None, engine: Engine | None = None,
-           done: Collection[int] = ()) -> Generator[tuple[int, list[Sample]], None, None]:  # fmt: skip
+           done: Collection[int] = ()) -> Generator[tuple[int, list[Sample]], None, None]:
     """Yields (index of a prompt, its n samples) as soon as the batch that completes them is generated; longest prompts
     first. Between two of them the policy is as it was: in its own mode, attention and generation settings.
 
@@ -105,7 +106,7 @@ def sample(policy: Policy | None, tokenizer: PreTrainedTokenizerBase, prompts: S
 
 
 def _stream(engine: Engine, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[list[int]], settings: Sampling,
-            tick: Tick | None, done: frozenset[int]) -> Generator[tuple[int, list[Sample]], None, None]:  # fmt: skip
+            tick: Tick | None, done: frozenset[int]) -> Generator[tuple[int, list[Sample]], None, None]:
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # what does not fit in memory fails at once
     rows = [(i, number) for i in order for number in range(settings.n)]
     found: dict[int, list[Sample]] = defaultdict(list)
@@ -161,7 +162,7 @@ class InMemory:
         self.inner.generation_config = GenerationConfig(
             max_new_tokens=limit, eos_token_id=sorted(self.stops), pad_token_id=self.pad,
             do_sample=False, use_cache=True,
-        )  # fmt: skip
+        )
         try:
             with torch.no_grad(), policy.autocast(), policy.generating():
                 chosen = LogitsProcessorList([] if draw is None else [draw])

@@ -32,10 +32,11 @@ from typing import Any
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
 
-from fastpref.data import Example, batch_order, collate, records_from_rows, tokenize_records
+from fastpref.data import Example, collate, eval_order, records_from_rows, tokenize_records
+from fastpref.errors import UserError, first_line
 
 from .checkpoint import random_state, read_state, restore_random_state
-from .config import UserError, load_config
+from .config import load_config
 from .held_out import reference_of, weights_of_run
 from .model import Policy, load_policy, load_tokenizer, pad_token, pick_device
 
@@ -192,7 +193,7 @@ class _Worker:
         self.process = subprocess.Popen(
             [sys.executable, str(Path(__file__).with_name("scorer_worker.py")), spec],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, start_new_session=True,
-        )  # fmt: skip
+        )
         assert self.process.stdin and self.process.stdout
         self.to, self.back = self.process.stdin.fileno(), self.process.stdout.fileno()
         os.set_blocking(self.to, False)
@@ -294,14 +295,14 @@ class _ModelScorer(Scorer):
                 examples, _ = tokenize_records(
                     records_from_rows(rows, self.name), self.tokenizer, "sft",
                     max_length=self.max_length, overlong_response="truncate",
-                )  # fmt: skip
+                )
         except ValueError as error:  # no chat template, a prompt that is not one
             for _ in there:
                 self.failed("raised", str(error))
             return scores
         for _ in range(len(there) - len(examples)):
             self.failed("empty response", "no tokens")
-        order = batch_order([e.length for e in examples], self.batch_size, seed=0, epoch=0, shuffle=False)
+        order = eval_order(examples, self.batch_size)
         for batch in order if examples else []:
             for example, reward in zip((examples[i] for i in batch), self._rewards([examples[i] for i in batch])):
                 if math.isfinite(reward):
@@ -324,7 +325,7 @@ class RewardModel(_ModelScorer):
             self.model, missing = _classifier(source)
             self.tokenizer = AutoTokenizer.from_pretrained(source)
         except Exception as error:  # missing files, the hub, the network, an unknown class: each its own kind
-            line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            line = first_line(error)
             raise UserError(f"scorer {name!r}: no reward model that loads ({line}); it takes {FORMS}") from error
         if self.model.config.num_labels != 1:
             raise UserError(f"scorer {name!r}: has {self.model.config.num_labels} labels; a reward model has one")

@@ -22,11 +22,12 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from fastpref.errors import SaveError, UserError
 from fastpref.trunk import unwrap
 
 from . import ranks
-from .checkpoint import SHARDED, SaveError, read_sharded, sharded_metadata
-from .config import TrainConfig, UserError
+from .checkpoint import SHARDED, read_sharded, sharded_metadata
+from .config import TrainConfig
 from .model import Policy, load_policy
 from .optim import check_shards
 

@@ -77,7 +77,7 @@ def watch_lines(run_dir: Path, stage: dict[str, Any]) -> list[str]:
     if budget:
         then = "the stage ended there" if budget["action"] == "stop" else "the stage went on"
         said.append(f"KL budget of {budget['budget']:g} nats reached at step {budget['step']} ({budget['kl']:.3g}, "
-                    f"{budget['of']}); {then}; checkpoints/{budget['checkpoint']}")  # fmt: skip
+                    f"{budget['of']}); {then}; checkpoints/{budget['checkpoint']}")
     if best:
         saved = (run_dir / "checkpoints" / best["checkpoint"]).is_dir()
         where = f"checkpoints/{best['checkpoint']}" if saved else "no checkpoint was saved there"

@@ -20,7 +20,8 @@ from typing import Any, Literal
 import torch
 from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 
-from .config import UserError
+from fastpref.errors import UserError, first_line
+
 from .sample import Sampling, room, stop_tokens
 
 EngineName = Literal["auto", "transformers", "vllm"]
@@ -59,7 +60,7 @@ class VLLM:
             # generation_config: a model's own settings (penalties, temperature) stay out of what is sampled
             self.llm: Any = vllm.LLM(model=str(folder), dtype=dtype, generation_config="vllm", **options)
         except (RuntimeError, ValueError) as error:  # memory, an architecture that it does not know
-            line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            line = first_line(error)
             raise UserError(f"{folder}: vLLM does not load it ({line}); engine=transformers may") from error
 
     def generate(self, prompts: Sequence[list[int]], seeds: Sequence[int], settings: Sampling) -> list[list[int]]:
@@ -71,7 +72,7 @@ class VLLM:
                 stop_token_ids=sorted(self.stops), ignore_eos=True,
             )
             for prompt, seed in zip(prompts, seeds, strict=True)
-        ]  # fmt: skip
+        ]
         found = []
         for answer in self.llm.generate(requests, params, use_tqdm=False):
             response = answer.outputs[0]

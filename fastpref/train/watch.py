@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from fastpref.data import Batch, Example, Kind, Record, batch_order, collate
+from fastpref.data import Batch, Example, Kind, Record, collate, eval_order
+from fastpref.errors import UserError
 
 from . import ranks
 from .checkpoint import State, random_state, restore_random_state
-from .config import TrainConfig, UserError
+from .config import TrainConfig
 from .model import Policy, pad_token
 from .reference import Tick, identity
 from .sample import Sampling, sample
@@ -95,7 +96,7 @@ def moments(x: Tensor, y: Tensor) -> dict[str, Tensor]:
     """Whose sums over any number of batches, ranks and steps give the correlation of all x and y."""
     x, y = x.double(), y.double()
     return {f"{MOMENT}{name}": value for name, value in
-            (("x", x), ("y", y), ("xx", x * x), ("yy", y * y), ("xy", x * y))}  # fmt: skip
+            (("x", x), ("y", y), ("xx", x * x), ("yy", y * y), ("xy", x * y))}
 
 
 def to_sums(values: dict[str, float], pairs: float) -> None:
@@ -163,13 +164,13 @@ def budget_source(stage: TrainConfig, held_out: bool) -> str:
 
 
 def over_budget(stage: TrainConfig, state: State, split: str, kl: float | None, held_out: bool,
-                checkpoint: str) -> dict[str, Any] | None:  # fmt: skip
+                checkpoint: str) -> dict[str, Any] | None:
     """The record of a budget that this measurement reaches, the first to do so; else None."""
     wanted = stage.kl_budget is not None and stage.loss_fn.needs_reference and state.step > 0
     if not wanted or split != budget_source(stage, held_out) or kl is None or not kl >= (stage.kl_budget or 0):
         return None
     return {"budget": stage.kl_budget, "kl": kl, "of": SOURCES[split], "step": state.step,
-            "action": stage.kl_budget_action, "checkpoint": checkpoint}  # fmt: skip
+            "action": stage.kl_budget_action, "checkpoint": checkpoint}
 
 
 # ---- fresh samples ---------------------------------------------------------------------------------------------------
@@ -317,7 +318,7 @@ class Fresh:
     def sampling(self, seed: int) -> Sampling:
         """Temperature 1 and the whole distribution: with anything else the estimates would be of another KL."""
         return Sampling(max_new_tokens=self.stage.sample_max_new_tokens, seed=seed,
-                        batch_size=self.stage.per_device_eval_batch_size)  # fmt: skip
+                        batch_size=self.stage.per_device_eval_batch_size)
 
 
 @torch.no_grad()
@@ -326,7 +327,7 @@ def response_logps(policy: Policy, examples: Sequence[Example], batch_size: int,
     was_training = policy.model.training
     policy.model.eval()
     found: dict[int, Tensor] = {}
-    for indices in batch_order([e.length for e in examples], batch_size, seed=0, epoch=0, shuffle=False):
+    for indices in eval_order(examples, batch_size):
         batch = collate([examples[i] for i in indices], pad, "sft", layout=policy.layout)
         logps = policy.token_logps(batch.to(policy.device)).cpu()
         lengths = [b - a for a, b in zip(batch.cu_seqlens, batch.cu_seqlens[1:])]
@@ -336,7 +337,7 @@ def response_logps(policy: Policy, examples: Sequence[Example], batch_size: int,
 
 
 def check_prompts(stage: TrainConfig, policy: Policy, tokenizer: PreTrainedTokenizerBase,
-                  prompts: Sequence[FreshPrompt]) -> None:  # fmt: skip
+                  prompts: Sequence[FreshPrompt]) -> None:
     """Raises UserError for prompts that the policy cannot continue: before a stage, not at its first sampling."""
     try:
         sample(policy, tokenizer, [p.ids for p in prompts], Sampling(max_new_tokens=stage.sample_max_new_tokens))

@@ -75,7 +75,7 @@ def test_signatures_are_ligers():
 DPO_TYPES = {
     "sigmoid": {}, "hinge": {}, "exo_pair": {"label_smoothing": 0.1}, "nca_pair": {}, "bco_pair": {}, "sppo_hard": {},
     "robust": {"label_smoothing": 0.2}, "apo_zero": {}, "apo_down": {}, "discopop": {"discopop_tau": 0.3},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("loss_type", DPO_TYPES)
@@ -87,7 +87,7 @@ def test_dpo(loss_type, average, nll, reference):
     own, theirs = both(
         "DPO", beta=beta, loss_type=loss_type, average_log_prob=average, compute_nll_loss=nll, alpha=0.7,
         use_ref_model=reference, chunk_size=2, **DPO_TYPES[loss_type],
-    )  # fmt: skip
+    )
     leaves = [weight, hidden] + ([bias] if nll else [])
     compare(own, theirs, lambda m: m(weight, hidden, target, bias, *(ref if reference else ())), leaves)
 
@@ -182,7 +182,7 @@ def test_options_that_are_refused():
 
 
 def full_cross_entropy(weight, hidden, target, bias, *, ce_weight=None, lse_square_scale=0.0, label_smoothing=0.0,
-                       reduction="mean", softcap=None, use_token_scaling=False):  # fmt: skip
+                       reduction="mean", softcap=None, use_token_scaling=False):
     """(loss, z loss, accuracy, predicted): Liger's definitions over the full logits, in fp64."""
     z = hidden @ weight.T + (0 if bias is None else bias)
     z = z if softcap is None else softcap * torch.tanh(z / softcap)

@@ -53,7 +53,7 @@ def work(rank: int, folder: str, port: int, wrapper: str) -> None:
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
         "MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true",
         "HF_DATASETS_CACHE": f"{folder}/cache",
-    }  # fmt: skip
+    }
     from fastpref.integrations.trl import FusedDPOTrainer, FusedKTOTrainer, patch, unpatch
 
     classes = {"dpo": (trl.DPOTrainer, FusedDPOTrainer), "kto": (trl.KTOTrainer, FusedKTOTrainer)}
@@ -79,7 +79,7 @@ def run(cls: type, case: str, rank: int, name: str) -> None:
     given = {
         "optim": "sgd", "learning_rate": 0.1, "max_steps": 3, "per_device_train_batch_size": 2, "ddp_backend": "gloo",
         "output_dir": tempfile.mkdtemp(),
-    } | given  # fmt: skip
+    } | given
     if rows := given.pop("eval_rows", 0):
         given["eval_dataset"] = (world.pairs if trainer == "dpo" else world.unpaired)(rows, 2)
         given |= {"eval_strategy": "steps", "eval_steps": 3, "per_device_eval_batch_size": 2}

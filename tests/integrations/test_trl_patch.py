@@ -192,7 +192,7 @@ def test_online_trainers(trainer, tmp_path):
     options = dict(
         num_generations=2, max_completion_length=6, per_device_train_batch_size=4, max_steps=2, temperature=0.9,
         beta=0.05, optim="sgd", learning_rate=0.1, seed=5,
-    )  # fmt: skip
+    )
     config, cls = {"grpo": (trl.GRPOConfig, trl.GRPOTrainer), "rloo": (trl.RLOOConfig, trl.RLOOTrainer)}[trainer]
     if trainer == "grpo":
         options["entropy_coef"] = 0.3
@@ -205,7 +205,7 @@ def test_online_trainers(trainer, tmp_path):
         trained = cls(
             model, shortest, args=given, train_dataset=completions().remove_columns("completion"),
             processing_class=make_tokenizer(),
-        )  # fmt: skip
+        )
         trained.train()
         return trained
 

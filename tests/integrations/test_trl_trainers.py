@@ -152,7 +152,7 @@ def mixtral():
             num_key_value_heads=1, max_position_embeddings=128, num_local_experts=4, num_experts_per_tok=2,
             router_aux_loss_coef=0.02, initializer_range=0.2,
         )
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize("coefficient", [None, 0.5, 0.0])

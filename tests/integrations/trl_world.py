@@ -86,7 +86,7 @@ def arguments(kind: type, folder: Path, **changes: Any) -> Any:
         output_dir=str(folder), use_cpu=True, bf16=False, report_to="none", disable_tqdm=True, logging_steps=1,
         save_strategy="no", per_device_train_batch_size=4, per_device_eval_batch_size=3, max_steps=3,
         learning_rate=1e-3, lr_scheduler_type="constant", dataloader_pin_memory=False,
-    )  # fmt: skip
+    )
     return kind(**(values | changes))
 
 

@@ -92,7 +92,7 @@ DIVERGENCES += [("alpha_divergence", a) for a in (0.5, 0.0, 1.0, 1.7)]
 SCORED = {
     "sigmoid": losses.DPO, "hinge": losses.Hinge, "ipo": losses.IPO, "sigmoid_norm": losses.DPONorm,
     "exo_pair": losses.EXO, "robust": losses.RobustDPO, "discopop": losses.DiscoPOP,
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("divergence, alpha", DIVERGENCES)
@@ -168,7 +168,7 @@ def test_label_smoothing_is_the_mean_over_flipped_pairs(smoothing):
     for cls, options in (
         (losses.DPO, {}), (losses.DPONorm, {}), (losses.RDPO, {}), (losses.RPO, dict(eta=0.0)),
         (losses.IterativeRPO, dict(alpha=0.0)), (losses.CPO, dict(alpha=0.0)), (losses.SimPO, dict(gamma=0.0)),
-    ):  # fmt: skip
+    ):
         plain = cls(0.2, **options)
         expected = (1 - smoothing) * plain(seq) + smoothing * plain(flipped)
         assert_same(cls(0.2, label_smoothing=smoothing, **options)(seq), expected, logps)
@@ -234,7 +234,7 @@ def test_wpo_with_ld_alpha_agrees_with_trl():
     seq = replace(
         seq, logps=(tokens * weights).sum(1), unweighted=logps.detach(),
         extras={"log_sum_p2": (log_sum_p2 * mask[:, 1:]).sum(1)},
-    )  # fmt: skip
+    )
     assert_same(losses.WPO(losses.DPO(0.2))(seq), theirs, logps)
 
 
@@ -243,7 +243,7 @@ def test_bad_tail_weights():
     for given, says in (
         ((mask, 1.5), "alpha is 1.5"), ((mask, -1.0), "alpha is -1.0"), ((mask.long(), 0.5), "mask is torch.int64"),
         ((mask[:3], 0.5), "mask is 'of 3 sequences'"), ((mask[0], 0.5), r"mask is \(3,\)"),
-    ):  # fmt: skip
+    ):
         with pytest.raises(ValueError, match=says):
             losses.tail_weights(*given)
 

@@ -66,7 +66,7 @@ def test_against_the_naive_path(loss, tight, weighted, batch, monkeypatch):
     def exact(logps, lengths):
         return loss(SequenceLogps(
             logps, lengths, Totals(6, sum(LENGTHS), sum(LENGTHS[:3])), extras=extras, unweighted=tokens.sum(1), **known
-        ))  # fmt: skip
+        ))
 
     expected = oracle.head_and_loss(*batch[:3], exact, bias=batch.bias, token_weights=weights)
     leaves = [x.clone().requires_grad_() for x in (batch.hidden, batch.weight, batch.bias)]
@@ -75,7 +75,7 @@ def test_against_the_naive_path(loss, tight, weighted, batch, monkeypatch):
         return fp.linear_preference_loss(
             leaves[0], leaves[1], batch.targets, bias=leaves[2], loss=loss, token_weights=weights,
             memory_budget=budget, **given,
-        )  # fmt: skip
+        )
 
     out = call(None)
     schedule = made[-1]

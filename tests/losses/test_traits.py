@@ -158,7 +158,7 @@ def test_missing_input_is_named(loss):
     for trait, field in (
         ("needs_reference", "ref_logps"), ("needs_desirable", "desirable"), ("needs_kl", "kl"),
         ("needs_extras", "extras"),
-    ):  # fmt: skip
+    ):
         if getattr(loss, trait):
             with pytest.raises(ValueError, match=f"^{field}"):
                 loss(replace(seq, **{field: None}))

@@ -17,7 +17,7 @@ PROMPT = 2
 accelerator = SimpleNamespace(
     device=torch.device("cpu"), num_processes=1, gather=lambda t: t, gather_for_metrics=lambda t: t,
     reduce=lambda t, reduction: t,
-)  # fmt: skip
+)
 
 
 def spread(logps, lengths):
@@ -51,7 +51,7 @@ def fused_model(tokens, log_sum_p2=None):
 def dpo(
     types, tokens, mask, refs, *, beta, weights=None, label_smoothing=0.0, f_divergence="reverse_kl", f_alpha=0.5,
     tau=0.05, log_sum_p2=None, ld_alpha=None,
-):  # fmt: skip
+):
     """`DPOTrainer._compute_loss`: (loss, what it charted). refs: [S] sequence log-probs of the reference."""
     dpo_trainer = pytest.importorskip("trl.trainer.dpo_trainer")
     model = fused_model(tokens, log_sum_p2)
@@ -61,11 +61,11 @@ def dpo(
         loss_weights=list(weights or [1.0] * len(types)), label_smoothing=label_smoothing,
         args=SimpleNamespace(discopop_tau=tau), use_weighting=log_sum_p2 is not None,
         _metrics={"train": defaultdict(list)}, _total_train_tokens=0, _tp_size=1,
-    )  # fmt: skip
+    )
     inputs = {
         "input_ids": torch.zeros_like(mask), "attention_mask": torch.ones_like(mask), "completion_mask": mask,
         "ref_chosen_logps": refs.chunk(2)[0], "ref_rejected_logps": refs.chunk(2)[1],
-    }  # fmt: skip
+    }
     loss = dpo_trainer.DPOTrainer._compute_loss(trainer, model, inputs, False)
     return loss, {k: v[-1] for k, v in trainer._metrics["train"].items() if v}
 
@@ -79,11 +79,11 @@ def kto(loss_type, tokens, mask, refs, desirable, kl_logps, ref_kl_logps, *, bet
         loss_type=loss_type, calculate_KL=loss_type == "kto", desirable_weight=weights[0],
         undesirable_weight=weights[1], _compute_kl_logps=lambda *_: kl_logps, _metrics={"train": defaultdict(list)},
         _total_train_tokens=0, _tp_size=1,
-    )  # fmt: skip
+    )
     inputs = {
         "input_ids": torch.zeros_like(mask), "attention_mask": torch.ones_like(mask), "completion_mask": mask,
         "label": desirable, "ref_logps": refs, "ref_KL_logps": ref_kl_logps,
-    }  # fmt: skip
+    }
     return kto_trainer.KTOTrainer._compute_loss(trainer, model, inputs, False)
 
 
@@ -94,7 +94,7 @@ def reference_free(kind, logits, input_ids, labels, **options):
     trainer = SimpleNamespace(
         accelerator=accelerator, is_encoder_decoder=False, aux_loss_enabled=False, pad_token_id=0, padding_value=0,
         concatenated_inputs=cls.concatenated_inputs, get_batch_logps=cls.get_batch_logps, alpha=0.0, **options,
-    )  # fmt: skip
+    )
     for method in ("concatenated_forward", f"{kind}_loss" if kind == "cpo" else "odds_ratio_loss"):
         setattr(trainer, method, partial(getattr(cls, method), trainer))
     batch = {}
@@ -110,19 +110,19 @@ def grpo(logps, mask, advantages, old, ref, *, tokens, **options):
     defaults = dict(
         loss_type="dapo", epsilon_low=0.2, epsilon_high=0.2, beta=0.0, importance_sampling_level="token",
         max_completion_length=None,
-    )  # fmt: skip
+    )
     args = SimpleNamespace(delta=options.pop("delta", None), use_bias_correction_kl=False, steps_per_generation=1)
     trainer = SimpleNamespace(
         **(defaults | options), args=args, model=SimpleNamespace(training=True), accelerator=accelerator,
         _get_per_token_logps_and_entropies=lambda *_, **__: (logps, torch.zeros_like(logps), None),
         aux_loss_enabled=False, top_entropy_quantile=1.0, off_policy_mask_threshold=None, use_vllm=False,
         current_gradient_accumulation_steps=1, _entropy_bonus_enabled=False, _metrics={"train": defaultdict(list)},
-    )  # fmt: skip
+    )
     ids = torch.zeros_like(mask, dtype=torch.long)
     inputs = {
         "prompt_ids": ids[:, :1], "prompt_mask": ids[:, :1] + 1, "completion_ids": ids, "completion_mask": mask.long(),
         "advantages": advantages, "ref_per_token_logps": ref, "num_items_in_batch": torch.tensor(tokens),
-    }  # fmt: skip
+    }
     if old is not None:
         inputs["old_per_token_logps"] = old
     return grpo_trainer.GRPOTrainer._compute_loss(trainer, None, inputs)
@@ -138,6 +138,6 @@ def reward(rewards, margin, center_coefficient):
     trainer = SimpleNamespace(
         model=SimpleNamespace(training=True), accelerator=accelerator, _metrics={"train": defaultdict(list)},
         args=SimpleNamespace(center_rewards_coefficient=center_coefficient), _total_train_tokens=0, _tp_size=1,
-    )  # fmt: skip
+    )
     inputs = {"attention_mask": torch.ones(len(rewards), 3)} | ({} if margin is None else {"margin": margin})
     return reward_trainer.RewardTrainer.compute_loss(trainer, model, inputs)

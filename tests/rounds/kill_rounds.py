@@ -28,7 +28,7 @@ from fastpref.train.display import Display
 
 EVENTS = ((os, "fsync"), (os, "rename"), (os, "replace"), (os, "mkdir"), (os, "unlink"), (shutil, "rmtree"),
           (torch, "save"), (loop, "save_model"), (driver, "save_model"), (collect, "_line"), (driver, "make_pairs"),
-          (loop, "train_step"))  # fmt: skip
+          (loop, "train_step"))
 
 
 def die_at(event: int) -> None:

@@ -17,11 +17,11 @@ def settings(world: Path, run_dir: Path, **changes: Any) -> dict[str, Any]:
         "model_name_or_path": str(world / "pretrained"), "train_dataset": str(world / "train.jsonl"),
         "output_dir": str(run_dir), "per_device_train_batch_size": 4, "learning_rate": 1e-2, "max_length": 48,
         "logging_steps": 1, "beta": 0.5,
-    }  # fmt: skip
+    }
     section = {
         "number": 2, "scorer": "checks:smooth", "prompts_per_round": 6, "num_generations": 3, "max_new_tokens": 6,
         "generation_batch_size": 6,
-    }  # fmt: skip
+    }
     for key, value in changes.items():
         (section if key in _ROUNDS else top)[key] = value
     if top.get("loss") == "sft":
@@ -33,7 +33,7 @@ _ROUNDS = {
     "number", "start_from", "reference", "schedule", "save_rounds", "prompts", "prompts_per_round", "num_generations",
     "temperature", "top_p", "max_new_tokens", "generation_batch_size", "engine", "scorer", "scorer_timeout", "pairing",
     "min_gap", "min_score", "offline_ratio", "eval_prompts", "eval_num_generations",
-}  # fmt: skip
+}
 
 
 def make(world: Path, run_dir: Path, **changes: Any) -> Config:

@@ -17,12 +17,13 @@ from transformers import LlamaForCausalLM
 
 from fastpref import cli
 from fastpref.data import load_prompts, load_records, tokenize_prompts, tokenize_records
+from fastpref.errors import UserError
 from fastpref.rounds import driver
 from fastpref.rounds.collect import Prompts, collect, read_prompts
 from fastpref.rounds.config import config_from, load_config
 from fastpref.rounds.driver import rounds
 from fastpref.train.checkpoint import snapshot
-from fastpref.train.config import UserError, config_from_dict
+from fastpref.train.config import config_from_dict
 from fastpref.train.display import Display
 from fastpref.train.model import exchanged, load_policy, load_weights, save_model, set_weights, weights_of
 from fastpref.train.sample import InMemory, Sample
@@ -78,7 +79,7 @@ def test_a_prompt_is_done_with_before_the_last_is_sampled(tmp_path):
             yield item
 
     collect(tmp_path / "r.jsonl", PROMPTS, sampled, scorer, group=2, seconds={},
-            each=lambda index, responses: events.append(("done", index)))  # fmt: skip
+            each=lambda index, responses: events.append(("done", index)))
     assert events.index(("done", 6)) < events.index(("sampled", 3))
     assert [len(asked) for asked in scorer.asked] == [4, 4, 4, 2]  # two prompts of two responses in one call
 
@@ -112,7 +113,7 @@ def test_it_goes_on_with_whole_groups(tmp_path):
         path.write_bytes(content[:cut])
         sampled, done, scorer.asked = [], [], []
         again = collect(path, PROMPTS, partial(source, sampled=sampled), scorer, group=3, seconds={},
-                        each=partial(note, done))  # fmt: skip
+                        each=partial(note, done))
         kept = 7 if cut == len(content) else sum(end <= cut for end in ends) // 3 * 3
         assert path.read_bytes() == content and again == whole
         assert sampled == [6, 5, 4, 3, 2, 1, 0][kept:]
@@ -179,7 +180,7 @@ def policy(request, tmp_path):
     tokenizer.save_pretrained(tmp_path / "model")
     config = config_from_dict({
         "model_name_or_path": str(tmp_path / "model"), "train_dataset": "x", "output_dir": "y", "packing": False,
-    })  # fmt: skip
+    })
     return load_policy(config, tokenizer), tokenizer
 
 

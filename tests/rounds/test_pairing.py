@@ -128,7 +128,7 @@ def test_what_is_skipped_and_counted():
 
 def test_a_duplicate_has_the_score_of_what_it_repeats():
     made = [Response([0], "x", True, score=0.5), Response([1], "x", True, skipped="duplicate"),
-            Response([2], "", True, skipped="empty"), Response([3], "y", True)]  # fmt: skip
+            Response([2], "", True, skipped="empty"), Response([3], "y", True)]
     assert scores(made) == [0.5, 0.5, None, None]
 
 

@@ -14,12 +14,13 @@ from tiny import make_pairs, write_rows
 from transformers import AutoModelForCausalLM
 
 from fastpref.data import load_records
+from fastpref.errors import UserError
 from fastpref.rounds import driver
 from fastpref.rounds.config import config_from
 from fastpref.rounds.driver import rounds
 from fastpref.rounds.report import PARTS
 from fastpref.train import loop
-from fastpref.train.config import UserError, config_from_dict
+from fastpref.train.config import config_from_dict
 from fastpref.train.model import fingerprint, weights_of
 from fastpref.train.optim import learning_rate
 
@@ -51,7 +52,7 @@ def whole(world, tmp_path_factory):
             make(world, run_dir, eval_dataset=str(world / "heldout.jsonl"), eval_generate=True, eval_max_new_tokens=5,
                  eval_num_generations=4),
             display=display,
-        )  # fmt: skip
+        )
         assert len(generated) == 3  # greedily: before the first round, and after each
         return run_dir, summary, display.console.file.getvalue()
 
@@ -84,7 +85,7 @@ def test_scores_are_the_scorers_and_counts_add_up(whole):
             assert r["score"] == (None if r["skipped"] else smooth(r["text"]))
         # the mean of all samples, those that repeat another included
         assert row["reward"] == pytest.approx(sum(smooth(r["text"]) for r in every if r["text"])
-                                              / sum(bool(r["text"]) for r in every))  # fmt: skip
+                                              / sum(bool(r["text"]) for r in every))
         assert row["pairs"] + sum(row["dropped"].values()) == 6
         for responses in of_prompts:
             texts = [r["text"] for r in responses]
@@ -191,14 +192,14 @@ def test_every_round_begins_and_compares_with_the_weights_asked_for(
     pairs = lines(tmp_path / "run/round-002/pairs.jsonl")
     expected = [[float(logps(model, p["prompt_ids"], ids)) for ids in p["response_ids"]] for p in pairs]
     torch.testing.assert_close(reference_file(tmp_path / "run").double(), torch.tensor(expected).double(),
-                               atol=1e-4, rtol=1e-5)  # fmt: skip
+                               atol=1e-4, rtol=1e-5)
 
 
 @pytest.mark.parametrize("schedule", ["run", "round"])
 def test_online_dpo_is_one_training_or_many(world, tmp_path, quiet, schedule):
     """Rounds of one step, written out with torch: the same weights; moments and rate go on, or begin anew."""
     config = make(world, tmp_path / "run", number=3, schedule=schedule, per_device_train_batch_size=8, warmup_steps=1,
-                  max_grad_norm=0.0)  # fmt: skip
+                  max_grad_norm=0.0)
     rounds(config, display=quiet)
     stage = config.stage
     model = AutoModelForCausalLM.from_pretrained(world / "pretrained").double()
@@ -292,7 +293,7 @@ def test_policy_against_reference(world, tmp_path, quiet, monkeypatch):
 def test_rejection_sampling_fine_tuning(world, tmp_path, quiet):
     summary = rounds(
         make(world, tmp_path / "run", loss="sft", pairing="best_of_n", min_score=4.5, number=3, prompts_per_round=None,
-             learning_rate=3e-2, num_train_epochs=3), display=quiet)  # fmt: skip
+             learning_rate=3e-2, num_train_epochs=3), display=quiet)
     for row in summary["rounds"]:
         folder = tmp_path / f"run/round-00{row['round']}"
         sampled = {line["prompt"]: line["responses"] for line in lines(folder / "responses.jsonl")}
@@ -323,7 +324,7 @@ def test_a_share_of_offline_pairs(world, tmp_path, quiet):
     known = {(r["prompt"], r["chosen"], r["rejected"]) for r in make_pairs(22, seed=1)}
     assert len(offline) == row["pairs"] and {(p["prompt"], p["chosen"], p["rejected"]) for p in offline} <= known
     assert [p["prompt"] for p in offline] != [p["prompt"] for p in lines(tmp_path / "a/round-001/pairs.jsonl")
-                                              if p.get("offline")]  # fmt: skip
+                                              if p.get("offline")]
     for number in (1, 2):
         a, b = ((tmp_path / name / f"round-00{number}/pairs.jsonl").read_bytes() for name in ("a", "b"))
         assert a == b
@@ -385,7 +386,7 @@ def test_what_the_scorer_fails_on_is_counted_and_not_trained_on(world, tmp_path,
 def test_a_scorer_that_always_fails_ends_it_at_once(world, tmp_path, quiet):
     with pytest.raises(UserError, match="'checks:broken' gave no score at all.*no judge today"):
         rounds(make(world, tmp_path / "run", scorer="checks:broken", prompts_per_round=None, num_generations=4,
-                    generation_batch_size=16), display=quiet)  # fmt: skip
+                    generation_batch_size=16), display=quiet)
     assert len(lines(tmp_path / "run/round-001/responses.jsonl")) < 21  # before everything is sampled
 
 
@@ -438,7 +439,7 @@ def test_a_later_round_without_a_pair_is_passed_over(world, tmp_path, quiet, mon
         ({"scorer": ""}, "rounds.scorer is missing"),
         ({"dataset_streaming": True, "max_steps": 3}, "rounds read all of their prompts"),
     ],
-)  # fmt: skip
+)
 def test_settings_that_cannot_work(world, tmp_path, changes, message):
     values = settings(world, tmp_path / "run", **changes)
     if changes.get("loss") in ("simpo", "bradley_terry"):

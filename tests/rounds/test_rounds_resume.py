@@ -13,15 +13,15 @@ import pytest
 import yaml
 from small import lines, make, settings, timeless
 
+from fastpref.errors import UserError
+from fastpref.files import PARTIAL
 from fastpref.rounds import collect, driver
 from fastpref.rounds.config import config_from
 from fastpref.rounds.driver import rounds
-from fastpref.train import checkpoint
-from fastpref.train.config import UserError
 from fastpref.train.loop import Stopped
 
 SETTINGS = dict(number=3, prompts_per_round=4, save_steps=2, per_device_train_batch_size=1, eval_num_generations=2,
-                eval_prompts=3, eval_generate=True, eval_generate_samples=2, eval_max_new_tokens=2)  # fmt: skip
+                eval_prompts=3, eval_generate=True, eval_generate_samples=2, eval_max_new_tokens=2)
 
 
 def same(whole: Path, parts: Path) -> None:
@@ -39,7 +39,7 @@ def same(whole: Path, parts: Path) -> None:
     for i in range(1, number + 1):
         a, b = (timeless(lines(run / f"round-{i:03d}/train/metrics.jsonl")) for run in (whole, parts))
         assert a == b
-    assert not [path for path in parts.rglob(checkpoint.PARTIAL + "*")]
+    assert not [path for path in parts.rglob(PARTIAL + "*")]
 
 
 def kill_and_compare(world, tmp_path, quiet, kills, seed, **changes):

@@ -250,7 +250,7 @@ SWEEPS = [
         "given_lse_kernel<{}, true>",
         "cluster_kernel<{}, false>", "cluster_kernel<{}, true>",
     )),
-]  # fmt: skip
+]
 
 
 def check_machine_code(binary: Path) -> None:

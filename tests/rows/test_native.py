@@ -107,7 +107,7 @@ def test_every_transform_and_dtype_on_every_instruction_set(isa):
                 native.gradient_given_lse(
                     logits, targets, stats.lse, stats.entropy, zeros + 1, zeros, again,
                     col_offset=0, transform=transform, bias=bias,
-                )  # fmt: skip
+                )
                 torch.testing.assert_close(again, out, rtol=1e-6 + 2 * ROUNDING[again.dtype], atol=1e-7)
                 state = FoldState.new(3, dtype=FP32, device=logits.device)
                 native.fold(logits, targets, state, col_offset=0, transform=transform, bias=bias)

@@ -307,7 +307,7 @@ def test_slices_with_the_entropy_gradient(rows, name, dtype):
             rows.gradient_given_lse(
                 logits[:, begin:end], targets, *vectors, out[:, begin:end], col_offset=begin, transform=transform,
                 bias=None if bias is None else bias[begin:end],
-            )  # fmt: skip
+            )
         error = (transform.row_factor * out.double() - want).abs()
         # As check_grad; lse and entropy are rounded to fp32 here, and the slope of the softcap is below 1.
         exact = 4e-6 + 3 * float(known["error"]) + 2.0**-22 * float(known["lse"].abs().max())

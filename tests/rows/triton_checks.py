@@ -416,7 +416,7 @@ def test_slices_with_the_entropy_gradient(platform, dtype, variant):
             triton_rows.gradient_given_lse(
                 logits[:, a:b], targets, grad_logps=gl, grad_entropy=gh, out=out[:, a:b], col_offset=a,
                 transform=transform, bias=None if bias is None else bias[a:b], **vectors,
-            )  # fmt: skip
+            )
         assert (out[4, :vocab] == 0).all() and out[:, vocab:].isnan().all()
         error = (transform.row_factor * out[counted, :vocab].double() - want).abs()
         smallest = 2.0**-24 * transform.row_factor if out_dtype == FP16 else 0.0

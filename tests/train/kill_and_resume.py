@@ -25,7 +25,7 @@ from fastpref.train.config import load_config
 from fastpref.train.display import Display
 
 EVENTS = ((os, "fsync"), (os, "rename"), (os, "replace"), (os, "mkdir"), (os, "unlink"), (shutil, "rmtree"),
-          (torch, "save"), (loop, "save_model"))  # fmt: skip
+          (torch, "save"), (loop, "save_model"))
 
 
 def die_at(event: int) -> None:

@@ -13,9 +13,9 @@ import numpy
 import pytest
 import torch
 
+from fastpref.errors import SaveError, UserError
 from fastpref.train import checkpoint
-from fastpref.train.checkpoint import SaveError, State
-from fastpref.train.config import UserError
+from fastpref.train.checkpoint import State
 
 
 def content(folder):
@@ -50,6 +50,7 @@ FULL_DISK = """
 import resource, signal, sys, torch
 from pathlib import Path
 from safetensors.torch import save_file
+from fastpref.errors import SaveError
 from fastpref.train import checkpoint
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
@@ -60,7 +61,7 @@ for i, write in enumerate((
 )):
     try:
         checkpoint.save(Path(sys.argv[1], str(i)), write)
-    except checkpoint.SaveError as error:
+    except SaveError as error:
         print(error)
 """
 

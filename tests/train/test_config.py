@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from fastpref import losses
-from fastpref.train.config import TrainConfig, UserError, config_from_dict, differing_keys, load_config
+from fastpref.errors import UserError
+from fastpref.train.config import TrainConfig, config_from_dict, differing_keys, load_config
 
 BASE = """
 model_name_or_path: m
@@ -45,7 +46,7 @@ def test_stages_inherit_what_they_do_not_set(tmp_path):
     warm, rpo = load(tmp_path, STAGES).stage_configs()
     assert (warm.name, warm.kind, warm.learning_rate, warm.max_steps, warm.loss_fn) == (
         "warm", "sft", 1e-5, 3, losses.SFT(),
-    )  # fmt: skip
+    )
     assert (rpo.name, rpo.kind, rpo.learning_rate, rpo.max_steps) == ("rpo", "pair", 1e-6, -1)
     assert rpo.loss_fn == losses.RPO(beta=0.2, eta=0.5)
     assert rpo.stages == () and rpo.train_dataset == "t.jsonl"
@@ -55,7 +56,7 @@ def test_overrides_reach_into_stages_and_mappings(tmp_path):
     config = load(
         tmp_path, STAGES, "stages.warm.max_steps=9", "stages.1.beta=0.7", "stages.rpo.learning_rate=2e-6",
         "weight_decay=0.1", "train_dataset={path: a, split: b}", "eval_dataset=[a, b]",
-    )  # fmt: skip
+    )
     warm, rpo = config.stage_configs()
     assert warm.max_steps == 9 and rpo.loss_fn == losses.RPO(beta=0.7, eta=0.5) and rpo.learning_rate == 2e-6
     assert warm.weight_decay == rpo.weight_decay == 0.1
@@ -141,4 +142,4 @@ def test_differing_keys_names_what_changes_the_weights(tmp_path):
     other = load(tmp_path, STAGES, "stages.rpo.eta=0.6", "beta=0.25").to_dict()
     assert sorted(differing_keys(config.to_dict(), other)) == [
         "beta (0.2 there, 0.25 now)", "stages.1.eta (0.5 there, 0.6 now)",
-    ]  # fmt: skip
+    ]

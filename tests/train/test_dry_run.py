@@ -12,7 +12,7 @@ from rich.console import Console
 from tiny import make, make_config, make_tokenizer, read_metrics, settings
 
 from fastpref import cli
-from fastpref.train.config import UserError
+from fastpref.errors import UserError
 from fastpref.train.display import Display
 from fastpref.train.dry_run import dry_run
 from fastpref.train.loop import train
@@ -36,7 +36,7 @@ def dry(config):
         {"packing": False, "loss": "bradley_terry"},
     ],
     ids=["epochs", "budget", "LoRA", "reward model"],
-)  # fmt: skip
+)
 def test_it_says_what_the_run_then_does(world, tmp_path, quiet, changes):
     config = make(world, tmp_path / "run", logging_steps=1, **changes)
     before = sorted(os.walk(tmp_path))
@@ -71,9 +71,9 @@ def test_a_large_model_by_its_config_alone(world, tmp_path):
     transformers.LlamaConfig(
         vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=4, num_attention_heads=32,
         num_key_value_heads=8, max_position_embeddings=8192,
-    ).save_pretrained(tmp_path / "llama")  # fmt: skip
+    ).save_pretrained(tmp_path / "llama")
     config = make(world, tmp_path / "run", model_name_or_path=str(tmp_path / "llama"), dtype="bfloat16",
-                  optim="adamw_fp32_master", gradient_checkpointing="full", packing=None)  # fmt: skip
+                  optim="adamw_fp32_master", gradient_checkpointing="full", packing=None)
     found, text = dry(config)
     layer = 4096 * (2 * 4096 + 2 * 1024 + 3 * 14336 + 2)
     count = 2 * 128256 * 4096 + 4 * layer + 4096

@@ -126,6 +126,6 @@ def test_questions_answers_and_tasks(setup, tmp_path):
         ("12", "12", True), (" 12\n", "12", True), ("so 12", "12", True), ("9+3=12", "12", True), ("112", "12", False),
         ("12 or 13", "12", False), ("12.", "12", False), ("", "12", False), ("answer b", "b", True), ("ab", "b", False),
     ],
-)  # fmt: skip
+)
 def test_is_right(text, answer, right):
     assert is_right(text, answer) is right

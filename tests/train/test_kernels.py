@@ -9,8 +9,8 @@ import torch
 import transformers
 from tiny import make, make_config, make_tokenizer
 
+from fastpref.errors import UserError
 from fastpref.train import kernels
-from fastpref.train.config import UserError
 from fastpref.train.model import load_policy
 
 liger_kernel = pytest.importorskip("liger_kernel")

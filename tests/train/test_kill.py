@@ -11,6 +11,7 @@ import pytest
 import yaml
 from tiny import read_metrics, settings
 
+from fastpref.files import PARTIAL
 from fastpref.train import checkpoint
 from fastpref.train.config import config_from_dict
 from fastpref.train.loop import train
@@ -23,7 +24,7 @@ def kill_and_compare(world, tmp_path, quiet, kills, seed):
         values = settings(
             world, tmp_path / name, model_name_or_path=str(world / "config"), init_from_config=True, save_steps=2,
             save_total_limit=1, logging_steps=3,
-        )  # fmt: skip
+        )
         stages = [{"loss": "sft", "max_steps": 5}, {"loss": "kto", "max_steps": 4, "eval_steps": 2}]
         return values | {"stages": stages}
 
@@ -41,7 +42,7 @@ def kill_and_compare(world, tmp_path, quiet, kills, seed):
     lines = [[{k: v for k, v in row.items() if k not in TIMES} for row in read_metrics(run)] for run in (whole, parts)]
     assert lines[0] == lines[1]
     assert [p.name for p in checkpoint.checkpoints(whole)] == [p.name for p in checkpoint.checkpoints(parts)]
-    assert not list(parts.rglob(checkpoint.PARTIAL + "*"))
+    assert not list(parts.rglob(PARTIAL + "*"))
     return int(done.stdout)
 
 

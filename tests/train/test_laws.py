@@ -106,6 +106,6 @@ def test_what_cannot_be_fitted_is_refused(d, y, message):
 def test_t_quantiles():
     """Tables of Student's t, two-sided 90, 95 and 99 %."""
     table = {1: (6.31375, 12.7062, 63.6567), 2: (2.91999, 4.30265, 9.92484), 5: (2.01505, 2.57058, 4.03214),
-             10: (1.81246, 2.22814, 3.16927), 31: (1.69552, 2.03951, 2.74404)}  # fmt: skip
+             10: (1.81246, 2.22814, 3.16927), 31: (1.69552, 2.03951, 2.74404)}
     for freedom, row in table.items():
         assert [t_quantile(p, freedom) for p in (0.95, 0.975, 0.995)] == pytest.approx(row, rel=2e-5)

@@ -20,8 +20,9 @@ from safetensors.torch import load_file
 from tiny import make, make_pairs, read_metrics, settings, write_rows
 
 from fastpref.data import collate, load_records, tokenize_records
+from fastpref.errors import SaveError, UserError
 from fastpref.train import checkpoint, loop, reference
-from fastpref.train.config import UserError, config_from_dict
+from fastpref.train.config import config_from_dict
 from fastpref.train.display import Display
 from fastpref.train.evaluate import baseline, loss_inputs, totals_of
 from fastpref.train.loop import Stopped, TrainingError, train
@@ -155,11 +156,11 @@ def test_a_run_from_nothing_to_a_report(world, tmp_path):
     lines = read_metrics(run)
     assert [(row["stage"], row["step"]) for row in lines if row["split"] == "eval"] == [
         ("sft", 0), ("sft", 10), ("rpo", 0), ("rpo", 4), ("rpo", 6),
-    ]  # fmt: skip
+    ]
     rpo = [row for row in lines if row["stage"] == "rpo"]
     assert [row["step"] for row in rpo if row["split"] == "train"] == [2, 4, 6]
     named = {"loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen",
-             "logps/rejected"}  # fmt: skip
+             "logps/rejected"}
     for row in rpo:
         extra = {"grad_norm", "learning_rate", "num_tokens", "tokens_per_s", "peak_memory_mib"}
         assert named | (extra if row["split"] == "train" else {"kl"}) <= row.keys()
@@ -178,7 +179,7 @@ def test_a_run_from_nothing_to_a_report(world, tmp_path):
     assert "sft 10/10 | loss" in text and "after rpo" in text and str(run / "report.html") in text
     assert [path.name for path in checkpoint.checkpoints(run)] == [
         "00-sft-00000009", "01-rpo-00000000", "01-rpo-00000003",
-    ]  # fmt: skip
+    ]
 
     model = transformers.AutoModelForCausalLM.from_pretrained(run / "model", use_safetensors=True)
     tokenizer = transformers.AutoTokenizer.from_pretrained(run / "model")
@@ -203,7 +204,7 @@ def test_losses_without_pairs(world, tmp_path, quiet, loss):
     data = str(write_rows(tmp_path / "labelled.jsonl", rows))
     run = tmp_path / "run"
     summary = train(make(world, run, loss=loss, train_dataset=data, eval_dataset=data, max_steps=6,
-                         learning_rate=3e-3, per_device_train_batch_size=8), display=quiet)  # fmt: skip
+                         learning_rate=3e-3, per_device_train_batch_size=8), display=quiet)
     assert summary["after"]["loss"] < summary["before"]["loss"]
     if loss == "kto":
         assert {"rewards/chosen", "rewards/rejected", "kl"} <= summary["after"].keys()
@@ -214,7 +215,7 @@ def test_losses_without_pairs(world, tmp_path, quiet, loss):
 def test_ktos_reference_is_the_policy_in_every_step(world, tmp_path, quiet):
     """At a learning rate of 0 every reward and every baseline is 0, whichever micro-batch: each meets its own cache."""
     train(make(world, tmp_path, loss="kto", learning_rate=0.0, max_steps=9, logging_steps=1, num_train_epochs=3,
-               gradient_accumulation_steps=3), display=quiet)  # fmt: skip
+               gradient_accumulation_steps=3), display=quiet)
     rows = [row for row in read_metrics(tmp_path) if row["split"] == "train"]
     assert len(rows) == 9
     for row in rows:
@@ -419,7 +420,7 @@ def test_a_full_disk_while_saving_leaves_the_earlier_checkpoint(world, tmp_path,
         own(folder, state, *args)
 
     monkeypatch.setattr(checkpoint, "write_state", write_state)
-    with pytest.raises(checkpoint.SaveError, match="could not save .*00-dpo-00000004: No space left on device"):
+    with pytest.raises(SaveError, match="could not save .*00-dpo-00000004: No space left on device"):
         train(config, display=quiet)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["00-dpo-00000002"]
     monkeypatch.undo()

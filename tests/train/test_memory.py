@@ -13,8 +13,9 @@ from tiny import make_config
 from transformers import Gemma2Config, LlamaConfig, LlamaForCausalLM, MixtralConfig
 
 from fastpref import cli
+from fastpref.errors import UserError
 from fastpref.train import loop, memory
-from fastpref.train.config import TrainConfig, UserError
+from fastpref.train.config import TrainConfig
 from fastpref.train.memory import GIB, KINDS, RECIPES, Activations, choose, measure, terms
 from fastpref.train.model import enable_checkpointing
 from fastpref.train.prepare import Data
@@ -22,7 +23,7 @@ from fastpref.train.prepare import Data
 LLAMA_3_8B = LlamaConfig(
     vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
     num_key_value_heads=8, max_position_embeddings=8192,
-)  # fmt: skip
+)
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +84,7 @@ def test_activations_against_a_real_step(kind):
 
 def test_other_families():
     sizes = {"vocab_size": 300, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
-             "num_attention_heads": 4, "num_key_value_heads": 2}  # fmt: skip
+             "num_attention_heads": 4, "num_key_value_heads": 2}
     found = measure(Gemma2Config(**sizes, head_dim=16), 64)
     assert found.full["none"].kept > found.full["selective"].kept > found.full["full"].kept > 0
     assert found.matrices == found.parameters - 64 * (4 * 2 + 1)  # tied: the embedding is the head
@@ -143,7 +144,7 @@ def llama_8b(tmp_path_factory):
 @pytest.mark.parametrize(("keys", "bytes_each"), [
     ({"dtype": "bfloat16", "optim": "adamw_fp32_master"}, 2 + 2 + 10),
     ({"dtype": "bfloat16"}, 2 + 2 + 2 + 8 / 256),
-])  # fmt: skip
+])
 def test_too_few_gpus_are_told_before_the_model_is_loaded(llama_8b, keys, bytes_each):
     config, needed = fitting(llama_8b, **keys), 8_030_261_248 * bytes_each
     for count in (1, 2, 3):

@@ -8,7 +8,7 @@ import transformers
 from tiny import make, make_config, make_tokenizer
 
 from fastpref.data import Example, collate
-from fastpref.train.config import UserError
+from fastpref.errors import UserError
 from fastpref.train.model import _no_dropout, fingerprint, load_policy, load_tokenizer, take_apart
 
 EXAMPLES = [
@@ -45,7 +45,7 @@ ARCHITECTURES = {
         vocab_size=300, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=2,
         max_position_embeddings=64, word_embed_proj_dim=32,
     ),
-}  # fmt: skip
+}
 
 
 def own_logps(model, sequence, prompt):

@@ -14,8 +14,8 @@ from tiny import make, make_config, make_tokenizer, read_metrics
 from transformers import LlamaForCausalLM
 
 from fastpref.data import collate, load_records, tokenize_records
+from fastpref.errors import UserError
 from fastpref.train import loop, optim
-from fastpref.train.config import UserError
 from fastpref.train.loop import Stopped, train
 from fastpref.train.model import load_policy, load_tokenizer
 from fastpref.train.optim import MasterAdamW, Updater, join, learning_rate, make_optimizer, split
@@ -164,7 +164,7 @@ CHOICES = {
     "master in backward": {"dtype": "bfloat16", "optim": "adamw_fp32_master", "optim_in_backward": True,
                            "max_grad_norm": 0},
     "fp32 in backward": {"optim_in_backward": True, "max_grad_norm": 0},
-}  # fmt: skip
+}
 
 
 def goes_on_bitwise(world, tmp_path, quiet, monkeypatch, model, changes):
@@ -280,7 +280,7 @@ def test_in_backward_stops_at_the_first_gradient_that_is_not_finite(world, tmp_p
         ({"dtype": "float16"}, "dtype is 'float16'"),
         ({"gradient_checkpointing": "some"}, "it takes none, selective, full, offload"),
     ],
-)  # fmt: skip
+)
 def test_one_line_for_what_cannot_work(world, tmp_path, changes, message):
     with pytest.raises(UserError) as caught:
         make(world, tmp_path, **changes)

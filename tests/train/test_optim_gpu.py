@@ -59,7 +59,7 @@ def test_states_on_the_host_are_a_fp32_master(world, wide, tmp_path):
         assert q.grad is None
     offloaded.close()
     again = Updater(there.trainable().values(), make(world, tmp_path, max_grad_norm=0, dtype="bfloat16",
-                                                     optim="adamw_offload"))  # fmt: skip
+                                                     optim="adamw_offload"))
     (there.trunk.embed_tokens.weight.float().sum() * 2).backward()  # only the new optimiser's hooks are left
     assert len(again.norms) == 1 and len(again.optimizer.queue) == 1
 
@@ -90,7 +90,7 @@ def test_the_plan_against_the_measured_peak(world, tmp_path, label, kind):
     if "8-bit" in label or "backward" in label:
         pytest.importorskip("torchao")
     config = LlamaConfig(vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=8,
-                         num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=8192)  # fmt: skip
+                         num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=8192)
     tokens, length = 8192, 1024
     (recipe,) = (r for r in RECIPES if r.label.strip() == label)
     planned = terms(measure(config, tokens), recipe, kind)
@@ -123,13 +123,13 @@ def loss_of(policy, hidden, ids):
     return linear_preference_loss(
         hidden.reshape(-1, hidden.shape[-1]), policy.head.weight, ids.reshape(-1), loss=DPO(), cu_seqlens=ends,
         ref_logps=torch.zeros(sequences, device="cuda"),
-    ).loss  # fmt: skip
+    ).loss
 
 
 def test_counting_is_what_a_gpu_step_takes(tmp_path):
     """Activations alone, of two layers, against torch's counter."""
     config = LlamaConfig(vocab_size=512, hidden_size=1024, intermediate_size=4096, num_hidden_layers=2,
-                         num_attention_heads=16, num_key_value_heads=4)  # fmt: skip
+                         num_attention_heads=16, num_key_value_heads=4)
     counted = memory._activations(memory._on_meta(config), 4096, "none")
     with torch.device("cuda"):
         model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa").train()

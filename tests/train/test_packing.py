@@ -15,7 +15,7 @@ from test_loop import lines_without_times, stop_after, two_stages
 from tiny import make, make_pairs, make_tokenizer, read_metrics, write_rows
 
 from fastpref.data import collate, load_records, tokenize_records
-from fastpref.train.config import UserError
+from fastpref.errors import UserError
 from fastpref.train.display import Display
 from fastpref.train.loop import Stopped, train
 from fastpref.train.model import load_policy, load_tokenizer
@@ -45,7 +45,7 @@ def labelled(path):
 def test_a_packed_run_is_the_padded_run_step_by_step(world, tmp_path, quiet, loss):
     data = labelled(tmp_path / "l.jsonl") if loss != "rpo" else long_prompts(tmp_path / "t.jsonl")
     changes = {"loss": loss, "train_dataset": data, "eval_dataset": data, "logging_steps": 1, "max_steps": 6,
-               "gradient_accumulation_steps": 2, "eval_steps": 3}  # fmt: skip
+               "gradient_accumulation_steps": 2, "eval_steps": 3}
     # Adam's own epsilon makes a step's length of what may be rounding alone
     changes |= {"adam_epsilon": 1e-3, "learning_rate": 1e-2, "bf16": False}
     changes |= {"eta": 0.1} if loss == "rpo" else {}
@@ -128,7 +128,7 @@ def test_schedule_of_token_budgets(world, tmp_path):
     data = long_prompts(tmp_path / "t.jsonl", 60)
     examples, _ = tokenize_records(load_records(data), make_tokenizer(), "pair", max_length=64)
     options = {"packing": None, "max_tokens_per_batch": 120, "per_device_train_batch_size": None, "max_steps": -1,
-               "gradient_accumulation_steps": 2, "num_train_epochs": 2.5}  # fmt: skip
+               "gradient_accumulation_steps": 2, "num_train_epochs": 2.5}
     (stage,) = make(world, tmp_path, **options).stage_configs()
     schedule = Schedule(stage, examples, seed=1)
     steps = [schedule.of_step(step) for step in range(schedule.steps)]

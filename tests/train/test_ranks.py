@@ -20,8 +20,10 @@ from safetensors.torch import load_file
 from tiny import make, make_config, make_pairs, make_tokenizer, read_metrics, settings, write_rows
 from transformers import LlamaForCausalLM
 
+from fastpref.errors import UserError
+from fastpref.files import PARTIAL
 from fastpref.train import checkpoint, loop, ranks
-from fastpref.train.config import UserError, config_from_dict
+from fastpref.train.config import config_from_dict
 from fastpref.train.display import Display
 from fastpref.train.loop import Stopped, train
 
@@ -35,7 +37,7 @@ def runs(world):
     dpo = {"gradient_accumulation_steps": 3, "packing": True, "eval_steps": 2, "save_steps": 2}
     stages = [{"loss": "sft", "max_steps": 2}, {"loss": "rpo", "eta": 0.1, "max_steps": 2}]
     kto = {"loss": "kto", "train_dataset": str(world / "kto.jsonl"), "eval_dataset": str(world / "kto.jsonl"),
-           "gradient_accumulation_steps": 2}  # fmt: skip
+           "gradient_accumulation_steps": 2}
     return {
         "stopped": dpo,
         "from one": dpo | {"max_tokens_per_batch": 90},
@@ -110,7 +112,7 @@ def assert_same_values(a, b, tolerance):
 def test_two_ranks_train_as_one(world, tmp_path):
     pairs = make_pairs(10, seed=4)
     rows = [{"prompt": p["prompt"], "completion": p[key], "label": key == "chosen"}
-            for p in pairs for key in ("chosen", "rejected")]  # fmt: skip
+            for p in pairs for key in ("chosen", "rejected")]
     write_rows(world / "kto.jsonl", rows)
     torch.manual_seed(6)
     LlamaForCausalLM(make_config(tie_word_embeddings=True)).save_pretrained(world / "tied")
@@ -142,7 +144,7 @@ def test_a_checkpoint_of_two_ranks_goes_on_on_one_and_on_three(world, tmp_path):
     mp.spawn(work, (2, world, folder, []), nprocs=2)
     saved = checkpoint.checkpoints(folder / "stopped")[-1]
     assert saved.name == "00-dpo-00000003" and (saved / checkpoint.SHARDED / ".metadata").is_file()
-    assert not list(folder.rglob(checkpoint.PARTIAL + "*"))
+    assert not list(folder.rglob(PARTIAL + "*"))
     alone = tmp_path / "alone"
     shutil.copytree(folder / "stopped", alone / "stopped")
     with pytest.raises(UserError, match=r"another model: model.embed_tokens.weight is \(261, 32\) there, \(300,"):
@@ -186,7 +188,7 @@ def test_torchrun_restarts_and_the_run_goes_on(world, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(script.parents[2])}
     done = subprocess.run([*command, str(script), str(path), str(marker)], capture_output=True, text=True,
-                          env=environment, timeout=200)  # fmt: skip
+                          env=environment, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
     assert marker.exists()
     assert_same_run(tmp_path / "whole" / "stopped", tmp_path / "ranks" / "stopped")

@@ -15,8 +15,9 @@ from tiny import make, make_config, make_tokenizer, read_metrics
 from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
 from transformers import LlamaForCausalLM
 
+from fastpref.errors import UserError
 from fastpref.train import checkpoint, ranks
-from fastpref.train.config import TrainConfig, UserError
+from fastpref.train.config import TrainConfig
 from fastpref.train.loop import train
 from fastpref.train.optim import check_shards, make_optimizer
 
@@ -117,12 +118,12 @@ def weights(run):
     if not (run / "model" / "adapter_config.json").is_file():
         return found
     pairs = {name: (found[f"{name}.lora_A.weight"], found[f"{name}.lora_B.weight"])
-             for name in (key.removesuffix(".lora_A.weight") for key in found if "lora_A" in key)}  # fmt: skip
+             for name in (key.removesuffix(".lora_A.weight") for key in found if "lora_A" in key)}
     assert len(pairs) == 14 and 2 * len(pairs) == len(found)  # 7 linear layers in each of two
     base = load_file(run.parents[1] / "wide.safetensors")
     scale = 2  # lora_alpha / lora_r
     return {name: base[f"{name.removeprefix('base_model.model.')}.weight"] + scale * b @ a
-            for name, (a, b) in pairs.items()}  # fmt: skip
+            for name, (a, b) in pairs.items()}
 
 
 def assert_same_run(a, b, tolerance=1e-6, of_values=None):

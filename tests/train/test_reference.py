@@ -10,9 +10,9 @@ from safetensors import safe_open
 from tiny import make, read_metrics
 
 from fastpref.data import batch_order, collate, load_records, tokenize_records
+from fastpref.errors import UserError
 from fastpref.train import reference
 from fastpref.train.cache import cache_reference
-from fastpref.train.config import UserError
 from fastpref.train.loop import train
 from fastpref.train.model import Policy, load_policy, load_tokenizer
 
@@ -152,7 +152,7 @@ def test_nothing_to_cache(world, tmp_path, quiet):
     named = [{"loss": "sft"}, {"loss": "dpo", "ref_model_name_or_path": str(world / "pretrained")}]
     assert [path.name for path in cache_reference(make(world, tmp_path, stages=named), quiet)] == [
         "01-dpo-train.safetensors", "01-dpo-eval.safetensors",
-    ]  # fmt: skip
+    ]
 
 
 @pytest.mark.parametrize("torn", [False, True])

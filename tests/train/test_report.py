@@ -8,8 +8,8 @@ from html.parser import HTMLParser
 
 import pytest
 
+from fastpref.errors import UserError
 from fastpref.train import chart
-from fastpref.train.config import UserError
 from fastpref.train.report import write_report
 
 VOID = {"meta", "br", "hr", "img", "input", "link"}
@@ -68,7 +68,7 @@ SUMMARY = {
     "after": {"exact_match": 0.8475, "rewards/accuracies": 0.9375, "exact_match/sorting": 0.75},
     "versions": {"torch": "2.13.0", "transformers": "5.23.0"},
     "device": "cpu, 2 threads", "tokens_per_s": 4321.0, "peak_memory_mib": 801.5, "seconds": 251.0,
-}  # fmt: skip
+}
 
 
 def make_run(folder, rows, summary=None, config=None):
@@ -102,7 +102,7 @@ def test_numbers_of_the_run_are_on_the_page(tmp_path):
     for expected in ("my-run", "84.8%", "before rpo: 61.3%", "▲ 23.5 points", "93.8%", "before rpo: all tied",
                      "12,345 tokens in 1 min 1 s", "2 steps skipped", "4,321",
                      "801.5 MiB", "4 min 11 s", "2.13.0", "cpu, 2 threads", "beta 0.125",
-                     "Median 4,000 tokens/s."):  # fmt: skip
+                     "Median 4,000 tokens/s."):
         assert expected in text, expected
     # -12 to -15.25: the sentence the RPO paper's plot is about
     assert "rpo: the chosen log-prob fell by 3.25 nats, the rejected one by more (held-out: −12 to −15.25" in text
@@ -123,10 +123,10 @@ def test_the_chosen_sentence_follows_the_numbers(tmp_path, end, words):
 
 def test_without_evaluations_training_steps_are_compared_by_their_first_and_last_tenth(tmp_path):
     rows = [{"stage": "dpo", "split": "train", "step": s, "logps/chosen": -float(s), "logps/rejected": -2.0 * s}
-            for s in range(1, 101)]  # fmt: skip
+            for s in range(1, 101)]
     # means of steps 1..10 and 91..100: -5.5 and -95.5
     assert "chosen log-prob fell by 90 nats, the rejected one by more (training: −5.5 to −95.5" in report(
-        tmp_path, rows)[0].text  # fmt: skip
+        tmp_path, rows)[0].text
 
 
 def test_exact_match_is_told_stage_by_stage_and_ties_are_no_accuracy(tmp_path):
@@ -136,7 +136,7 @@ def test_exact_match_is_told_stage_by_stage_and_ties_are_no_accuracy(tmp_path):
         for stage, step, match, margin, accuracy in (
             ("sft", 0, 0.0, None, None), ("sft", 9, 0.5, None, None),
             ("rpo", 0, 0.5, 0.0, 0.0), ("rpo", 9, 0.875, 1.5, 0.9))
-    ]  # fmt: skip
+    ]
     page, html = report(tmp_path, rows)
     assert "held-out prompts: 0.0% before sft, 50.0% after sft, 87.5% after rpo." in page.text
     assert "Reward accuracy 90.0% before rpo: all tied" in page.text
@@ -166,7 +166,7 @@ def test_charts_are_to_scale(tmp_path):
     found = charts(html)
     for title in ("Log-probabilities of the responses", "Implicit rewards", "Reward margin", "Reward accuracy",
                   "KL to the reference, on the data's responses", "Throughput",
-                  "Peak memory", "Learning rate", "Gradient norm"):  # fmt: skip
+                  "Peak memory", "Learning rate", "Gradient norm"):
         assert title in found
     checked = 0
     for title, svg in found.items():
@@ -281,7 +281,7 @@ def test_long_runs_stay_small_and_keep_their_spikes(tmp_path):
     rows = [{"stage": "rpo", "split": "train", "step": s, "loss": 9.0 if s == 7777 else math.sin(s) + 2,
              **{k: math.cos(s) for k in ("logps/chosen", "logps/rejected", "rewards/chosen", "rewards/rejected",
                                          "rewards/margins", "kl", "tokens_per_s", "grad_norm")}}
-            for s in range(20_000)]  # fmt: skip
+            for s in range(20_000)]
     rows += [{"stage": "rpo", "split": "eval", "step": s, "loss": 1.0, "kl": 1.0} for s in range(0, 20_000, 10)]
     summary = {"samples": [{"prompt": "<" * 10_000, "before": "&" * 10_000, "after": '"' * 10_000}] * 50}
     _, html = report(tmp_path, rows, summary, "note: '" + '"' * 200_000 + "'\n")
@@ -302,7 +302,7 @@ def test_a_report_is_replaced_whole(tmp_path):
     ("value", "text"),
     [(0, "0"), (-0.0, "0"), (0.69314, "0.693"), (-12.345, "−12.3"), (1234567.8, "1,234,568"), (5e-7, "5e-7"),
      (-5e-7, "−5e-7"), (0.001, "0.001"), (999.6, "1,000"), (None, "n/a"), (math.nan, "n/a"), (-math.inf, "n/a")],
-)  # fmt: skip
+)
 def test_number(value, text):
     assert chart.number(value) == text
 

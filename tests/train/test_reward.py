@@ -18,7 +18,7 @@ from tiny import make, make_config, make_pairs, make_tokenizer, read_metrics, wr
 
 from fastpref import cli
 from fastpref.data import LAYOUTS, Example, collate, load_records, tokenize_records, with_margins
-from fastpref.train.config import UserError
+from fastpref.errors import UserError
 from fastpref.train.display import Display
 from fastpref.train.evaluate import totals_of
 from fastpref.train.held_out import evaluate_run
@@ -236,7 +236,7 @@ def test_padding_is_never_eos(world, tmp_path):
         ({"stages": [{"loss": "sft"}, {"loss": "bradley_terry"}]}, "stages: bradley_terry trains a model with a score "
          "layer, 'sft' one with an LM head; make them two runs"),
     ],
-)  # fmt: skip
+)
 def test_what_a_reward_model_has_no_use_for(world, tmp_path, changes, message):
     with pytest.raises(UserError, match=message) as caught:
         reward_config(world, tmp_path, **changes)
@@ -271,7 +271,7 @@ def test_a_run_learns_and_says_so_in_a_reward_models_words(world, tmp_path, caps
 
 
 @pytest.mark.parametrize("changes", [{"packing": True, "gradient_checkpointing": "full"}, {"use_peft": True}],
-                         ids=["packed, checkpointing", "LoRA"])  # fmt: skip
+                         ids=["packed, checkpointing", "LoRA"])
 def test_a_run_goes_on_bitwise(world, tmp_path, quiet, monkeypatch, changes):
     changes = {"max_steps": 6, "gradient_accumulation_steps": 2, "center_coefficient": 0.01} | changes
     train(reward_config(world, tmp_path / "whole", **changes), display=quiet)
@@ -348,7 +348,7 @@ def test_trl_reads_it_and_finds_our_loss_and_metrics(world, tmp_path, quiet):
     args = trl.RewardConfig(
         output_dir=str(tmp_path / "trl"), report_to="none", per_device_eval_batch_size=9, use_cpu=True, bf16=False,
         center_rewards_coefficient=0.01, gradient_checkpointing=False,
-    )  # fmt: skip
+    )
     data = datasets.Dataset.from_list(rows)
     trainer = trl.RewardTrainer(model=str(tmp_path / "run" / "model"), args=args, train_dataset=data, eval_dataset=data)
     found = trainer.evaluate()

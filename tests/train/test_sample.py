@@ -18,9 +18,9 @@ import torch
 from tiny import make
 from transformers import GenerationConfig
 
+from fastpref.errors import UserError
 from fastpref.train import ranks, vllm_engine
 from fastpref.train.best_of_n import best_of_n, expected_best
-from fastpref.train.config import UserError
 from fastpref.train.model import load_policy, load_tokenizer
 from fastpref.train.sample import InMemory, Sampling, sample
 from fastpref.train.vllm_engine import VLLM, uses_vllm

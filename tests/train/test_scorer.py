@@ -15,8 +15,9 @@ import torch
 from tiny import make_config, make_tokenizer, settings
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
+from fastpref.errors import UserError
 from fastpref.train import scorer as scorer_module
-from fastpref.train.config import UserError, config_from_dict
+from fastpref.train.config import config_from_dict
 from fastpref.train.loop import train
 from fastpref.train.scorer import load_scorer
 
@@ -116,7 +117,7 @@ def test_numbers_and_what_is_none(checks):
         "true": 1.0, "false": 0.0, "int": 7.0, "fraction": 0.25, "other": 0.5,
         "nan": None, "inf": None, "huge": None, "text": None, "none": None, "complex": None, "list": None,
         "raise": None, "several lines": None, "exit": None,
-    }  # fmt: skip
+    }
     with load_scorer("checks:many") as scorer:
         pid = scorer.worker.process.pid
         assert scorer.score(["p"] * len(given), list(given)) == list(given.values())

@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from tiny import make, make_pairs, read_metrics, write_rows
 
 from fastpref.data import load_records, stream_records
+from fastpref.errors import UserError
 from fastpref.train import loop, prepare, reference
 from fastpref.train.cache import cache_reference
-from fastpref.train.config import UserError
 from fastpref.train.loop import Stopped, train
 
 
@@ -40,13 +40,13 @@ def endless(monkeypatch):
 
 
 STREAM = {"train_dataset": {"path": "someone/pairs", "split": "train"}, "dataset_streaming": True,
-          "gradient_accumulation_steps": 2, "per_device_train_batch_size": 3}  # fmt: skip
+          "gradient_accumulation_steps": 2, "per_device_train_batch_size": 3}
 
 
 def first(folder, usable):
     """The stream's records that hold so many usable ones, as a file."""
     rows = [row | ({"rejected": row["chosen"]} if i % 3 == 2 else {})
-            for i, (row,) in enumerate(make_pairs(1, seed=i) for i in range(usable * 3 // 2))]  # fmt: skip
+            for i, (row,) in enumerate(make_pairs(1, seed=i) for i in range(usable * 3 // 2))]
     return str(write_rows(folder / "first.jsonl", rows))
 
 
@@ -109,7 +109,7 @@ def test_log_probs_are_looked_up_by_record(world, tmp_path, endless, quiet, monk
     computed = []
     own = reference.compute
     monkeypatch.setattr(reference, "compute", lambda policy, examples, *rest: computed.append(len(examples)) or own(
-        policy, examples, *rest))  # fmt: skip
+        policy, examples, *rest))
     shared = STREAM | {"reference_dir": str(tmp_path / "reference"), "eval_dataset": None}
     (path,) = cache_reference(make(world, tmp_path / "run", **shared, max_steps=2), quiet)
     assert computed == [12]
@@ -124,7 +124,7 @@ def test_log_probs_are_looked_up_by_record(world, tmp_path, endless, quiet, monk
     for name, value in weights(tmp_path / "alone").items():  # batched otherwise in the reference's pass
         assert float((weights(tmp_path / "four")[name] - value).abs().max()) < 1e-6
     other = STREAM | {"reference_dir": str(tmp_path / "reference"), "dataset_streaming": False,
-                      "train_dataset": first(tmp_path, 24)}  # fmt: skip
+                      "train_dataset": first(tmp_path, 24)}
     with pytest.raises(UserError, match=r'records \("stream" there, "'):
         train(make(world, tmp_path / "file", **other), display=quiet)
 

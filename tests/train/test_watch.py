@@ -20,9 +20,10 @@ from tiny import make, make_config, read_metrics, settings, write_rows
 from transformers import LlamaForCausalLM
 
 from fastpref.data import Example, load_records, tokenize_records
+from fastpref.errors import UserError
 from fastpref.train import checkpoint, loop, watch
 from fastpref.train.checkpoint import State
-from fastpref.train.config import UserError, config_from_dict
+from fastpref.train.config import config_from_dict
 from fastpref.train.evaluate import MetricSums, evaluate
 from fastpref.train.loop import Stopped, train
 from fastpref.train.model import load_policy, load_tokenizer
@@ -149,7 +150,7 @@ def test_correlation_is_that_of_all_pairs_together():
 
 def test_what_does_not_vary_has_no_correlation():
     for x, y in ((torch.full((4,), 3.0), torch.arange(4)), (1e-6 * torch.arange(4), torch.tensor([3.0, 1, 4, 1])),
-                 (torch.arange(4), torch.ones(4))):  # fmt: skip
+                 (torch.arange(4), torch.ones(4))):
         values = {name: float(v.mean()) for name, v in watch.moments(x, y).items()}
         watch.to_sums(values, 4)
         assert watch.take_correlation(values) == {}
@@ -240,7 +241,7 @@ def test_training_lines_are_means_over_what_the_steps_saw(world, tmp_path, quiet
 
     monkeypatch.setattr(loop, "watched", watched)
     config = make(world, tmp_path / "run", train_dataset=uneven(tmp_path), eval_dataset=None, max_steps=2,
-                  per_device_train_batch_size=3, gradient_accumulation_steps=3, beta=0.2)  # fmt: skip
+                  per_device_train_batch_size=3, gradient_accumulation_steps=3, beta=0.2)
     train(config, display=quiet)
     (line,) = [row for row in read_metrics(tmp_path / "run") if row["split"] == "train"]
     assert len(seen) == 4  # of 11 pairs: 3 + 3 + 3, then 2
@@ -302,7 +303,7 @@ def test_fresh_samples_change_no_weight_and_survive_a_stop(world, tmp_path, quie
     train(make(world, stopped, **changes | SAMPLED), resume=True, display=quiet)
     assert same(weights(stopped), weights(sampled))
     lines = [[{k: v for k, v in row.items() if not k.endswith(("seconds", "_s", "time_share", "memory_mib"))}
-              for row in read_metrics(folder)] for folder in (sampled, stopped)]  # fmt: skip
+              for row in read_metrics(folder)] for folder in (sampled, stopped)]
     assert lines[0] == lines[1]
     steps = [row["step"] for row in lines[0] if row["split"] == "sample"]
     assert steps == [0, 2, 4, 6]
@@ -391,7 +392,7 @@ def test_time_share(world, tmp_path, quiet, monkeypatch):
 @pytest.mark.parametrize("of", ["fresh samples", "held-out responses", "training responses"])
 def test_a_budget_stops_and_keeps_the_checkpoint(world, tmp_path, quiet, of):
     changes = {"max_steps": 12, "save_steps": 5, "save_total_limit": 1, "learning_rate": 5e-3, "eval_generate": True,
-               "eval_max_new_tokens": 3, "logging_steps": 3}  # fmt: skip
+               "eval_max_new_tokens": 3, "logging_steps": 3}
     if of == "fresh samples":
         changes |= SAMPLED
     if of == "held-out responses":
@@ -479,7 +480,7 @@ def write_run(folder, distances, rewards, **summary):
         {"stage": "dpo", "split": "sample", "step": 10 * i, "kl": d * d, "kl_k1": d * d + 0.1, "kl_k1_error": 0.2,
          "kl_k3": d * d, "kl_k3_error": 0.05, "samples": 64, "reward": r, "reward_error": 0.01}
         for i, (d, r) in enumerate(zip(distances, rewards, strict=True))
-    ]  # fmt: skip
+    ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "summary.json").write_text(json.dumps({"stages": {"dpo": summary}}))
     return folder
@@ -495,7 +496,7 @@ def test_the_report_fits_what_the_samples_say(tmp_path):
     d = numpy.linspace(0, 3, 13)
     reward = 0.2 + numpy.array([x * (1.0 - 0.8 * math.log(x)) if x else 0.0 for x in d])
     budget = {"budget": 4.0, "kl": 4.1, "of": "fresh samples", "step": 80, "action": "continue",
-              "checkpoint": "00-dpo-80"}  # fmt: skip
+              "checkpoint": "00-dpo-80"}
     folder = write_run(tmp_path / "law", d, reward, kl_budget=budget)
     best = 10 * int(reward.argmax())
     (folder / "checkpoints" / f"00-dpo-{best:08d}").mkdir(parents=True)

@@ -29,7 +29,7 @@ def make_config(**changes: Any) -> LlamaConfig:
     sizes = dict(
         vocab_size=261, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=1, max_position_embeddings=128, bos_token_id=1, eos_token_id=2, pad_token_id=0,
-    )  # fmt: skip
+    )
     return LlamaConfig(**(sizes | changes))
 
 

@@ -29,7 +29,7 @@ _NAME = "_ChunkedLogProbFunction"
 _PARAMETERS = [
     "ctx", "hidden", "weight", "bias", "targets", "temperature", "chunk_size", "final_logit_softcapping", "logit_scale",
     "outputs",
-]  # fmt: skip
+]
 # TRL's name of a column: ours
 _OUTPUTS = {
     "entropy": "entropy",

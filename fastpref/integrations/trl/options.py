@@ -57,7 +57,7 @@ def refuse_config(config: Any) -> None:
     """ValueError for what the fused trainers do not do, and for what TRL would take without effect."""
     if config.label_smoothing_factor:
         _refuse("label_smoothing_factor", config.label_smoothing_factor, "it has no effect on preference losses: use "
-                "DPOConfig(loss_type='robust', label_smoothing=...)")  # fmt: skip
+                "DPOConfig(loss_type='robust', label_smoothing=...)")
     plugin = config.deepspeed_plugin
     if plugin is not None and plugin.zero_stage == 3:
         _refuse("deepspeed", "ZeRO-3", "it shards the LM head: use ZeRO-1, ZeRO-2 or FSDP2")
@@ -74,7 +74,7 @@ def _refuse_dpo(config: DPOConfig) -> None:
             _refuse("loss_type", loss_type, f"it takes {', '.join(DPO_LOSSES)}")
     if config.padding_free:
         _refuse("padding_free", True, "TRL 1.16 falls back to padding; leave it False (prompts and padding cost the "
-                "fused head nothing)")  # fmt: skip
+                "fused head nothing)")
     used = {option for loss_type in types for option in DPO_LOSSES[loss_type][1]}
     if config.f_divergence_type != "alpha_divergence":
         used.discard("f_alpha_divergence_coef")
@@ -109,7 +109,7 @@ def refuse_model(trainer: Any) -> None:
         for name, config in trainer.model.peft_config.items():
             if config.is_prompt_learning:
                 _refuse(f"peft_config[{name!r}]", config.peft_type.value,
-                        f"its virtual tokens move the targets: use LoRA, or {_INSTEAD}")  # fmt: skip
+                        f"its virtual tokens move the targets: use LoRA, or {_INSTEAD}")
 
 
 def _refuse(option: str, value: object, instead: str) -> None:

@@ -201,7 +201,7 @@ class FusedKTOTrainer(_Fused, KTOTrainer):
     _OTHERS = {
         "completion_mask", "KL_input_ids", "KL_attention_mask", "KL_completion_mask", "label", "ref_logps",
         "ref_KL_logps",
-    }  # fmt: skip
+    }
 
     def compute_ref_log_probs(self: Any, model: Any, inputs: Inputs) -> tuple[Tensor, Tensor | None]:
         batch = {name: value for name, value in inputs.items() if name not in self._OTHERS - {"completion_mask"}}
