@@ -17,6 +17,7 @@ COMMANDS = {
     "loss": "accuracy: errors against fp64",
     "sweep": "the head as rows, vocabulary, pair length, pairs or ranks grow",
     "compare": "what became faster or slower between two result files",
+    "plots": "draws the plots of result files again",
     "readme": "the results of README.md, from bench/results",
 }
 LINES = (f"  {name:10} {what}\n" for name, what in COMMANDS.items())

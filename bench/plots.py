@@ -1,21 +1,23 @@
 """Plots of benchmark rows, PNG and SVG: time, memory and share of the limit, and error against time.
 
+    fastpref bench plots bench/results/*.json      draws them again, into plots/ beside each file
+
 Colours are Okabe and Ito's, which colour-blind readers tell apart; names stand at the lines and bars they belong to.
 Needs matplotlib, imported when something is drawn.
 """
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import math
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .problem import LOGITS
-from .records import Results, cell_of, on_gpu
+from .records import Results, cell_of, on_gpu, read
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -49,15 +51,28 @@ LIMIT = {"rows": "copy_ of as many bytes", "step": "trunk, bare GEMMs, optimiser
 
 def of_results(results: Results) -> list[Path]:
     """Draws what a result file holds into `plots/` beside it. Nothing without a file, rows or matplotlib."""
-    rows = [asdict(row) | results.environment for row in results.rows]
-    if results.path is None or not any(row["ms_median"] or row["status"] == "planned" for row in rows):
+    return [] if results.path is None or not results.rows else _draw(results.path)
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="fastpref bench plots", description="Draws the plots of result files again.")
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="<date>-<device>-<benchmark>.json")
+    for path in parser.parse_args(arguments).files:
+        for plot in _draw(path):
+            print(plot)
+    return 0
+
+
+def _draw(path: Path) -> list[Path]:
+    rows = read(path)
+    if not any(row["ms_median"] or row["status"] == "planned" for row in rows):
         return []
     if importlib.util.find_spec("matplotlib") is None:
         print("no plots: they need matplotlib (pip install matplotlib)")
         return []
-    folder, found = results.path.parent / "plots", []
+    folder, found = path.parent / "plots", []
     for name, figure in of_rows(rows).items():
-        found.append(save(figure, folder / f"{results.path.stem}-{name}"))
+        found.append(save(figure, folder / f"{path.stem}-{name}"))
     return found
 
 
@@ -82,8 +97,10 @@ def save(figure: Figure, path: Path, description: str = "", *, png: bool = True)
 
 
 def of_rows(rows: Sequence[dict[str, Any]]) -> dict[str, Figure]:
-    """Figures by name, as the rows' benchmark wants them."""
+    """Figures by name, as the rows' benchmark wants them; none of `train`, whose rows have no limit beside them."""
     benchmark = rows[0]["benchmark"]
+    if benchmark == "train":
+        return {}
     timed = [row for row in rows if row["ms_median"]]
     if benchmark.startswith("sweep-"):
         return _sweep(rows, SWEPT[benchmark.removeprefix("sweep-")])

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
+import bench.__main__ as bench
 import fastpref as fp
 from bench import command, gates, harness, head, memory, peers, problem
 from bench.harness import Cell
@@ -345,7 +348,13 @@ def test_head(tmp_path, capsys):
     assert rows[0]["threads"] == 1 and rows[0]["torch"] == torch.__version__
     shown = capsys.readouterr().out
     assert "bare GEMMs" in shown and "cce: missing" in shown and str(path) in shown
-    assert {each.suffix for each in (folder / "plots").iterdir()} == {".svg", ".png"}
+    drawn = {each.name: each.read_bytes() for each in (folder / "plots").iterdir()}
+    assert {Path(name).suffix for name in drawn} == {".svg", ".png"}
+    shutil.rmtree(folder / "plots")
+    assert bench.main(["plots", str(path)]) == 0  # from the file alone, the same bytes
+    assert [name for name, image in drawn.items() if (folder / "plots" / name).read_bytes() != image] == []
+    assert bench.main(["plots", str(folder / "none.json")]) == 2
+    assert capsys.readouterr().err.endswith("none.json: cannot be read (No such file or directory)\n")
 
     # The same again has nothing to do; another implementation joins in the same file.
     before = path.read_text()
