@@ -600,6 +600,30 @@ def test_collate_packs_and_shares_prompts():
         collate(EXAMPLES_OF_PAIRS, PAD, layout="ragged")
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_turns_that_are_not_the_models_are_read_and_not_scored(layout):
+    """Of a response [0, 5) only the marked runs are targets; every token of it is still input."""
+    marked = dataclasses.replace(EXAMPLES_OF_PAIRS[0], responses=([20, 21, 22, 23, EOS], [30, 31, EOS]),
+                                 scored=(((0, 1), (3, 5)), ((1, 3),)))
+    assert marked.scored_tokens == [3, 2] and EXAMPLES_OF_PAIRS[0].scored_tokens == [2, 4]
+    examples = [EXAMPLES_OF_PAIRS[1], marked]
+    whole, batch = (collate(e, PAD, layout=layout) for e in (
+        [examples[0], dataclasses.replace(marked, scored=None)], examples))
+    kept = [0, 1, 2, 3, 6, 7, 8, 10, 11]  # of b's chosen 3, a's chosen 5, b's rejected 1, a's rejected 3
+    assert batch.targets.tolist() == [21, 22, EOS, 20, 23, EOS, EOS, 31, EOS] == whole.targets[kept].tolist()
+    assert batch.score_rows.tolist() == whole.score_rows[kept].tolist()
+    assert batch.cu_seqlens == [0, 3, 6, 7, 9]
+    for name in ("input_ids", "lengths", "last_rows", "position_ids"):
+        assert torch.equal(torch.as_tensor(getattr(batch, name)), torch.as_tensor(getattr(whole, name))) \
+            if getattr(whole, name) is not None else getattr(batch, name) is None
+    # KTO's mismatched sequence: the other completion's scored tokens, as far as it has room
+    labelled = [Example(0, [BOS, 10, 11], ([EOS],), True),
+                Example(1, [BOS, 12], ([20, 21, 22, EOS],), False, scored=(((0, 1), (2, 4)),))]
+    assert collate(labelled, PAD, "kto", layout=layout).kl.targets.tolist() == [20, 22, EOS]
+    assert labelled[1].content_hash != dataclasses.replace(labelled[1], scored=None).content_hash
+    assert labelled[1].content_hash != dataclasses.replace(labelled[1], scored=(((0, 4),),)).content_hash
+
+
 def test_equal_prompts_are_shared_by_all_their_responses():
     prompt = [BOS, 10, 11]
     pairs = [Example(0, prompt, ([20, EOS], [21, EOS])), Example(1, [BOS], ([EOS], [22, EOS])),

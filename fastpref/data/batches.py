@@ -4,6 +4,8 @@ Packed with its prompt shared, a pair's last prompt row predicts two tokens and 
 
     input_ids    p p p p p c c E r r r E
     targets      chosen: c c E from rows 4..6; rejected: r r r E from row 4 and rows 8..10
+
+A user's or a tool's turn inside a response is read like the rest, and predicted by no row of score_rows.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from .tokens import KINDS, Example, Kind
 
 Layout = Literal["padded", "packed", "shared"]  # one row a sequence; all in one row; that, with equal prompts once
 LAYOUTS = ("padded", "packed", "shared")
+Row = tuple[list[int], list[int], Sequence[int]]  # a sequence: prompt, response, the response's scored positions
 
 
 @dataclass(frozen=True)
@@ -120,10 +123,10 @@ def collate(examples: Sequence[Example], pad_token_id: int, kind: Kind = "pair",
         if len(example.responses) != per_example or (kind == "kto") != (example.desirable is not None):
             raise ValueError(f"examples: record {example.record_id} was not tokenised with kind={kind!r}")
 
-    sequences = [(e.prompt_ids, e.responses[i]) for i in range(per_example) for e in examples]
+    sequences = [(e.prompt_ids, e.responses[i], _scored(e, i)) for i in range(per_example) for e in examples]
     record_ids = [e.record_id for e in examples]
 
-    def lay_out(sequences: list[tuple[list[int], list[int]]]) -> Batch:
+    def lay_out(sequences: list[Row]) -> Batch:
         if layout == "padded":
             return _pad(sequences, record_ids, pad_token_id, kind)
         return _pack(sequences, record_ids, kind, share_prompts=layout == "shared")
@@ -143,54 +146,58 @@ def collate(examples: Sequence[Example], pad_token_id: int, kind: Kind = "pair",
     return replace(batch, **extra)
 
 
-def _mismatch(examples: Sequence[Example], max_length: int) -> list[tuple[list[int], list[int]]]:
+def _scored(example: Example, side: int) -> Sequence[int]:
+    """Positions in a response of the tokens that are scored."""
+    if example.scored is None:
+        return range(len(example.responses[side]))
+    return [position for start, end in example.scored[side] for position in range(start, end)]
+
+
+def _mismatch(examples: Sequence[Example], max_length: int) -> list[Row]:
     n = len(examples)
-    mismatched = []
+    mismatched: list[Row] = []
     for i, example in enumerate(examples):
         others = (examples[(i + j) % n] for j in range(1, n))
         other = next((e for e in others if e.prompt_ids != example.prompt_ids), None)
         if other is None:
             return []  # every prompt is the same
-        mismatched.append((example.prompt_ids, other.responses[0][: max_length - len(example.prompt_ids)]))
+        room = max_length - len(example.prompt_ids)
+        scored = [position for position in _scored(other, 0) if position < room]
+        mismatched.append((example.prompt_ids, other.responses[0][:room], scored))
     return mismatched
 
 
-def _pad(sequences: list[tuple[list[int], list[int]]], record_ids: list[int], pad: int, kind: Kind) -> Batch:
-    lengths = [len(prompt) + len(response) for prompt, response in sequences]
+def _pad(sequences: list[Row], record_ids: list[int], pad: int, kind: Kind) -> Batch:
+    lengths = [len(prompt) + len(response) for prompt, response, _ in sequences]
     width = max(lengths)
-    rows = [prompt + response + [pad] * (width - len(prompt) - len(response)) for prompt, response in sequences]
+    rows = [prompt + response + [pad] * (width - len(prompt) - len(response)) for prompt, response, _ in sequences]
     mask = [[1] * length + [0] * (width - length) for length in lengths]
-    score_rows = [
-        b * width + len(prompt) - 1 + t for b, (prompt, response) in enumerate(sequences) for t in range(len(response))
-    ]
+    score_rows = [b * width + len(prompt) - 1 + t for b, (prompt, _, scored) in enumerate(sequences) for t in scored]
     return Batch(
         kind=kind,
         input_ids=torch.tensor(rows, dtype=torch.int64),
         attention_mask=torch.tensor(mask, dtype=torch.int64),
         score_rows=torch.tensor(score_rows, dtype=torch.int64),
         last_rows=torch.tensor([b * width + length - 1 for b, length in enumerate(lengths)], dtype=torch.int64),
-        targets=torch.tensor([token for _, response in sequences for token in response], dtype=torch.int64),
-        cu_seqlens=[0, *accumulate(len(response) for _, response in sequences)],
         lengths=lengths,
         record_ids=record_ids,
+        **_targets(sequences),
     )
 
 
-def _pack(
-    sequences: list[tuple[list[int], list[int]]], record_ids: list[int], kind: Kind, *, share_prompts: bool
-) -> Batch:
+def _pack(sequences: list[Row], record_ids: list[int], kind: Kind, *, share_prompts: bool) -> Batch:
     groups: dict[Any, list[int]] = {}  # sequences with one prompt
-    for s, (prompt, _) in enumerate(sequences):
+    for s, (prompt, _, _) in enumerate(sequences):
         groups.setdefault(tuple(prompt) if share_prompts else s, []).append(s)
     ids: list[int] = []
-    rows: list[list[int]] = [[] for _ in sequences]  # that predict the tokens of each response
+    rows: list[list[int]] = [[] for _ in sequences]  # that predict the scored tokens of each response
     last_rows = [0] * len(sequences)
     for members in groups.values():
         ids += sequences[members[0]][0]
         last = len(ids) - 1
         for s in members:
-            response = sequences[s][1]
-            rows[s] = [last, *range(len(ids), len(ids) + len(response) - 1)]
+            _, response, scored = sequences[s]
+            rows[s] = [len(ids) + t - 1 if t else last for t in scored]
             ids += response
             last_rows[s] = len(ids) - 1
     plan = AttentionPlan.of([
@@ -202,13 +209,19 @@ def _pack(
         attention_mask=None,
         score_rows=torch.tensor(list(chain.from_iterable(rows)), dtype=torch.int64),
         last_rows=torch.tensor(last_rows, dtype=torch.int64),
-        targets=torch.tensor([token for _, response in sequences for token in response], dtype=torch.int64),
-        cu_seqlens=[0, *accumulate(len(response) for _, response in sequences)],
-        lengths=[len(prompt) + len(response) for prompt, response in sequences],
+        lengths=[len(prompt) + len(response) for prompt, response, _ in sequences],
         record_ids=record_ids,
         position_ids=torch.tensor([plan.positions], dtype=torch.int64),
         attention_plan=plan,
+        **_targets(sequences),
     )
+
+
+def _targets(sequences: list[Row]) -> dict[str, Any]:
+    """What no layout changes."""
+    targets = [response[t] for _, response, scored in sequences for t in scored]
+    offsets = [0, *accumulate(len(scored) for _, _, scored in sequences)]
+    return {"targets": torch.tensor(targets, dtype=torch.int64), "cu_seqlens": offsets}
 
 
 def batch_order(

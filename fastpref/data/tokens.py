@@ -14,6 +14,7 @@ import math
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy
@@ -27,11 +28,15 @@ if TYPE_CHECKING:
 
 Kind = Literal["pair", "sft", "kto"]
 KINDS = ("pair", "sft", "kto")
+Spans = tuple[tuple[int, int], ...]  # runs [start, end) of positions: ascending, none empty, none touching another
 
 
 @dataclass(frozen=True)
 class Example:
-    """One tokenised record: a prompt and its one or two responses. Token ids as plain lists."""
+    """One tokenised record: a prompt and its one or two responses. Token ids as plain lists.
+
+    A response may hold turns that are not the model's (a user's, a tool's). They are read and not scored.
+    """
 
     record_id: int  # index into the list of records
     prompt_ids: list[int]  # BOS first where the tokenizer uses one; never empty
@@ -39,6 +44,14 @@ class Example:
     desirable: bool | None = None  # KTO's label
     ref_logps: tuple[float, ...] | None = None  # of the responses under the reference model, nats; set by its cache
     margin: float | None = None  # of a pair, see `with_margins`; set where the loss takes it
+    scored: tuple[Spans, ...] | None = None  # of each response, the runs of tokens that are scored; None: all of all
+
+    @property
+    def scored_tokens(self) -> list[int]:
+        """How many tokens of each response are scored."""
+        if self.scored is None:
+            return [len(ids) for ids in self.responses]
+        return [sum(end - start for start, end in spans) for spans in self.scored]
 
     @property
     def length(self) -> int:
@@ -52,12 +65,15 @@ class Example:
 
     @property
     def content_hash(self) -> str:
-        """128 bits over exactly what a log-prob depends on, the prompt's and the responses' ids; and the margin."""
+        """128 bits over exactly what a log-prob depends on: the ids of prompt and responses, and which are scored
+        where not all are; and the margin."""
         digest = hashlib.sha256()
         for ids in (self.prompt_ids, *self.responses):
             digest.update(numpy.array([len(ids), *ids], dtype="<i8").tobytes())
         if self.margin is not None:
             digest.update(numpy.array([self.margin], dtype="<f8").tobytes())
+        for spans in self.scored or ():
+            digest.update(numpy.array([-1 - len(spans), *chain.from_iterable(spans)], dtype="<i8").tobytes())
         return digest.hexdigest()[:32]
 
 

@@ -73,14 +73,15 @@ def dry_run(config: TrainConfig, display: Display | None = None) -> dict[str, An
 
 def _counts(stage: TrainConfig, examples: list[Example], schedule: Schedule, layout: Layout) -> dict[str, Any]:
     """Of all steps. Tokens are what the trunk reads; positions those of the largest micro-batch, padding among them."""
-    scored = [sum(map(len, e.responses)) for e in examples]
+    in_responses = [sum(map(len, e.responses)) for e in examples]
+    scored = [sum(e.scored_tokens) for e in examples]
     steps = [schedule.of_step(step)[1] for step in range(schedule.steps)]
     seen = [i for batches in steps for batch in batches for i in batch]
 
     def tokens(batch: list[int]) -> int:
         if layout != "shared":
             return sum(examples[i].tokens(share_prompts=False) for i in batch)
-        return sum(map(len, {tuple(examples[i].prompt_ids) for i in batch})) + sum(scored[i] for i in batch)
+        return sum(map(len, {tuple(examples[i].prompt_ids) for i in batch})) + sum(in_responses[i] for i in batch)
 
     def positions(batch: list[int]) -> int:
         if layout != "padded":
@@ -134,7 +135,7 @@ def _lines(stage: TrainConfig, values: dict[str, Any], terms: Terms | None, why:
            f"epochs {values['epochs']:.4g}")
     share = values["scored_tokens"] / values["tokens"]
     yield (f"  tokens         {values['tokens_a_step']:,.0f} a step (most: {values['most_tokens_a_step']:,}), "
-           f"{values['tokens']:,} in all, {100 * share:.0f} % of them in responses; "
+           f"{values['tokens']:,} in all, {100 * share:.0f} % of them scored; "
            f"{values['positions']:,} in the largest micro-batch")
     yield (f"  learning rate  {stage.lr_scheduler_type}, {values['learning_rate']:g} after {values['warmup_steps']} "
            f"steps of warm-up; {stage.optimizer}")
