@@ -38,7 +38,7 @@ EXTRAS = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit code."""
-    options = _parser().parse_args(arguments)
+    options = parse(arguments)
     # Loading transformers takes seconds; --help and a mistyped option should not.
     import torch
     from transformers.utils import logging
@@ -74,6 +74,18 @@ def _fail(error: BaseException, code: int, line: str | None = None) -> int:
     text = line or " ".join(str(error).split()) or type(error).__name__
     print(f"fastpref: {text}", file=sys.stderr)
     return code
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Overrides may stand before and after options: argparse up to Python 3.11 takes only those before."""
+    parser = _parser()
+    options, more = parser.parse_known_args(arguments)
+    wrong = [word for word in more if word.startswith("-") or "=" not in word or not hasattr(options, "overrides")]
+    if wrong:
+        parser.error(f"unrecognized arguments: {' '.join(wrong)}")
+    if more:
+        options.overrides = [*options.overrides, *more]
+    return options
 
 
 def _parser() -> argparse.ArgumentParser:

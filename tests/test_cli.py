@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -158,3 +159,39 @@ def test_a_signal_saves_and_ends(world, tmp_path, signum, code):
     assert err.count("\n") == 1 and f"saved in {saved}; --resume goes on from there" in err
     state = json.loads((saved / "state.json").read_text())
     assert state["step"] == len(metrics.read_text().splitlines()) > 0
+
+
+BARE = """
+import sys, types
+package = types.ModuleType("fastpref")  # without torch, which not every Python here may have
+package.__path__, package.__version__ = [sys.argv[1]], "0"
+sys.modules["fastpref"] = package
+from fastpref.cli import parse
+for line in sys.argv[2:]:
+    try:
+        options = parse(line.split())
+        print(options.config, options.overrides, options.resume)
+    except SystemExit as stopped:
+        print(stopped.code)
+"""
+
+
+@pytest.mark.parametrize("python", [sys.executable, "python3.10", "python3.11", "python3.12", "python3.13"])
+def test_overrides_stand_before_and_after_options(python):
+    """On every Python there is here: their argparse differ."""
+    lines = {
+        "train dpo.yaml --resume dp_replicate=4": "dpo.yaml ['dp_replicate=4'] True",
+        "train dpo.yaml a=1 --resume b=-2 c=--d": "dpo.yaml ['a=1', 'b=-2', 'c=--d'] True",
+        "train --resume dpo.yaml a=1 b=2": "dpo.yaml ['a=1', 'b=2'] True",
+        "rounds runs/lr=1/x.yaml a=1 b=2 --resume": "runs/lr=1/x.yaml ['a=1', 'b=2'] True",
+        "train dpo.yaml a=1": "dpo.yaml ['a=1'] False",
+        "train dpo.yaml --resume word": "2",
+        "train dpo.yaml --resume --betta=1": "2",
+        "train dpo.yaml --resume --dry-run a=1": "2",
+        "plan a=1": "2",
+    }
+    if not shutil.which(python) or subprocess.run([python, "-c", ""], capture_output=True).returncode:
+        pytest.skip("no such Python")
+    command = [python, "-c", BARE, str(ROOT / "fastpref"), *lines]
+    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert out.splitlines() == list(lines.values())

@@ -12,16 +12,18 @@ import re
 import shlex
 import sys
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import yaml
+from torch.distributed.run import get_args_parser as torchrun_parser
 
 import fastpref
 from bench.__main__ import COMMANDS
 from fastpref import losses
-from fastpref.cli import _parser
+from fastpref.cli import _parser, parse
 from fastpref.rounds.config import RoundsConfig
 from fastpref.rounds.config import config_from as rounds_config_from
 from fastpref.rounds.config import load_config as load_rounds_config
@@ -117,20 +119,40 @@ def test_a_wrong_page_is_noticed(tmp_path, monkeypatch):
 
 # ---- commands --------------------------------------------------------------------------------------------------------
 
+CODE = [path for folder in ("fastpref", "bench", "examples", "docs") for path in sorted((ROOT / folder).rglob("*"))
+        if path.suffix in (".py", ".yaml", ".sh")]
+STUDIES = ROOT / "examples" / "studies" / "README.md"
+
+
+def words_of(text: str) -> Iterator[tuple[int, list[str]]]:
+    """(line, words) of every command in lines of shell, without comments and environment variables."""
+    for i, line in enumerate(text.replace("\\\n", " ").splitlines()):
+        for part in re.split(r"\s(?:&&|\|\|)\s", re.split(r"\s{2,}#|\s{2,}(?=\w+ )", line.strip())[0]):
+            words = shlex.split(re.sub(r"\[([^\]]*)\]", r"\1", part), comments=True)
+            while words and ("=" in words[0] or words[0] == "srun"):
+                words = [] if "=$(" in words.pop(0) else words
+            if words:
+                yield i, words
+
 
 def commands(page: Path) -> Iterator[tuple[str, list[str]]]:
-    """(where, words) of every command shown in a shell block, without comments and environment variables."""
+    """(where, words) of every command of a page: in shell blocks; in its prose those that are whole."""
     for fence in fences(page):
-        if fence.language != "bash" and not (fence.language == "" and fence.text.startswith("python -m")):
-            continue
-        text = fence.text.replace("\\\n", " ")
-        for i, line in enumerate(text.splitlines()):
-            for part in re.split(r"\s(?:&&|\|\|)\s", line.split("  #")[0]):
-                words = shlex.split(re.sub(r"\[([^\]]*)\]", r"\1", part), comments=True)
-                while words and "=" in words[0]:
-                    words.pop(0)
-                if words:
-                    yield f"{named(page)}:{fence.line + i}", words
+        if fence.language in ("bash", "sh") or (fence.language == "" and fence.text.startswith("python -m")):
+            yield from ((f"{named(page)}:{fence.line + i}", words) for i, words in words_of(fence.text))
+    for span in sorted(spans(page)):
+        if re.match(r"(fastpref|torchrun|python|make) ", span):
+            for _, words in words_of(span):  # one with nothing but options names them, and is no whole line
+                part = words[0] == "fastpref" and all(word.startswith("-") for word in words[2:])
+                yield f"{named(page)}: `{span}`", [*words, *["--help"] * part]
+
+
+def commands_in(source: Path) -> Iterator[tuple[str, list[str]]]:
+    """Of a program or configuration: lines of comments and docstrings, --help's last part among them."""
+    shown = r"[# ]*((?:[A-Z_]+=\S+ )*(?:fastpref|torchrun|python) (?:-|\S+\.py|[a-z-]+\b(?![.,:;])).*)"
+    for number, line in enumerate(source.read_text(encoding="utf-8").splitlines(), 1):
+        if found := re.fullmatch(shown, line):
+            yield from ((f"{named(source)}:{number}", words) for _, words in words_of(found[1]))
 
 
 def targets_of_makefile() -> set[str]:
@@ -145,32 +167,46 @@ def check_command(words: list[str]) -> None:
             assert "=" in target or target in targets_of_makefile(), f"make has no target {target}"
     elif program == "fastpref":
         check_fastpref(words[1:])
-    elif program.startswith(("python", "torchrun")):
-        if "-m" in words:
-            place = words.index("-m") + 1
-            module = words[place]
-            if module == "bench":
-                check_bench(words[place + 1 :])
-            elif module == "fastpref":
-                check_fastpref(words[place + 1 :])
-            elif module.split(".")[0] in ("bench", "fastpref"):
-                found = importlib.util.find_spec(module)
-                assert found and found.origin, f"no module {module}"
-                source = Path(found.origin).read_text()
-                for flag in re.findall(r"--[\w-]+", " ".join(words)):
-                    assert flag == "--help" or f'"{flag}"' in source, f"{module} has no option {flag}"
-        else:
-            scripts = [word for word in words if word.endswith(".py")]
-            assert scripts and all((ROOT / script).is_file() for script in scripts), f"no such script: {words}"
+    elif program == "torchrun":
+        try:
+            its = torchrun_parser().parse_args(words[1:])
+        except SystemExit:
+            raise AssertionError(f"torchrun does not take {' '.join(words[1:])}") from None
+        check_command(["python", *["-m"] * its.module, its.training_script, *its.training_script_args])
+    elif program.startswith("python"):
+        check_python(words[1:])
     else:
         assert program in ("pip", "apt-get", "git", "cd", "pre-commit", "export"), f"unknown command {program}"
+
+
+def check_python(words: list[str]) -> None:
+    if words[0] != "-m":
+        return check_flags(ROOT / words[0], words[1:])
+    module, rest = words[1], words[2:]
+    if module == "bench":
+        check_bench(rest)
+    elif module == "fastpref":
+        check_fastpref(rest)
+    elif module.split(".")[0] in ("bench", "fastpref"):
+        found = importlib.util.find_spec(module)
+        assert found and found.origin, f"no module {module}"
+        check_flags(Path(found.origin), rest)
+
+
+def check_flags(script: Path, words: list[str]) -> None:
+    """Options that are in the script, or in what the scripts beside it share."""
+    assert script.is_file(), f"no such script: {named(script)}"
+    source = "".join(path.read_text() for path in {script, script.with_name("study.py")} if path.is_file())
+    for flag in re.findall(r"(?<!\S)--[\w-]+", " ".join(words)):
+        assert flag == "--help" or f'"{flag}"' in source, f"{named(script)} has no option {flag}"
 
 
 def check_bench(words: list[str]) -> None:
     """A benchmark by its name; its options are in its own file or among those that all share."""
     if words and not words[0].startswith("-"):
         assert words[0] in COMMANDS, f"bench has no command {words[0]}"
-        source = "".join((ROOT / "bench" / f"{name}.py").read_text() for name in (words[0], "command"))
+        names = {words[0], "command", *{"ranks"} & {*words}}
+        source = "".join((ROOT / "bench" / f"{name}.py").read_text() for name in names)
         for flag in re.findall(r"--[\w-]+", " ".join(words)):
             assert flag == "--help" or f'"{flag}"' in source, f"bench {words[0]} has no option {flag}"
 
@@ -179,12 +215,12 @@ def check_fastpref(words: list[str]) -> None:
     if words[:1] == ["bench"]:
         return check_bench(words[1:])
     if "--help" in words:
-        words = [word for word in words if word != "--help"]
         commands_of = next(a for a in _parser()._actions if isinstance(a, argparse._SubParsersAction))
-        assert not words or words[0] in commands_of.choices
+        known = commands_of.choices[words[0]]._option_string_actions if words[0] in commands_of.choices else {}
+        assert known.keys() >= set(words[1:]) or words == ["--help"], f"fastpref {' '.join(words)}: no such option"
         return
     try:
-        options = _parser().parse_args(words)
+        options = parse(words)
     except SystemExit as error:
         raise AssertionError(f"fastpref {' '.join(words)}: exit code {error.code}") from None
     config = getattr(options, "config", None)
@@ -193,9 +229,11 @@ def check_fastpref(words: list[str]) -> None:
         load(ROOT / config, options.overrides)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=named)
+@pytest.mark.parametrize("page", [*PAGES, STUDIES, None], ids=lambda page: named(page) if page else "programs")
 def test_commands_exist(page):
-    for where, words in commands(page):
+    """Every command line is one that its program takes; none is run."""
+    shown = commands(page) if page else chain.from_iterable(map(commands_in, CODE))
+    for where, words in shown:
         try:
             check_command(words)
         except (AssertionError, ValueError) as error:
@@ -215,6 +253,11 @@ def test_a_wrong_command_is_noticed():
         "python -m fastpref.plan --no-such",
         "python examples/nothing.py",
         "curl x",
+        "fastpref train --no-such --help",
+        "fastpref train examples/quickstart.yaml --resume output_dir",
+        "torchrun --no-such=1 -m fastpref train dpo.yaml",
+        "torchrun -m fastpref train dpo.yaml --resum-e",
+        "python examples/plain_pytorch.py --no-such 1",
     ):
         with pytest.raises((AssertionError, ValueError)):
             check_command(wrong.split())
