@@ -1,14 +1,14 @@
 """From records to batches: reads preference data, tokenises it, orders it and collates it.
 
-    load_records -> [Record] -> tokenize_records -> [Example] -> batch_order, collate -> Batch
-    records.py                  tokens.py                        batches.py
+    rows -> load_records -> [Record] -> tokenize_records -> [Example] -> batch_order, collate -> Batch
+    sources.py  records.py              tokens.py                        batches.py
 
 Nothing here needs a GPU or knows a loss. Every count a training step needs (sequences, scored tokens, offsets) is a
 Python number made here, so that nothing later has to ask the device for it.
 """
 
 from .batches import LAYOUTS, Batch, Layout, batch_order, collate, eval_order, fill_batches
-from .records import FORMATS, Record, load_prompts, load_records, records_from_rows, stream_records
+from .records import FORMATS, Invalid, Record, load_prompts, load_records, records_from_rows, stream_records
 from .tokens import KINDS, Example, Kind, TokenizeReport, tokenize_prompts, tokenize_records, with_margins
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "LAYOUTS",
     "Batch",
     "Example",
+    "Invalid",
     "Kind",
     "Layout",
     "Record",

@@ -1,4 +1,4 @@
-"""Reads preference data: files and data sets -> validated records.
+"""Rows of files and data sets -> validated records, whatever form people have them in.
 
 Formats, the ones TRL documents; each text is a string or a list of {"role", "content"} messages:
 
@@ -7,20 +7,24 @@ Formats, the ones TRL documents; each text is a string or a list of {"role", "co
     {prompt, completion, label}      unpaired preference (KTO)
     {prompt, completion}             supervised
 
+and those that are read as these:
+
+    {messages} or {conversations}    supervised: the prompt ends before the first assistant turn
+    {conversations, label}           KTO: the prompt ends before the last turn
+    {conversations, chosen, rejected}  a pair whose prompt is the conversation
+    {instruction, input, output}     Alpaca: instruction and input are a user's message, output is the answer
+
+Messages may be ShareGPT's {"from", "value"}, their content a list of text parts; one message may stand without a list.
 A pair may say by how much the chosen response is better, {..., margin}; the loss of a reward model takes it.
 """
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import chain
-from pathlib import Path
 from typing import Any
 
-from fastpref.errors import first_line
+from .sources import Rows, open_source, parse_json, rows_in_memory
 
 FORMATS = "{prompt, chosen, rejected}, {chosen, rejected}, {prompt, completion, label} or {prompt, completion}"
 
@@ -36,23 +40,40 @@ class Record:
     completion: Any = None
     label: bool | None = None
     extra: dict[str, Any] = field(default_factory=dict)  # every other field, e.g. "answer"; evaluation reads it
+    repeated: bool = False  # the string prompt stood at the head of every response too, and was taken off there
 
     @property
     def conversational(self) -> bool:
         return not isinstance(self.prompt, str)
 
 
-def load_records(source: Any, split: str | None = None) -> list[Record]:
+@dataclass
+class Invalid:
+    """Records that were left out because they cannot be read or rendered: how many, and what is wrong with the first
+    ten."""
+
+    count: int = 0
+    first: list[str] = field(default_factory=list)
+
+    def add(self, error: Exception) -> None:
+        self.count += 1
+        if len(self.first) < 10:
+            self.first.append(str(error))
+
+
+def load_records(source: Any, split: str | None = None, *, invalid: Invalid | None = None) -> list[Record]:
     """Reads preference, unpaired or supervised records.
 
-    source: a .jsonl, .json (a list of objects) or .parquet file; a name or folder for `datasets.load_dataset`; a dict
-        of keyword arguments for it ({"path": ..., "name": ..., "split": ...}); or a list of any of these.
+    source: a .jsonl, .json or .parquet file (the former two also as .gz, .bz2, .xz or .zst); a name or folder for
+        `datasets.load_dataset`; a dict of keyword arguments for it ({"path": ..., "name": ..., "split": ...}); or a
+        list of any of these.
     split: which split of a `datasets` source; needed only where there is more than one.
+    invalid: counts the broken records, which are then left out.
 
     Raises ValueError, one line that names file, line and field, for the first broken record, and for a source that is
     empty or cannot be read.
     """
-    return _load(source, split, _parse)
+    return _load(source, split, _parse, invalid)
 
 
 def load_prompts(source: Any, split: str | None = None) -> list[Record]:
@@ -60,141 +81,69 @@ def load_prompts(source: Any, split: str | None = None) -> list[Record]:
     return _load(source, split, _parse_prompt)
 
 
-def stream_records(source: Any, split: str | None = None) -> Iterator[Record]:
-    """The records of `load_records`, each when it is asked for: a data set is streamed (`datasets`' streaming), of a
-    .jsonl or .parquet file no more is read. Nothing is raised for a source without records."""
+def stream_records(source: Any, split: str | None = None, *, streaming: bool = True,
+                   invalid: Invalid | None = None) -> Iterator[Record]:
+    """The records of `load_records`, each when it is asked for: of a .jsonl or .parquet file no more is read, and a
+    data set is streamed (`datasets`' streaming), unless `streaming` is False. Nothing is raised for a source without
+    records."""
     if isinstance(source, (list, tuple)):
         for part in source:
-            yield from stream_records(part, split)
+            yield from stream_records(part, split, streaming=streaming, invalid=invalid)
         return
-    _, rows = _open(source, split, streaming=True)
-    for where, row in rows:
-        yield _parse(where, row)
-
-
-def _load(source: Any, split: str | None, parse: Callable[[str, Any], Record]) -> list[Record]:
-    if isinstance(source, (list, tuple)):
-        if not source:
-            raise ValueError("source: got an empty list, expected at least one file or data set")
-        return [record for part in source for record in _load(part, split, parse)]
-    name, rows = _open(source, split)
-    records = [parse(where, row) for where, row in rows]
-    if not records:
-        raise ValueError(f"{name}: no records, the data is empty")
-    return records
-
-
-def _open(source: Any, split: str | None, *, streaming: bool = False) -> tuple[str, Iterator[tuple[str, Any]]]:
-    """Its name for messages, and its rows, each with where it was read."""
-    stream = {"streaming": True} if streaming else {}
-    if isinstance(source, Mapping):
-        name, rows = str(source.get("path")), _dataset_rows({**source, **stream}, split)
-    elif isinstance(source, (str, os.PathLike)):
-        path = Path(source)
-        name, readers = str(source), {".jsonl": _jsonl_rows, ".json": _json_rows, ".parquet": _parquet_rows}
-        if path.suffix in readers:
-            if not path.is_file():
-                raise ValueError(f"{name}: no such file")
-            rows = readers[path.suffix](path)
-        else:
-            rows = _dataset_rows({"path": name, **stream}, split)
-    else:
-        raise TypeError(f"source: got {type(source).__name__}, expected a path, a data set's name, a dict or a list")
-    return name, rows
+    yield from _parsed(open_source(source, split, streaming=streaming)[1], _parse, invalid)
 
 
 def records_from_rows(rows: Iterable[Mapping[str, Any]], name: str = "rows") -> list[Record]:
     """Validates rows that are already in memory (a list of dicts, a `datasets.Dataset`); errors as `load_records`."""
-    records = [_parse(f"{name}, record {i}", row) for i, row in enumerate(rows, 1)]
+    return _all_of(name, rows_in_memory(rows, name), _parse, None)
+
+
+def _load(
+    source: Any, split: str | None, parse: Callable[[str, Any], Record], invalid: Invalid | None = None
+) -> list[Record]:
+    if isinstance(source, (list, tuple)):
+        if not source:
+            raise ValueError("source: got an empty list, expected at least one file or data set")
+        return [record for part in source for record in _load(part, split, parse, invalid)]
+    return _all_of(*open_source(source, split), parse, invalid)
+
+
+def _all_of(name: str, rows: Rows, parse: Callable[[str, Any], Record], invalid: Invalid | None) -> list[Record]:
+    records = list(_parsed(rows, parse, invalid))
     if not records:
+        if invalid and invalid.first:
+            raise ValueError(f"{name}: all {invalid.count} records are invalid (first: {invalid.first[0]})")
         raise ValueError(f"{name}: no records, the data is empty")
     return records
 
 
-def _jsonl_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    with path.open("rb") as file:
-        for number, raw in enumerate(file, 1):
-            where = f"{path}:{number}"
-            try:
-                line = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-                if line:
-                    yield where, json.loads(line)
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{where}: not UTF-8 (byte {raw[error.start]:#04x} at {error.start})") from None
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{where}: not valid JSON ({error.msg} at column {error.colno})") from None
-
-
-def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8-sig") or "[]")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 (byte {error.start})") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}:{error.lineno}: not valid JSON ({error.msg} at column {error.colno})") from None
-    if not isinstance(rows, list):
-        raise ValueError(f"{path}: got a JSON {type(rows).__name__}, expected a list of records (or name it .jsonl)")
-    for number, row in enumerate(rows, 1):
-        yield f"{path}, record {number}", row
-
-
-def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise ImportError(f"{path}: reading Parquet needs pyarrow (pip install pyarrow)") from None
-    try:
-        file = pyarrow.parquet.ParquetFile(path)
-        rows = chain.from_iterable(batch.to_pylist() for batch in file.iter_batches())
-        for number, row in enumerate(rows, 1):
-            yield f"{path}, record {number}", row
-    except (pyarrow.ArrowInvalid, OSError) as error:
-        raise ValueError(f"{path}: not a readable Parquet file ({first_line(error)})") from None
-
-
-def _dataset_rows(arguments: dict[str, Any], split: str | None) -> Iterator[tuple[str, Any]]:
-    name = arguments.get("path")
-    try:
-        import datasets
-    except ImportError:
-        raise ImportError(f"{name}: not a .jsonl, .json or .parquet file, and a data set needs `datasets`") from None
-    if split is not None:
-        arguments.setdefault("split", split)
-    try:
-        data = datasets.load_dataset(**arguments)
-    except Exception as error:  # the hub, the network, a missing builder: each raises its own kind
-        raise ValueError(f"{name}: neither a data file here nor a data set that loads ({first_line(error)})") from error
-    if isinstance(data, dict):
-        if len(data) != 1:
-            raise ValueError(f"{name}: has splits {', '.join(data)}; split must name one")
-        data = next(iter(data.values()))
-    number = 0
-    try:
-        for number, row in enumerate(data, 1):
-            yield f"{name}, record {number}", row
-    except (OSError, RuntimeError) as error:  # a stream: the hub, the network
-        raise ValueError(f"{name}: cannot be read beyond record {number} ({first_line(error)})") from error
+def _parsed(rows: Rows, parse: Callable[[str, Any], Record], invalid: Invalid | None) -> Iterator[Record]:
+    for where, row in rows:
+        try:
+            if isinstance(row, ValueError):
+                raise row
+            yield parse(where, row)
+        except ValueError as error:
+            if invalid is None:
+                raise
+            invalid.add(error)
 
 
 def _parse(where: str, row: Any) -> Record:
     """Validates one row and brings the texts into one form (all strings or all messages)."""
-    if not isinstance(row, Mapping):
-        raise ValueError(f"{where}: got a JSON {type(row).__name__}, expected an object {FORMATS}")
-    row = {key: value for key, value in row.items() if value is not None}  # Parquet writes null for "not there"
-    texts = {key: _text(where, key, row[key]) for key in ("prompt", "chosen", "rejected", "completion") if key in row}
+    row = _as_trl_names_it(where, row)
+    texts = {key: _text(where, key, row[key]) for key in ("prompt", *_RESPONSES) if key in row}
     extra = {key: value for key, value in row.items() if key not in texts and key != "label"}
+    _refuse_unread(where, extra, texts)
 
     if "completion" in texts and ("chosen" in texts or "rejected" in texts):
         raise ValueError(f"{where}: has field 'completion' and 'chosen' or 'rejected', expected one of {FORMATS}")
     if "completion" in texts:
         if "prompt" not in texts:
             raise ValueError(f"{where}: field 'prompt' is missing")
-        label = row.get("label")
-        if label is not None and label not in (0, 1):
-            raise ValueError(f"{where}: field 'label' is {label!r}, expected true or false")
-        (completion,), prompt = _one_form(where, texts["prompt"], {"completion": texts["completion"]})
-        return Record(where, prompt, completion=completion, label=None if label is None else bool(label), extra=extra)
+        (completion,), prompt, repeated = _one_form(where, texts["prompt"], {"completion": texts["completion"]})
+        label = _label(where, row.get("label"))
+        return Record(where, prompt, completion=completion, label=label, extra=extra, repeated=repeated)
     if "chosen" not in texts:
         missing = "chosen" if "rejected" in texts else "chosen' or 'completion"
         raise ValueError(f"{where}: field '{missing}' is missing, expected {FORMATS}")
@@ -203,47 +152,205 @@ def _parse(where: str, row: Any) -> Record:
     if "rejected" not in texts:
         if "prompt" not in texts:
             raise ValueError(f"{where}: field 'rejected' is missing, and without a 'prompt' too; expected {FORMATS}")
-        (chosen,), prompt = _one_form(where, texts["prompt"], {"chosen": texts["chosen"]})
-        return Record(where, prompt, chosen=chosen, extra=extra)
-    pair = {"chosen": texts["chosen"], "rejected": texts["rejected"]}
+        (chosen,), prompt, repeated = _one_form(where, texts["prompt"], {"chosen": texts["chosen"]})
+        return Record(where, prompt, chosen=chosen, extra=extra, repeated=repeated)
+    pair, repeated = {"chosen": texts["chosen"], "rejected": texts["rejected"]}, False
     if "prompt" in texts:
-        (chosen, rejected), prompt = _one_form(where, texts["prompt"], pair)
+        (chosen, rejected), prompt, repeated = _one_form(where, texts["prompt"], pair)
     else:
         prompt, chosen, rejected = _implicit_prompt(where, **pair)
-    return Record(where, prompt, chosen=chosen, rejected=rejected, extra=extra)
+    return Record(where, prompt, chosen=chosen, rejected=rejected, extra=extra, repeated=repeated)
 
 
 def _parse_prompt(where: str, row: Any) -> Record:
     """`_parse`, where a prompt without a response will do."""
-    responses = ("chosen", "rejected", "completion")
-    if not isinstance(row, Mapping) or any(row.get(key) is not None for key in responses) or row.get("prompt") is None:
+    row = _as_trl_names_it(where, row)
+    if any(key in row for key in _RESPONSES) or "prompt" not in row:
         return _parse(where, row)
-    extra = {key: value for key, value in row.items() if value is not None and key != "prompt"}
-    return Record(where, _text(where, "prompt", row["prompt"]), extra=extra)
+    prompt = _text(where, "prompt", row["prompt"])
+    extra = {key: value for key, value in row.items() if key != "prompt"}
+    _refuse_unread(where, extra, {"prompt": prompt})
+    return Record(where, prompt, extra=extra)
+
+
+# ---- columns ---------------------------------------------------------------------------------------------------------
+
+_RESPONSES = ("chosen", "rejected", "completion")
+_CONVERSATIONS = ("conversations", "conversation", "messages")
+_MEDIA = ("images", "image", "videos", "video", "audios", "audio")
+# What else the question may be called; nobody reads these beside responses
+_CONTEXT = ("system", "system_prompt", "history")
+_QUESTIONS = (*_CONTEXT, "question", "instruction", "input", "query", "problem", "context", "context_messages", "post",
+              *_CONVERSATIONS)
+
+
+def _as_trl_names_it(where: str, row: Any) -> dict[str, Any]:
+    """The row without null fields, ShareGPT's and Alpaca's columns as prompt and responses; `tools` and
+    `chat_template_kwargs`, which may be JSON in a string, as what they say."""
+    if not isinstance(row, Mapping):
+        raise ValueError(f"{where}: got a JSON {type(row).__name__}, expected an object {FORMATS}")
+    row = {key: value for key, value in row.items() if value is not None}  # Parquet writes null for "not there"
+    for key in _MEDIA:
+        if row.get(key):
+            raise ValueError(f"{where}: field '{key}': text alone is trained on here; for images, videos and audio use "
+                             "TRL's DPOTrainer with fastpref.integrations.trl.patch()")
+    for key, kind in (("tools", list), ("chat_template_kwargs", dict)):
+        if isinstance(row.get(key), str):
+            try:
+                row[key] = parse_json(row[key].strip() or "null") or kind()
+            except ValueError as error:
+                raise ValueError(f"{where}: field '{key}' is a string, but not of JSON ({error})") from None
+        if not isinstance(row.get(key, kind()), kind):
+            what = "a list" if kind is list else "an object"
+            raise ValueError(f"{where}: field '{key}' is {type(row[key]).__name__}, expected {what}")
+    if "kto_tag" in row:  # LLaMA-Factory
+        row.setdefault("label", row.pop("kto_tag"))
+    if "prompt" in row:
+        return row
+    name = next((key for key in _CONVERSATIONS if row.get(key)), None)
+    responses = any(key in row for key in _RESPONSES)
+    if name is not None:
+        turns = _text(where, name, row[name])
+        if isinstance(turns, str):
+            raise ValueError(f"{where}: field '{name}' is str, expected a list of messages")
+        answers = [i for i, message in enumerate(turns) if message["role"] == "assistant"]
+        if not answers or answers[-1] < len(turns) - 1:  # ends with a question: the responses are elsewhere
+            if not responses and answers:
+                raise ValueError(f"{where}: field '{name}' ends with role '{turns[-1]['role']}', expected 'assistant'")
+            row["prompt"] = turns
+        elif responses:
+            return row
+        else:
+            cut = answers[-1 if "label" in row else 0]
+            row |= {"prompt": turns[:cut], "completion": turns[cut:]}
+        del row[name]
+    elif not responses and "instruction" in row:
+        texts = [row.pop("instruction"), row.pop("input", "")]
+        if not all(isinstance(text, str) for text in texts):
+            raise ValueError(f"{where}: fields 'instruction' and 'input' have to be strings")
+        row["prompt"] = [*_history(where, row.pop("history", [])),
+                         {"role": "user", "content": "\n".join(text for text in texts if text)}]
+        if "output" in row:
+            row["completion"] = row.pop("output")
+    else:
+        return row
+    if row.get("system") and (not row["prompt"] or row["prompt"][0]["role"] != "system"):
+        row["prompt"] = [{"role": "system", "content": row.pop("system")}, *row["prompt"]]
+    if not row["prompt"]:
+        raise ValueError(f"{where}: field '{name}' begins with the assistant's turn, which nothing leads to")
+    return row
+
+
+def _history(where: str, turns: Any) -> list[dict[str, str]]:
+    """Alpaca's: [[question, answer], ...]"""
+    if not isinstance(turns, (list, tuple)) or not all(isinstance(t, (list, tuple)) and len(t) == 2 for t in turns):
+        raise ValueError(f"{where}: field 'history' is no list of [question, answer]")
+    return [{"role": role, "content": text} for turn in turns for role, text in zip(("user", "assistant"), turn)]
+
+
+def _refuse_unread(where: str, extra: Mapping[str, Any], texts: Mapping[str, Any]) -> None:
+    """A question in a column of its own would be lost, unless the prompt has it, or every response."""
+    for key in _CONTEXT if "prompt" in texts else _QUESTIONS:
+        if not texts or not extra.get(key):
+            continue
+        sides = {name: list(_strings(text)) for name, text in texts.items()}
+        prompt = sides.pop("prompt", [])
+        for part in _strings(extra[key]):
+            within = [any(part.strip() in text for text in side) for side in (prompt, *sides.values())]
+            if not within[0] and not (sides and all(within[1:])):
+                way = f"put it into 'prompt', for example as messages; remove the field if '{key}' is not to be read"
+                raise ValueError(f"{where}: field '{key}' would be lost, only 'prompt' is read: {way}")
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """Texts of messages but the assistant's, however they are nested."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        if _SHAREGPT.get(str(value.get("role", value.get("from")))) != "assistant":
+            yield from _strings([value.get(key) for key in ("content", "value", "text")])
+    elif isinstance(value, (list, tuple)):
+        for part in value:
+            yield from _strings(part)
+
+
+def _label(where: str, label: Any) -> bool | None:
+    """true, 1, 1.0, "true", "True", "1" and their opposites."""
+    known = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
+    found = known.get(str(label).strip().lower())
+    if found is None and label is not None:
+        raise ValueError(f"{where}: field 'label' is {label!r}, expected true or false")
+    return found
+
+
+# ---- texts -----------------------------------------------------------------------------------------------------------
+
+_SHAREGPT = {
+    "human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant",
+    "model": "assistant", "assistant": "assistant", "system": "system", "tool": "tool", "observation": "tool",
+    "function_response": "tool", "function_call": "assistant",
+}
 
 
 def _text(where: str, key: str, value: Any) -> Any:
-    """A string or a list of messages, checked; messages lose the null entries Parquet gives them."""
+    """A string or a list of messages, checked."""
     if isinstance(value, str):
         return _utf8(where, key, value)
+    if isinstance(value, Mapping) and ("role" in value or "from" in value):
+        value = [value]
     if not isinstance(value, (list, tuple)):
         raise ValueError(f"{where}: field '{key}' is {type(value).__name__}, expected a string or a list of messages")
-    messages = []
-    for i, message in enumerate(value):
-        if not isinstance(message, Mapping):
-            kind = type(message).__name__
-            raise ValueError(f"{where}: field '{key}[{i}]' is {kind}, expected a message {{role, content}}")
-        message = {name: part for name, part in message.items() if part is not None}
-        if not isinstance(message.get("role"), str):
-            raise ValueError(f"{where}: field '{key}[{i}].role' is missing or not a string")
-        if "tool_calls" not in message or "content" in message:  # a tool call may come without content
-            if not isinstance(message.get("content"), str):
-                raise ValueError(f"{where}: field '{key}[{i}].content' is missing or not a string")
-            _utf8(where, f"{key}[{i}].content", message["content"])
-        messages.append(message)
-    if not messages:
+    if not value:
         raise ValueError(f"{where}: field '{key}' is an empty list of messages")
-    return messages
+    return [_message(where, f"{key}[{i}]", message) for i, message in enumerate(value)]
+
+
+def _message(where: str, key: str, message: Any) -> dict[str, Any]:
+    if not isinstance(message, Mapping):
+        raise ValueError(f"{where}: field '{key}' is {type(message).__name__}, expected a message {{role, content}}")
+    message = {name: part for name, part in message.items() if part is not None}
+    if "from" in message and "role" not in message:
+        message = _from_sharegpt(where, key, message)
+    if not isinstance(message.get("role"), str):
+        raise ValueError(f"{where}: field '{key}.role' is missing or not a string")
+    if "tool_calls" not in message or "content" in message:  # a tool call may come without content
+        content = message.get("content")
+        if isinstance(content, (list, tuple)):
+            content = message["content"] = _joined_parts(where, key, content)
+        if not isinstance(content, str):
+            raise ValueError(f"{where}: field '{key}.content' is missing or not a string")
+        _utf8(where, f"{key}.content", content)
+    return message
+
+
+def _from_sharegpt(where: str, key: str, message: dict[str, Any]) -> dict[str, Any]:
+    speaker, value = message.pop("from"), message.pop("value", None)
+    role = _SHAREGPT.get(speaker) if isinstance(speaker, str) else None
+    if role is None:
+        raise ValueError(f"{where}: field '{key}.from' is {speaker!r}, expected one of {', '.join(_SHAREGPT)}")
+    if speaker != "function_call":
+        return {"role": role, "content": value, **message}
+    try:
+        calls = parse_json(value) if isinstance(value, str) else value
+        calls = [{"name": call["name"], "arguments": call["arguments"]}
+                 for call in (calls if isinstance(calls, list) else [calls])]
+    except (ValueError, TypeError, KeyError):
+        raise ValueError(f"{where}: field '{key}.value' is no function call {{name, arguments}} in JSON") from None
+    return {"role": role, "tool_calls": [{"type": "function", "function": call} for call in calls], **message}
+
+
+def _joined_parts(where: str, key: str, parts: Iterable[Any]) -> str:
+    texts = []
+    for i, part in enumerate(parts):
+        text = part.get("text") if isinstance(part, Mapping) else part
+        if not isinstance(text, str):
+            kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+            raise ValueError(
+                f"{where}: field '{key}.content[{i}]' is of type {kind!r}: text alone is trained on here; for images, "
+                "videos and audio use TRL's DPOTrainer with fastpref.integrations.trl.patch()"
+            )
+        texts.append(text)
+    return "".join(texts)
 
 
 def _utf8(where: str, key: str, text: str) -> str:
@@ -254,10 +361,17 @@ def _utf8(where: str, key: str, text: str) -> str:
     return text
 
 
-def _one_form(where: str, prompt: Any, responses: dict[str, Any]) -> tuple[list[Any], Any]:
-    """Prompt and responses as all strings or all messages; responses that repeat the prompt's messages lose them."""
+REPEATED = 8  # characters: fewer may begin a prompt and its responses by chance ("Hello")
+
+
+def _one_form(where: str, prompt: Any, responses: dict[str, Any]) -> tuple[list[Any], Any, bool]:
+    """Responses and prompt as all strings or all messages; responses that all repeat the prompt lose it, and whether
+    strings did."""
     if isinstance(prompt, str) and all(isinstance(text, str) for text in responses.values()):
-        return list(responses.values()), prompt
+        texts = list(responses.values())
+        if len(prompt.strip()) < REPEATED or not all(text.startswith(prompt) and text != prompt for text in texts):
+            return texts, prompt, False
+        return [text[len(prompt) :] for text in texts], prompt, True
     messages = {
         key: [{"role": "assistant", "content": text}] if isinstance(text, str) else text
         for key, text in responses.items()
@@ -280,7 +394,7 @@ def _one_form(where: str, prompt: Any, responses: dict[str, Any]) -> tuple[list[
             raise ValueError(
                 f"{where}: field '{key}' starts with role '{role}', expected 'assistant' or the prompt's messages"
             )
-    return list(messages.values()), prompt
+    return list(messages.values()), prompt, False
 
 
 def common_prefix(a: Any, b: Any) -> Any:

@@ -9,7 +9,6 @@ What is scored are the response tokens, the closing EOS included:
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import statistics
 from collections.abc import Iterable, Sequence
@@ -21,7 +20,7 @@ import numpy
 
 from fastpref.errors import first_line
 
-from .records import Record, common_prefix
+from .records import Invalid, Record, common_prefix
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -86,8 +85,10 @@ class TokenizeReport:
     examples: int = 0
     prompts_truncated: int = 0
     responses_truncated: int = 0
+    prompts_repeated: int = 0  # see Record.repeated
     prompts_shortened_by_template: int = 0  # the template renders the prompt alone unlike the prompt of a conversation
     dropped: dict[str, list[str]] = field(default_factory=dict)  # reason -> sources of the records
+    invalid: Invalid = field(default_factory=Invalid)  # of reading and of rendering
     prompt_tokens: tuple[float, int] = (0, 0)  # median, max per example
     response_tokens: tuple[float, int] = (0, 0)  # median, max per response
 
@@ -97,9 +98,12 @@ class TokenizeReport:
         parts += [f"{count:,} {what}" for what, count in (
             ("prompts truncated", self.prompts_truncated),
             ("responses truncated", self.responses_truncated),
+            ("prompts repeated at the head of the responses, taken off", self.prompts_repeated),
             ("prompts shortened to what the chat template keeps", self.prompts_shortened_by_template),
         ) if count]
         parts += [f"{len(where):,} dropped: {why} (first: {where[0]})" for why, where in self.dropped.items()]
+        if self.invalid.count:
+            parts.append(f"{self.invalid.count:,} invalid records dropped")
         for what, (median, most) in (("prompt", self.prompt_tokens), ("response", self.response_tokens)):
             parts.append(f"{what} tokens: median {median:g}, max {most:,}")
         return "; ".join(parts)
@@ -112,13 +116,14 @@ class TokenizeReport:
 
     def add(self, other: TokenizeReport) -> None:
         """What became of further records; `count` is for the examples of both."""
-        for name in ("records", "prompts_truncated", "responses_truncated", "prompts_shortened_by_template"):
-            setattr(self, name, getattr(self, name) + getattr(other, name))
+        for name, value in vars(self).items():
+            if isinstance(value, int):
+                setattr(self, name, value + getattr(other, name))
         for reason, where in other.dropped.items():
             self.dropped.setdefault(reason, []).extend(where)
 
     def none_usable(self) -> str:
-        why = "; ".join(f"{len(where)} {reason}" for reason, where in self.dropped.items())
+        why = "; ".join(f"{len(where)} {reason}" for reason, where in self.dropped.items()) or "all are invalid"
         return f"none of the {self.records} records is usable ({why})"
 
 
@@ -132,6 +137,7 @@ def tokenize_records(
     truncation_mode: Literal["keep_start", "keep_end"] = "keep_end",
     overlong_response: Literal["error", "drop", "truncate"] = "error",
     partial: bool = False,
+    invalid: Invalid | None = None,
 ) -> tuple[list[Example], TokenizeReport]:
     """Token ids of prompts and responses, and a report of what was cut or left out.
 
@@ -149,6 +155,7 @@ def tokenize_records(
         "drop" leaves the record out, "truncate" gives the prompt at most max_prompt_length (default: half of
         max_length) tokens and the response's first tokens the rest; it then has no EOS.
     partial: the records are a part of the data: that none of them is usable is no error.
+    invalid: counts the records that the chat template refuses or that lack what `kind` needs, which are left out.
 
     Also left out, and counted: pairs whose responses are equal, empty responses, and an empty prompt where the
     tokenizer has no BOS (nothing would predict the first token).
@@ -172,14 +179,22 @@ def tokenize_records(
 
     encoder = _Encoder(tokenizer)
     report = TokenizeReport(kind, records=len(records))
-    rendered = [_render(record, encoder, kind, report) for record in records]
-    prompts = encoder.prompts([(text, record.conversational) for text, record in zip(
-        (r[0] for r in rendered), records, strict=True)])
-    responses = iter(encoder.responses([text for r in rendered for text in r[1]]))
+    rendered: dict[int, tuple[str, list[str]]] = {}
+    for record_id, record in enumerate(records):
+        try:
+            rendered[record_id] = _render(record, encoder, kind, report)
+        except ValueError as error:
+            if invalid is None or not encoder.tokenizer.chat_template and record.conversational:
+                raise
+            invalid.add(error)
+    prompts = encoder.prompts([(text, records[i].conversational) for i, (text, _) in rendered.items()])
+    responses = iter(encoder.responses([text for r in rendered.values() for text in r[1]]))
 
     examples: list[Example] = []
     overlong: list[str] = []
-    for record_id, (record, prompt, (_, texts)) in enumerate(zip(records, prompts, rendered, strict=True)):
+    for (record_id, (_, texts)), prompt in zip(rendered.items(), prompts, strict=True):
+        record = records[record_id]
+        report.prompts_repeated += record.repeated
         answers = [next(responses) for _ in texts]
         longest = max(map(len, answers))
         too_long = longest >= max_length
@@ -346,12 +361,11 @@ class _Encoder:
     def template(self, record: Record, messages: list[dict[str, Any]], is_prompt: bool = False) -> str:
         if not self.tokenizer.chat_template:
             raise ValueError(f"{record.source}: has messages, but tokenizer {self.name} has no chat template")
-        tools = record.extra.get("tools") or None
         open_ended = is_prompt and messages[-1]["role"] == "assistant"  # the response goes on with the last message
         try:
             text = self.tokenizer.apply_chat_template(
                 messages,
-                tools=json.loads(tools) if isinstance(tools, str) else tools,
+                tools=record.extra.get("tools") or None,
                 tokenize=False,
                 add_generation_prompt=is_prompt and not open_ended,
                 continue_final_message=open_ended,

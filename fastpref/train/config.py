@@ -77,6 +77,8 @@ class TrainConfig:
     max_prompt_length: int | None = None
     truncation_mode: Literal["keep_start", "keep_end"] = "keep_end"  # of a prompt that is too long
     overlong_response: Literal["error", "drop", "truncate"] = "error"
+    # Of a record that cannot be read, or that the chat template refuses: drop counts them and names the first ten
+    invalid_records: Literal["error", "drop"] = "error"
 
     # stage
     name: str | None = None  # None: the loss's
@@ -252,7 +254,8 @@ _RUN_KEYS = (
     "model_name_or_path", "model_revision", "tokenizer_name_or_path", "init_from_config", "trust_remote_code",
     "use_peft", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "dtype", "bf16",
     "gradient_checkpointing", "use_liger_kernel", "packing", "prefix_sharing", "fsdp", "dp_replicate",
-    "output_dir", "overwrite_output_dir", "reference_dir", "seed", "report_to", "save_total_limit", "stages",
+    "output_dir", "overwrite_output_dir", "reference_dir", "seed", "report_to", "save_total_limit", "invalid_records",
+    "stages",
 )
 # What may differ between a checkpoint and the run that goes on from it: nothing here changes a weight.
 MAY_DIFFER = (
@@ -287,6 +290,20 @@ def _options_of(loss: str) -> dict[str, Any]:
     return {f.name: hints[f.name] for f in fields(cls)}
 
 
+class _Twice(yaml.constructor.ConstructorError):
+    """A key that stands twice: YAML itself takes the last without a word."""
+
+
+class _Loader(yaml.SafeLoader):
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+            if (key.tag, str(key.value)) in seen and key.tag != "tag:yaml.org,2002:merge":
+                raise _Twice(None, None, f"key {key.value!r} stands twice", key.start_mark)
+            seen.add((key.tag, str(key.value)))
+        return super().construct_mapping(node, deep)
+
+
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     """Reads a YAML file and applies `key=value` overrides; dots reach into stages and mappings.
 
@@ -302,15 +319,19 @@ def read_values(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
     """What a YAML file says, with overrides applied; names and types are not checked yet. Errors as `load_config`."""
     try:
         text = Path(path).read_text(encoding="utf-8")
-        values = yaml.safe_load(text)
+        values = yaml.load(text, _Loader)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError:
         raise UserError(f"{path}: not UTF-8") from None
+    except RecursionError:
+        raise UserError(f"{path}: nested too deeply to be read") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f":{mark.line + 1}" if mark else ""
-        raise UserError(f"{path}{where}: not valid YAML ({getattr(error, 'problem', None) or error})") from None
+        problem = getattr(error, "problem", None) or error
+        what = problem if isinstance(error, _Twice) else f"not valid YAML ({problem})"
+        raise UserError(f"{path}{where}: {what}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected keys and values, got {type(values).__name__ if values else 'an empty file'}")
     for override in overrides:
@@ -473,7 +494,9 @@ def _apply(values: dict[str, Any], override: str) -> None:
     if not equals or not key:
         raise UserError(f"{override!r}: expected key=value")
     try:
-        value = yaml.safe_load(text)
+        value = yaml.load(text, _Loader)
+    except _Twice as error:
+        raise UserError(f"{override!r}: {error.problem}") from None
     except yaml.YAMLError:
         value = text
     *path, last = key.split(".")

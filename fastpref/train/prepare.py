@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fastpref.data import (
     Example,
+    Invalid,
     Record,
     TokenizeReport,
     batch_order,
@@ -45,16 +46,19 @@ def load_data(
 ) -> list[Data]:
     """Reads and tokenises everything, for all stages, before anything is trained."""
     records: dict[str, list[Record]] = {}
+    broken: dict[str, Invalid] = {}
     made: dict[str, list[Example]] = {}
+    drop = stages[0].invalid_records == "drop"
 
     def read(source: Any) -> list[Record]:
         key = repr(source)
         if key not in records:
-            records[key] = load_records(source)
+            broken[key] = Invalid()
+            records[key] = load_records(source, invalid=broken[key] if drop else None)
         return records[key]
 
     def tokenized(source: Any, stage: TrainConfig, what: str) -> list[Example]:
-        options = {
+        options: dict[str, Any] = {
             "max_length": stage.max_length,
             "max_prompt_length": stage.max_prompt_length,
             "truncation_mode": stage.truncation_mode,
@@ -68,10 +72,16 @@ def load_data(
                 if len(taken) > len(records.get(repr(source), ())):  # the stream's first, of several stages the most
                     records[repr(source)] = taken
             else:
-                made[key], report = tokenize_records(read(source), tokenizer, stage.kind, **options)  # type: ignore[arg-type]
+                all_records, invalid = read(source), replace(broken[repr(source)], first=[*broken[repr(source)].first])
+                made[key], report = tokenize_records(
+                    all_records, tokenizer, stage.kind, invalid=invalid if drop else None, **options
+                )
+                report.invalid = invalid
             if stage.reward_model:
                 made[key] = with_margins(made[key], read(source))
             display.say(f"{stage.name} {what}: {report}")
+            for line in report.invalid.first:
+                display.say(f"  dropped: {line}")
         return made[key]
 
     found = []
@@ -111,12 +121,13 @@ def _streamed(
 
     Which they are depends on nothing but stream and configuration: a run that goes on reads the same ones.
     """
-    stream, (most, most_tokens) = stream_records(stage.train_dataset), _needs(stage)
+    invalid = Invalid() if stage.invalid_records == "drop" else None
+    stream, (most, most_tokens) = stream_records(stage.train_dataset, invalid=invalid), _needs(stage)
     examples: list[Example] = []
     records: list[Record] = []
-    report, tokens = TokenizeReport(stage.kind), 0
+    report, tokens = TokenizeReport(stage.kind, invalid=invalid or Invalid()), 0
     while part := list(islice(stream, STREAM_PART)):
-        found, about = tokenize_records(part, tokenizer, stage.kind, partial=True, **options)
+        found, about = tokenize_records(part, tokenizer, stage.kind, partial=True, invalid=invalid, **options)
         report.add(about)
         for example in found:
             size = example.tokens(stage.prefix_sharing)

@@ -134,3 +134,18 @@ def test_the_command(world, tmp_path, capsys):
     assert "leaves no room for a prompt" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         cli.main(["train", str(path), "--dry-run", "--resume"])
+
+
+def test_invalid_records_are_named_and_left_out(world, tmp_path):
+    lines = (world / "train.jsonl").read_text().splitlines()
+    path = tmp_path / "broken.jsonl"
+    path.write_text("\n".join([lines[0], '{"prompt": 3}', "{", *lines[1:]]))
+    config = make(world, tmp_path / "run", train_dataset=str(path))
+    with pytest.raises(ValueError, match="broken.jsonl:2: field 'prompt' is int"):
+        dry(config)
+    for streamed in ({}, {"dataset_streaming": True}):
+        found, text = dry(make(world, tmp_path / "run", train_dataset=str(path), invalid_records="drop", **streamed))
+        assert "2 invalid records dropped" in text and "  dropped: " in text
+        assert [line for line in text.splitlines() if "dropped: " in line][1].endswith(
+            "broken.jsonl:3: not valid JSON (Expecting property name enclosed in double quotes at column 2)")
+    assert found["stages"]["dpo"]["examples"] > 8
