@@ -7,7 +7,7 @@ Nothing here needs a GPU or knows a loss. Every count a training step needs (seq
 Python number made here, so that nothing later has to ask the device for it.
 """
 
-from .batches import LAYOUTS, Batch, Layout, batch_order, collate, eval_order, fill_batches
+from .batches import LAYOUTS, Batch, Layout, batch_order, collate, eval_order, fill_batches, mismatched_parts
 from .records import FORMATS, Invalid, Record, load_prompts, load_records, records_from_rows, stream_records
 from .tokens import KINDS, Example, Kind, TokenizeReport, tokenize_prompts, tokenize_records, with_margins
 
@@ -26,6 +26,7 @@ __all__ = [
     "collate",
     "eval_order",
     "fill_batches",
+    "mismatched_parts",
     "load_prompts",
     "load_records",
     "records_from_rows",

@@ -97,7 +97,8 @@ class Batch:
         return replace(self, **moved)
 
 
-def collate(examples: Sequence[Example], pad_token_id: int, kind: Kind = "pair", *, layout: Layout = "padded") -> Batch:
+def collate(examples: Sequence[Example], pad_token_id: int, kind: Kind = "pair", *, layout: Layout = "padded",
+            mismatched: Sequence[Example] | None = None) -> Batch:
     """Examples -> one Batch on the CPU.
 
     layout: "padded", one row a sequence, filled up on the right with pad_token_id; "packed", all sequences one after
@@ -105,9 +106,8 @@ def collate(examples: Sequence[Example], pad_token_id: int, kind: Kind = "pair",
         packed ones need a model whose attention takes the batch's plan (`fastpref.attention`). All three give the same
         log-probs, in the same order.
 
-    KTO's baseline needs mismatched sequences: prompt i with the completion of the next example (cyclically) that has
-    another prompt. A batch with one prompt only has none: `kl` is None, and it adds nothing to the baseline's mean.
-    A mismatched sequence is never longer than the batch's longest real one: its completion loses its last tokens.
+    mismatched: KTO's, `kl` of the batch, where these examples are a part of a global batch (`mismatch`); None: they are
+        the whole of it.
 
     `ref_logps` is filled if every example has them, `margins` if any has one. Raises ValueError for an empty list and
     examples of another kind.
@@ -135,9 +135,9 @@ def collate(examples: Sequence[Example], pad_token_id: int, kind: Kind = "pair",
     extra: dict[str, Any] = {}
     if kind == "kto":
         extra["desirable"] = torch.tensor([e.desirable for e in examples], dtype=torch.bool)
-        mismatched = _mismatch(examples, max(batch.lengths))
-        if mismatched:
-            extra["kl"] = lay_out(mismatched)
+        others = mismatch(examples) if mismatched is None else mismatched
+        if others:
+            extra["kl"] = lay_out([(e.prompt_ids, e.responses[0], _scored(e, 0)) for e in others])
     if all(e.ref_logps is not None for e in examples):
         logps = [e.ref_logps[i] for i in range(per_example) for e in examples]  # type: ignore[index]
         extra["ref_logps"] = torch.tensor(logps, dtype=torch.float32)
@@ -153,18 +153,32 @@ def _scored(example: Example, side: int) -> Sequence[int]:
     return [position for start, end in example.scored[side] for position in range(start, end)]
 
 
-def _mismatch(examples: Sequence[Example], max_length: int) -> list[Row]:
-    n = len(examples)
-    mismatched: list[Row] = []
-    for i, example in enumerate(examples):
-        others = (examples[(i + j) % n] for j in range(1, n))
-        other = next((e for e in others if e.prompt_ids != example.prompt_ids), None)
-        if other is None:
-            return []  # every prompt is the same
-        room = max_length - len(example.prompt_ids)
-        scored = [position for position in _scored(other, 0) if position < room]
-        mismatched.append((example.prompt_ids, other.responses[0][:room], scored))
-    return mismatched
+def mismatch(examples: Sequence[Example]) -> list[Example]:
+    """KTO's baseline over a global batch: each prompt with the completion of the next example (cyclically) that has
+    another prompt. No sequence is longer than the batch's longest real one: its completion loses its last tokens.
+
+    Where all prompts are equal there are none, and the baseline is 0.
+    """
+    n, longest = len(examples), max(e.length for e in examples)
+    found: list[Example] = []
+    after = next((i for i in range(n) if examples[i].prompt_ids != examples[0].prompt_ids), None)
+    if after is None:
+        return []
+    for i in reversed(range(n)):  # `after`: the next one behind i that has another prompt than i
+        if examples[(i + 1) % n].prompt_ids != examples[i].prompt_ids:
+            after = (i + 1) % n
+        other, room = examples[after], longest - len(examples[i].prompt_ids)
+        spans = other.scored and (tuple((start, min(end, room)) for start, end in other.scored[0] if start < room),)
+        found.append(replace(examples[i], responses=(other.responses[0][:room],), scored=spans))
+    return found[::-1]
+
+
+def mismatched_parts(examples: Sequence[Example], parts: Sequence[Sequence[int]]) -> list[list[Example]]:
+    """`mismatch` of a global batch that comes in parts (indices of examples): those of each part. Which sequences they
+    are does not depend on how the batch is cut or ordered."""
+    whole = sorted(i for part in parts for i in part)
+    of = dict(zip(whole, mismatch([examples[i] for i in whole])))
+    return [[of[i] for i in part if of] for part in parts]
 
 
 def _pad(sequences: list[Row], record_ids: list[int], pad: int, kind: Kind) -> Batch:

@@ -18,7 +18,7 @@ from .config import TrainConfig
 from .display import Display, duration
 from .model import Policy, fingerprint, load_policy, load_reference, load_tokenizer, pad_token
 from .prepare import Data, Schedule, load_data
-from .reference import ReferenceLogps, Tick
+from .reference import ReferenceLogps, Steps, Tick
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Split:
     stage: TrainConfig
     name: str  # "train" or "eval"
     examples: Sequence[Example]
-    batches: Sequence[Sequence[int]] | None  # KTO: the micro-batches, whose mismatched sequences are scored too
+    steps: Steps | None  # KTO: the global batches, whose mismatched sequences are scored too
     path: Path
     stream: bool = False  # the examples are the first of a stream: the file may have others too
 
@@ -44,12 +44,12 @@ def splits_of(
     """The training examples, and the held-out ones if there are any."""
     for name, examples in (("train", data.train), ("eval", data.eval)):
         if examples:
-            batches = None
+            steps: Steps | None = None
             if stage.loss_fn.needs_kl:
                 held_out = eval_order(examples, stage.per_device_eval_batch_size)
-                batches = schedule.all_batches() if name == "train" else held_out
+                steps = schedule.all_steps() if name == "train" else [held_out]
             path = file_of(config, run_dir, index, stage, name)
-            yield Split(stage, name, examples, batches, path, stage.dataset_streaming and name == "train")
+            yield Split(stage, name, examples, steps, path, stage.dataset_streaming and name == "train")
 
 
 def obtain(split: Split, tokenizer: PreTrainedTokenizerBase, weights: str, like: Policy, source: Callable[[], Policy],
@@ -63,7 +63,7 @@ def obtain(split: Split, tokenizer: PreTrainedTokenizerBase, weights: str, like:
     """
     stage, examples, path = split.stage, split.examples, split.path
     dtype, stream = like.compute_dtype, split.stream
-    header = reference.header_of(stage, tokenizer, dtype, weights, examples, split.batches, stream=stream)
+    header = reference.header_of(stage, tokenizer, dtype, weights, examples, split.steps, stream=stream)
     what = f"{stage.name}: reference log-probs of {len(examples):,} {split.name} examples"
     hashes = [example.content_hash for example in examples]
     known = reference.read_known(path, header) if stream else {}
@@ -85,7 +85,7 @@ def obtain(split: Split, tokenizer: PreTrainedTokenizerBase, weights: str, like:
         size, pad = stage.per_device_eval_batch_size, pad_token(tokenizer)
         new = [example for example, code in zip(examples, hashes) if code not in known]
         progress = reference.Progress(path, header | {"records": reference.identity(new)}, size, like.layout)
-        found = logps = reference.compute(source(), new, stage.kind, size, pad, watch(show), split.batches, progress)
+        found = logps = reference.compute(source(), new, stage.kind, size, pad, watch(show), split.steps, progress)
     if stream:
         if known:
             what += f", {len(new):,} of them new to {path},"

@@ -384,6 +384,11 @@ def _check_stages(config: TrainConfig) -> None:
                 f"gradient_accumulation_steps is {stage.gradient_accumulation_steps}: loss {stage.loss!r} compares all "
                 "sequences of a step with each other; it takes 1"
             )
+        if loss.needs_kl and (stage.batch_size or 2) * stage.gradient_accumulation_steps == 1:
+            raise UserError(
+                f"per_device_train_batch_size is 1, of one micro-batch a step: loss {stage.loss!r} takes its baseline "
+                "from other examples of the step; raise it, or gradient_accumulation_steps"
+            )
         if section.get("kl_budget") is not None and not loss.needs_reference:
             raise UserError(f"kl_budget: loss {stage.loss!r} has no reference, so there is no KL to it")
         if stage.sample_steps and config.reward_model:

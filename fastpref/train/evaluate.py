@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from fastpref.data import Batch, Example, Kind, Record, collate, eval_order
+from fastpref.data import Batch, Example, Kind, Layout, Record, collate, eval_order, mismatched_parts
 from fastpref.losses import BradleyTerry, Loss, Totals
 
 from . import ranks
@@ -27,6 +27,17 @@ def totals_of(batches: Sequence[Batch]) -> Totals:
         tokens=sum(batch.num_tokens for batch in batches),
         chosen_tokens=sum(batch.chosen_tokens for batch in batches),
     )
+
+
+def collated(
+    examples: Sequence[Example], parts: Sequence[Sequence[int]], pad: int, kind: Kind, layout: Layout
+) -> list[Batch]:
+    """The micro-batches of one global batch, over which KTO's mismatched pairs are made."""
+    others = mismatched_parts(examples, parts) if kind == "kto" else [None] * len(parts)
+    return [
+        collate([examples[i] for i in part], pad, kind, layout=layout, mismatched=its)
+        for part, its in zip(parts, others)
+    ]
 
 
 class MetricSums:
@@ -96,7 +107,7 @@ def evaluate(policy: Policy, examples: Sequence[Example], kind: Kind, loss: Loss
     was_training = policy.model.training
     policy.model.eval()
     order = eval_order(examples, batch_size)
-    batches = [collate([examples[i] for i in batch], pad, kind, layout=policy.layout) for batch in order]
+    batches = collated(examples, order, pad, kind, policy.layout)
     totals = totals_of(batches)
     kl_logps = ref_kl_logps = None
     if loss.needs_kl and reference is not None:

@@ -46,15 +46,15 @@ def evaluate_run(
     examples, size, pad, loss = data.eval, stage.per_device_eval_batch_size, pad_token(tokenizer), stage.loss_fn
     logps = None
     if loss.needs_reference:
-        batches = eval_order(examples, size) if loss.needs_kl else None
-        header = reference.header_of(stage, tokenizer, policy.compute_dtype, "", examples, batches)
+        steps = [eval_order(examples, size)] if loss.needs_kl else None
+        header = reference.header_of(stage, tokenizer, policy.compute_dtype, "", examples, steps)
         if run_dir:
             cached = file_of(config, run_dir, index, stage, "eval")
             logps = reference.read(cached, header, any_weights=True)
         if logps is None:
             source_policy = reference_of(config, stage, index, run_dir, policy)
             with display.counting("reference log-probs") as show:
-                logps = reference.compute(source_policy, examples, stage.kind, size, pad, show, batches)
+                logps = reference.compute(source_policy, examples, stage.kind, size, pad, show, steps)
             del source_policy
         examples = logps.attach(examples)
     with display.counting("evaluating") as show:

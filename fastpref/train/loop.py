@@ -34,7 +34,7 @@ import yaml
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
-from fastpref.data import Batch, Example, collate
+from fastpref.data import Batch, Example
 from fastpref.errors import UserError
 from fastpref.files import PARTIAL, write_text
 
@@ -46,6 +46,7 @@ from .display import Display, StepBar, evaluation_line, samples_line
 from .evaluate import (
     MetricSums,
     baseline,
+    collated,
     evaluate,
     exact_match,
     generate,
@@ -455,10 +456,7 @@ def run_stage(run: Run, index: int) -> None:
                 run.saver.check()
                 started = time.perf_counter()
                 first, micro_batches = schedule.of_step(state.step)
-                batches = [
-                    collate([examples[i] for i in batch], run.pad, stage.kind, layout=policy.layout)
-                    for batch in micro_batches
-                ]
+                batches = collated(examples, micro_batches, run.pad, stage.kind, policy.layout)
                 kl = []
                 if loss.needs_kl and train_ref:
                     kl = [train_ref.of_batch(first + i) for i in range(len(batches))]

@@ -85,7 +85,7 @@ def load_data(
         return made[key]
 
     found = []
-    for stage in stages:
+    for index, stage in enumerate(stages):
         data = Data([] if held_out_only else tokenized(stage.train_dataset, stage, "train"))
         if stage.max_tokens_per_batch and data.train:
             data.train = _within_budget(stage, data.train, read(stage.train_dataset), display)
@@ -101,8 +101,30 @@ def load_data(
         if stage.sample_steps and (data.eval or data.train):
             source = stage.train_dataset if stage.eval_dataset is None else stage.eval_dataset
             data.prompts = fresh_prompts(read(source), data.eval or data.train, stage.sample_prompts)
+        if stage.kind == "kto" and data.train:
+            _check_labelled(stage, data.train, stage.seed + index, display)
         found.append(data)
     return found
+
+
+def _check_labelled(stage: TrainConfig, examples: list[Example], seed: int, display: Display) -> None:
+    """Labels of both kinds; and for KTO's baseline in every step two prompts at least, which can be mismatched."""
+    kinds = {example.desirable for example in examples}
+    if len(kinds) == 1:
+        only = "desirable" if kinds == {True} else "undesirable"
+        display.say(f"{stage.name}: all {len(examples):,} labels are {only}: nothing keeps the policy from "
+                    f"{'raising' if kinds == {True} else 'lowering'} every response alike", "yellow")
+    if not stage.loss_fn.needs_kl:
+        return
+    steps = [[i for batch in step for i in batch] for step in Schedule(stage, examples, seed).all_steps()]
+    alone = [step for step in steps if all(examples[i].prompt_ids == examples[step[0]].prompt_ids for i in step)]
+    if len(alone) == len(steps):
+        raise UserError(f"stage {stage.name!r}: no step has two different prompts, which KTO's baseline takes: raise "
+                        "per_device_train_batch_size or gradient_accumulation_steps, or take apo_zero_unpaired, which "
+                        "has no baseline")
+    if alone:
+        display.say(f"{stage.name}: {len(alone):,} of {len(steps):,} steps have one prompt only, and so a KL baseline "
+                    "of 0", "yellow")
 
 
 STREAM_PART = 256  # records that are read and tokenised at a time
@@ -235,5 +257,5 @@ class Schedule:
             epoch += 1
         return epoch
 
-    def all_batches(self) -> list[list[int]]:
-        return [batch for step in range(self.steps) for batch in self.of_step(step)[1]]
+    def all_steps(self) -> list[list[list[int]]]:
+        return [self.of_step(step)[1] for step in range(self.steps)]

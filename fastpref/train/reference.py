@@ -3,7 +3,8 @@
     run/reference/01-rpo-train.safetensors
         logps   [E, R] fp32, nats: of the R responses of each of E examples (R = 2 for pairs, chosen first)
         hashes  [E, 16] uint8: of the token ids they belong to
-        kl      [K] fp32 and kl_offsets [B + 1] int64, KTO: of the mismatched sequences of the stage's B micro-batches
+        kl      [K] fp32 and kl_offsets [B + 1] int64, KTO: of the mismatched sequences of the stage's B micro-batches,
+                whose pairs are made over each global batch
         header  JSON in the file's metadata: model, revision, weights, dtype, tokenizer, truncation, records
 
 The file is used again only if every field of its header is the same; a reference model is not needed once it is there.
@@ -31,7 +32,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from fastpref.data import Batch, Example, Kind, Layout, collate, eval_order
+from fastpref.data import Batch, Example, Kind, Layout, collate, eval_order, mismatched_parts
 from fastpref.errors import SaveError
 from fastpref.files import replacing
 
@@ -40,6 +41,7 @@ from .config import TrainConfig
 from .model import Policy
 
 Tick = Callable[[int, int], None]  # (done, of): called between forward passes; may raise to stop
+Steps = Sequence[Sequence[Sequence[int]]]  # global batches, each as its micro-batches of examples
 
 
 @dataclass(frozen=True)
@@ -58,10 +60,10 @@ class ReferenceLogps:
 
 
 def header_of(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype, weights: str,
-              examples: Sequence[Example], batches: Sequence[Sequence[int]] | None, *,
+              examples: Sequence[Example], steps: Steps | None, *,
               stream: bool = False) -> dict[str, Any]:
-    """What reference log-probs depend on. weights: the model's `fingerprint`; batches: KTO's micro-batches; stream:
-    whether the examples are a stream's first."""
+    """What reference log-probs depend on. weights: the model's `fingerprint`; steps: KTO's; stream: whether the
+    examples are a stream's first."""
     return {
         "format": 1,
         "model": config.ref_model_name_or_path or config.model_name_or_path,
@@ -72,7 +74,7 @@ def header_of(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, dtype: to
         "chat_template": hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest()[:16],
         "truncation": [config.max_length, config.max_prompt_length, config.truncation_mode, config.overlong_response],
         "records": "stream" if stream else identity(examples),
-        "batches": None if batches is None else hashlib.sha256(json.dumps(batches).encode()).hexdigest()[:32],
+        "batches": None if steps is None else hashlib.sha256(json.dumps(steps).encode()).hexdigest()[:32],
     }
 
 
@@ -82,27 +84,28 @@ def identity(examples: Sequence[Example]) -> str:
 
 
 def mismatched(
-    examples: Sequence[Example], batches: Iterable[Sequence[int]], pad: int, layout: Layout
+    examples: Sequence[Example], steps: Steps, pad: int, layout: Layout
 ) -> Iterator[Batch | None]:
     """KTO: the mismatched sequences of each micro-batch."""
-    return (collate([examples[i] for i in batch], pad, "kto", layout=layout).kl for batch in batches)
+    parts = chain.from_iterable(mismatched_parts(examples, batches) for batches in steps)
+    return (collate(part, pad, "kto", layout=layout, mismatched=()) if part else None for part in parts)
 
 
 def compute(policy: Policy, examples: Sequence[Example], kind: Kind, batch_size: int, pad: int, tick: Tick,
-            batches: Sequence[Sequence[int]] | None = None,
+            steps: Steps | None = None,
             progress: Progress | None = None) -> ReferenceLogps:
-    """Log-probs of all responses, and of KTO's mismatched sequences in `batches`, under `policy`.
+    """Log-probs of all responses, and of KTO's mismatched sequences in `steps`, under `policy`.
 
     progress: where what is done is kept, if the pass does not come to its end, and taken from.
     """
     was_training = policy.model.training
     policy.model.eval()
     order = eval_order(examples, batch_size)
-    total = len(order) + len(batches or ())
+    total = len(order) + sum(map(len, steps or ()))
     responses = len(examples[0].responses)
     scored: Iterator[Batch | None] = chain(
         (collate([examples[i] for i in batch], pad, kind, layout=policy.layout) for batch in order),
-        mismatched(examples, batches or (), pad, policy.layout),
+        mismatched(examples, steps or (), pad, policy.layout),
     )
     found: list[Tensor] = []
     waiting: list[Batch] = []  # one for each rank, whose log-probs come next

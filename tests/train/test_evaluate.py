@@ -62,7 +62,7 @@ def test_kto_has_one_baseline_for_the_whole_set(setup):
     policy, tokenizer, records = setup
     examples, _ = tokenize_records(records, tokenizer, "kto", max_length=64)
     order = eval_order(examples, 4)
-    cached = reference.compute(policy, examples, "kto", 4, 0, tick, order)
+    cached = reference.compute(policy, examples, "kto", 4, 0, tick, [order])
     lower = reference.ReferenceLogps(cached.logps, cached.kl - 0.7, cached.kl_offsets)  # z is then 0.7 nats
     found = evaluate(policy, lower.attach(examples), "kto", KTO(beta=0.5), 4, 0, lower, tick)
     assert found["kl"] == pytest.approx(0.7, abs=1e-4)

@@ -17,13 +17,14 @@ import torch
 import transformers
 from rich.console import Console
 from safetensors.torch import load_file
-from tiny import make, make_pairs, read_metrics, settings, write_rows
+from tiny import make, make_config, make_pairs, make_tokenizer, read_metrics, settings, write_rows
 
 from fastpref.data import collate, load_records, tokenize_records
 from fastpref.errors import SaveError, UserError
 from fastpref.train import checkpoint, loop, reference
 from fastpref.train.config import config_from_dict
 from fastpref.train.display import Display
+from fastpref.train.dry_run import dry_run
 from fastpref.train.evaluate import baseline, loss_inputs, totals_of
 from fastpref.train.loop import Stopped, TrainingError, train
 from fastpref.train.model import load_policy, load_tokenizer
@@ -101,7 +102,7 @@ def test_schedule_covers_every_epoch_once(world, tmp_path):
     assert steps[0] != steps[3]
     assert Schedule(config, examples, seed=1).of_step(4) == steps[4]  # without having walked there
     assert Schedule(config, examples, seed=2).of_step(0) != steps[0]
-    assert schedule.all_batches() == [batch for _, batches in steps for batch in batches]
+    assert schedule.all_steps() == [batches for _, batches in steps]
 
 
 def break_gradients(monkeypatch, steps, value=math.nan):
@@ -221,6 +222,66 @@ def test_ktos_reference_is_the_policy_in_every_step(world, tmp_path, quiet):
     for row in rows:
         assert row["loss"] == pytest.approx(0.5, abs=1e-6)
         assert max(abs(row[name]) for name in ("kl", "rewards/chosen", "rewards/rejected")) < 1e-5
+
+
+def labelled(pairs, label=lambda side: side == "chosen", prompt=None):
+    return [
+        {"prompt": prompt or pair["prompt"], "completion": pair[side], "label": label(side)}
+        for pair in pairs for side in ("chosen", "rejected")
+    ]
+
+
+@torch.no_grad()
+def test_ktos_baseline_is_over_the_global_batch_however_it_is_cut(world, tmp_path, quiet):
+    rows = [row for row, _ in zip(labelled(make_pairs(4, seed=4))[::2], range(4))]
+    rows[1]["label"] = rows[3]["label"] = False
+    data = str(write_rows(tmp_path / "four.jsonl", rows))
+    tokenizer = make_tokenizer()
+    torch.manual_seed(9)
+    models = {tmp_path / "ref": transformers.AutoModelForCausalLM.from_config(make_config(), dtype=torch.float32),
+              world / "pretrained": transformers.AutoModelForCausalLM.from_pretrained(world / "pretrained")}
+    models[tmp_path / "ref"].save_pretrained(tmp_path / "ref")
+    kl = torch.zeros((), dtype=torch.float64)
+    for i, row in enumerate(rows):  # each prompt with the completion of the record behind it
+        prompt = tokenizer(row["prompt"])["input_ids"]
+        other = tokenizer(rows[(i + 1) % 4]["completion"], add_special_tokens=False)["input_ids"] + [2]
+        ids = torch.tensor([prompt + other])
+        longest = max(len(tokenizer(r["prompt"])["input_ids"]) + len(r["completion"]) + 1 for r in rows)
+        ids = ids[:, :longest]
+        for sign, model in zip((-1, 1), models.values()):
+            logps = model.double()(ids).logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])[0, :, 0]
+            kl += sign * logps[len(prompt) - 1 :].sum() / 4
+    ref, policy = (list(models) if kl > 0 else list(models)[::-1])
+    seen = []
+    with torch.enable_grad():
+        for size, parts in ((4, 1), (2, 2), (1, 4)):
+            run = tmp_path / f"{size}x{parts}"
+            train(make(world, run, loss="kto", train_dataset=data, eval_dataset=data, model_name_or_path=str(policy),
+                       tokenizer_name_or_path=str(world / "pretrained"), ref_model_name_or_path=str(ref), max_steps=3,
+                       per_device_train_batch_size=size, gradient_accumulation_steps=parts, learning_rate=1e-2,
+                       per_device_eval_batch_size=size, logging_steps=1), display=quiet)
+            rows_of_run = read_metrics(run)
+            seen.append([(row["split"], row["step"], row["kl"], row["loss"]) for row in rows_of_run])
+    first = next(row for row in seen[0] if row[0] == "train")
+    assert first[2] == pytest.approx(abs(float(kl)), abs=1e-4) and first[2] > 0.1
+    for other in seen[1:]:
+        for one, two in zip(seen[0], other, strict=True):
+            assert one[:2] == two[:2] and one[2:] == pytest.approx(two[2:], abs=1e-4)
+
+
+def test_kto_says_or_refuses_what_has_no_baseline(world, tmp_path, capsys):
+    with pytest.raises(UserError, match="per_device_train_batch_size is 1, of one micro-batch a step: loss 'kto'"):
+        make(world, tmp_path / "a", loss="kto", per_device_train_batch_size=1)
+    make(world, tmp_path / "a", loss="apo_zero_unpaired", per_device_train_batch_size=1)
+    pairs = make_pairs(4, seed=4)
+    same = str(write_rows(tmp_path / "same.jsonl", labelled(pairs, prompt="word:")))
+    with pytest.raises(UserError, match="stage 'kto': no step has two different prompts, which KTO's baseline takes"):
+        dry_run(make(world, tmp_path / "a", loss="kto", train_dataset=same, eval_dataset=None))
+    five = str(write_rows(tmp_path / "five.jsonl", labelled(pairs, label=lambda _: True)[:5]))
+    dry_run(make(world, tmp_path / "a", loss="kto", train_dataset=five, eval_dataset=None, max_steps=-1))
+    said = capsys.readouterr().out
+    assert "kto: 1 of 2 steps have one prompt only, and so a KL baseline of 0" in said
+    assert "kto: all 5 labels are desirable: nothing keeps the policy from raising every response alike" in said
 
 
 def test_lora_trains_the_adapter_alone(world, tmp_path, quiet):
