@@ -205,6 +205,8 @@ def _info(options: argparse.Namespace) -> None:
     else:
         why = "this torch is built without CUDA" if torch.version.cuda is None else "no CUDA device or driver found"
         table.add_row("GPU", "no", why)
+    adds = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 10)
+    table.add_row("GEMM sums", "yes" if adds else "no", "dW += bf16 products in fp32 on CUDA: torch 2.10 or newer")
     for backend in rows.BACKENDS:
         state = rows.availability(backend)
         table.add_row(f"rows: {backend}", "yes" if state.available else "no", state.why)

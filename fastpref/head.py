@@ -38,6 +38,7 @@ from .walk import (
     WeightGrad,
     check_targets,
     debugging,
+    fp32_gemms,
     gradients,
     head_of,
     on_device,
@@ -60,7 +61,6 @@ def _present(x: Tensor | None, like: Tensor) -> Tensor:
     return like.new_empty(0) if x is None else x
 
 
-@library.custom_op("fastpref::preference_step", mutates_args=())
 def _preference_step(
     loss: str,
     hidden: Tensor,
@@ -102,8 +102,7 @@ def _preference_step(
     return value, logps, ref, lengths, sums, dx, dw, db
 
 
-@_preference_step.register_fake
-def _(
+def _preference_step_fake(
     loss, hidden, weight, bias, targets, cu_seqlens, ref_logps, ref_hidden, ref_weight, ref_bias, desirable, kl,
     token_weights, totals, ignore_index, softcap, logit_scale, temperature, memory_budget, backend, compute_dtype,
     logits_dtype, needs, extras,
@@ -120,6 +119,13 @@ def _(
         torch.empty_like(hidden, memory_format=torch.contiguous_format) if needs[0] else logps.new_empty(0),
         torch.empty_like(weight, memory_format=torch.contiguous_format) if needs[1] else logps.new_empty(0),
         torch.empty_like(bias) if needs[2] else logps.new_empty(0),
+    )
+
+
+# Padded, the counts are read on the host: a CUDA graph cannot hold that, and torch.compile has to know.
+for _name, _tags in (("preference_step", ()), ("padded_preference_step", (torch.Tag.cudagraph_unsafe,))):
+    library.custom_op(f"fastpref::{_name}", _preference_step, mutates_args=(), tags=_tags).register_fake(
+        _preference_step_fake
     )
 
 
@@ -188,7 +194,7 @@ def _token_stats_op(
     scored, head, schedule = _Late.new(hidden, weight, bias, targets, index, options)
     walk = Walk(scored, head, schedule)
     if schedule.scheme == "frozen":
-        dx, _, _ = gradients(walk, weight, bias, options.needs)
+        dx, _, _ = gradients(walk, weight, bias, options.needs, late=True)
         assert dx is not None
         walk.frozen(dx)
         kept = dx.grad
@@ -214,7 +220,8 @@ def _(
     schedule = _late_plan(hidden, weight, targets, index, options)
     stats = hidden.new_empty(targets.shape, dtype=rows.stats_dtype(compute_dtype))
     if schedule.scheme == "frozen":
-        kept = torch.empty_like(hidden, memory_format=torch.contiguous_format)
+        wide = fp32_gemms(hidden.device) and compute_dtype.itemsize < 4
+        kept = torch.empty_like(hidden, memory_format=torch.contiguous_format, dtype=torch.float32 if wide else None)
     else:
         kept = hidden.new_empty(schedule.stash_rows, weight.shape[0], dtype=compute_dtype)
     asked = (torch.empty_like(stats) if name in extras.split() else stats.new_empty(0) for name in rows.EXTRAS)
@@ -275,7 +282,7 @@ def _token_stats_backward(
         w = ga * scale
         if index is not None:
             w = w.new_zeros(hidden.shape[0]).index_copy_(0, index, w)
-        return torch.mul(kept, w[:, None], out=torch.empty_like(kept)), grad.new_empty(0), grad.new_empty(0)
+        return torch.mul(kept, w[:, None], out=torch.empty_like(hidden)), grad.new_empty(0), grad.new_empty(0)
     walk = Walk(scored, head, schedule, kept)
     walk.lse = lse
     dx, dw, db = gradients(walk, weight, bias, options.needs)
@@ -387,7 +394,9 @@ def _preference_step_of(
 ) -> tuple[Tensor, ...]:
     """Losses of ours through the custom op; directly what no op carries: a class or a buffer of the user's."""
     if loss.spec is not None and accumulate_into is None:
-        return torch.ops.fastpref.preference_step(loss.spec, hidden, weight, bias, *inputs, *options)
+        ops = torch.ops.fastpref
+        op = ops.padded_preference_step if inputs[1] is None else ops.preference_step
+        return op(loss.spec, hidden, weight, bias, *inputs, *options)
     targets, cu_seqlens, ref_logps, ref_hidden, ref_weight, ref_bias, desirable, kl, token_weights, totals = inputs
     reference = ref_logps if ref_hidden is None else (ref_hidden, ref_weight, ref_bias)
     value, logps, ref, *rest = step(
@@ -733,5 +742,8 @@ def _totals_tensor(totals: Totals | None, device: torch.device, dtype: torch.dty
         return None
     counts = (totals.sequences, totals.tokens, totals.chosen_tokens)
     if any(isinstance(count, Tensor) for count in counts):
-        return torch.stack([torch.as_tensor(count, dtype=dtype, device=device) for count in counts])
+        return torch.stack([
+            count.to(device, dtype) if isinstance(count, Tensor) else torch.full((), count, dtype=dtype, device=device)
+            for count in counts
+        ])
     return on_device(tuple(int(count) for count in counts), device).to(dtype)

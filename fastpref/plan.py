@@ -198,6 +198,7 @@ class _Planner:
         self.max_tile_rows, self.least_stash_rows = TILE_ROWS[device], LEAST_STASH_ROWS[device]
         # Logits of the stash's own dtype are made in the stash and swept in place: no scratch.
         self.scratch_itemsize = 0 if problem.logits_itemsize == problem.itemsize else problem.logits_itemsize
+        self.wide = device == "cuda" and problem.itemsize < 4  # GEMMs write fp32
         # The GEMMs themselves add up in the gradient's dtype.
         self.direct = problem.itemsize >= 4 and problem.grad_itemsize == problem.itemsize
         # On CUDA a GEMM adds bf16 products to a fp32 sum; elsewhere they go through a buffer, a slice at a time.
@@ -208,8 +209,10 @@ class _Planner:
     # -- sizes ---------------------------------------------------------------------------------------------------
 
     def per_stash_row(self) -> int:
-        """Stash row, and one of the operands: gathered x, then dX before it is scattered, then scaled x for dW."""
-        return self.p.itemsize * (self.p.vocab + self.p.hidden)
+        """Stash row, and one of the operands: gathered x, then dX before it is scattered, then scaled x for dW. On CUDA
+        dX is made in fp32, half of its rows at a time: beside a gathered x that is an operand more."""
+        operands = 1 + (self.wide and self.p.gathered and self.p.needs_hidden_grad)
+        return self.p.itemsize * (self.p.vocab + self.p.hidden * operands)
 
     def logits_bytes(self, rows: int) -> int:
         return rows * self.p.vocab * self.scratch_itemsize
@@ -284,7 +287,8 @@ class _Planner:
         blocks = tuple(Group((0, 0), (), ((a, min(a + rows, p.rows)),)) for a in range(0, p.rows, rows))
         return Plan(
             scheme, p, self.budget, blocks, tile, rows if frozen else 0, 0, 0,
-            rows * each + (self.scratch_bytes(tile) if frozen else 0), self.accumulator_bytes(0),
+            rows * each + (self.scratch_bytes(tile) if frozen else 0),
+            self.accumulator_bytes(0) + frozen * self.wide * 4 * p.rows * p.hidden,  # dX until it is scaled
         )
 
     def stash_capacity(self) -> int:

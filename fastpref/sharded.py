@@ -211,7 +211,7 @@ class _ShardWalk(Walk):
         """[N], and what `gradients` needs, kept. Ranks without columns take part with nothing."""
         scheme, here = self.plan.scheme, self.shard.end > self.shard.start
         if here and scheme == "frozen":
-            self.product = HiddenGrad(self.scored, *self._wide())
+            self.product = HiddenGrad(self.scored, self.head.weight.dtype, dtype=self.lse.dtype)
             for block in self.plan.groups:
                 self.forward(block, self.stash)
                 start, end = block.span
@@ -260,13 +260,6 @@ class _ShardWalk(Walk):
         transform = self.head.transform
         return 1.0 if transform.softcap is None else 1 - (z * (transform.temperature / transform.softcap)) ** 2
 
-    def _wide(self) -> tuple[Tensor | None, torch.dtype]:
-        """Where dX is added up over ranks before it is rounded: a GEMM that cannot write there needs a buffer."""
-        wide = rows.stats_dtype(self.head.weight.dtype)
-        if wide == self.head.weight.dtype or self.head.weight.device.type != "cpu":
-            return None, wide
-        return self.empty(max(self.plan.stash_rows, self.plan.tile_rows), self.plan.problem.hidden), wide
-
     def gradients(
         self, g_N: Tensor, weight: Tensor, bias: Tensor | None, needs: tuple[bool, bool, bool]
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -285,7 +278,8 @@ class _ShardWalk(Walk):
                 grad[part] += at_target[part, None] * self.head.weight[column[part]]
             return grad, None, None
         _, dw, db = gradients(self, weight, bias, (False, *needs[1:]))
-        dx = HiddenGrad(self.scored, *self._wide()) if needs[0] else None
+        # in fp32, for it is added up over ranks before it is rounded
+        dx = HiddenGrad(self.scored, self.head.weight.dtype, dtype=self.lse.dtype) if needs[0] else None
         w = g * factor * self.mass
         if self.plan.scheme == "groups":
             self.backward(self.plan.problem.whole, w, dx, dw, db)

@@ -13,8 +13,8 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from itertools import accumulate
+from threading import Lock
 from types import ModuleType
 from typing import NamedTuple
 
@@ -41,26 +41,44 @@ class Scored:
     counts: tuple[int, ...]  # rows of each sequence, in the order of the batch, on the host
     lengths: Tensor  # [S] int64: scored tokens of each sequence
     weights: Tensor | None  # [N] token weights
+    spans: tuple[tuple[int, int], ...] | None = None  # without an index: the rows, range by range; None: in order
 
     def reordered(self, order: Sequence[tuple[int, int]]) -> Scored:
         """Rows by ranges of sequences, one range after another."""
         starts = [0, *accumulate(self.counts)]
-        spans = [(starts[a], starts[b]) for a, b in order]
+        spans = tuple((starts[a], starts[b]) for a, b in order)
 
         def taken(x: Tensor) -> Tensor:
             return torch.cat([x[a:b] for a, b in spans])
 
-        index = torch.arange(starts[-1], device=self.targets.device) if self.index is None else self.index
         weights = None if self.weights is None else taken(self.weights)
-        return replace(self, index=taken(index), targets=taken(self.targets), weights=weights)
+        if self.index is None:
+            return replace(self, targets=taken(self.targets), weights=weights, spans=spans)
+        return replace(self, index=taken(self.index), targets=taken(self.targets), weights=weights)
+
+    def runs(self, start: int, end: int) -> list[tuple[slice, slice]]:
+        """Without an index: the pieces of rows [start, end), counted from start, and where they lie in hidden."""
+        if self.spans is None:
+            return [(slice(0, end - start), slice(start, end))]
+        found, at = [], -start
+        for a, b in self.spans:
+            first, last = max(at, 0), min(at + b - a, end - start)
+            if first < last:
+                found.append((slice(first, last), slice(a + first - at, a + last - at)))
+            at += b - a
+        return found
 
     def rows(self, start: int, end: int, buffer: Tensor | None) -> Tensor:
         """hidden rows [start, end) in the buffer's dtype: a view where nothing has to be gathered or cast."""
-        if buffer is None:
-            return self.hidden[start:end]
-        out = buffer[: end - start]
         if self.index is None:
-            return out.copy_(self.hidden[start:end])
+            runs = self.runs(start, end)
+            if buffer is None or (len(runs) == 1 and buffer.dtype == self.hidden.dtype):
+                return self.hidden[runs[0][1]]
+            for mine, there in runs:
+                buffer[mine].copy_(self.hidden[there])
+            return buffer[: end - start]
+        assert buffer is not None
+        out = buffer[: end - start]
         if self.hidden.dtype == out.dtype:
             return torch.index_select(self.hidden, 0, self.index[start:end], out=out)
         return out.copy_(self.hidden[self.index[start:end]])
@@ -141,18 +159,15 @@ def check_targets(targets: Tensor, vocab: int, ignore_index: int, name: str = "w
         raise ValueError(f"targets holds {value}; it takes {takes}")
 
 
-def on_device(values: tuple[int, ...], device: torch.device) -> Tensor:
-    """Host counts as an int64 tensor, without a synchronisation."""
+def on_device(values: Sequence[int], device: torch.device) -> Tensor:
+    """Host counts as an int64 tensor, without a synchronisation and without a copy: they travel as arguments of a
+    launch (one for about a hundred), so that a CUDA graph holds the counts themselves and no address of ours."""
     if torch.compiler.is_compiling():
         return torch.tensor(values, dtype=torch.int64, device=device)
-    return _on_device(values, device)
-
-
-@lru_cache(maxsize=64)
-def _on_device(values: tuple[int, ...], device: torch.device) -> Tensor:
-    """From pinned memory, and kept: a CUDA graph that copied it will copy it again."""
-    host = torch.tensor(values, dtype=torch.int64)
-    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
+    out = torch.zeros(len(values), dtype=torch.int64, device=device)
+    if values:
+        torch._foreach_add_(out.unbind(), list(values))
+    return out
 
 
 def segment_sum(values: Tensor, counts: Tensor) -> Tensor:
@@ -181,10 +196,41 @@ def _fresh(tensor: Tensor) -> Tensor:
     return tensor
 
 
+class _FullSums:
+    """In it cuBLAS adds up the parts of a split K in fp32, as it does not by default. The setting is the process's: the
+    first thread in changes it, the last one out puts back what it was."""
+
+    names = ("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction")
+    lock, inside = Lock(), 0
+    before: tuple[bool, ...] = ()
+
+    def __enter__(self) -> None:
+        with self.lock:
+            if self.inside == 0:
+                self.before = tuple(getattr(torch.backends.cuda.matmul, name) for name in self.names)
+                self.set((False, False))
+            self.inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self.lock:
+            self.inside -= 1
+            if self.inside == 0:
+                self.set(self.before)
+
+    def set(self, values: tuple[bool, ...]) -> None:
+        for name, value in zip(self.names, values):
+            split = getattr(torch.backends.cuda.matmul, f"{name}_split_k", True)  # a part of the setting, newer
+            setattr(torch.backends.cuda.matmul, name, value if split else (value, split))
+
+
+full_sums = _FullSums()
+
+
 def _mm(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
-    if a.dtype == out.dtype:
-        return torch.mm(a, b, out=out)
-    return torch.mm(a, b, out_dtype=out.dtype, out=out)  # CUDA: fp32 from bf16 / fp16 operands
+    with full_sums:
+        if a.dtype == out.dtype:
+            return torch.mm(a, b, out=out)
+        return torch.mm(a, b, out_dtype=out.dtype, out=out)  # CUDA: fp32 from bf16 / fp16 operands
 
 
 # A fp32 GEMM on the CPU packs the whole head before it multiplies; slices of it are packed into the cache. C 512, H
@@ -214,10 +260,20 @@ def _add_mm(total: Tensor, a: Tensor, b: Tensor, begun: bool, product: Tensor | 
             part.add_(more) if begun else part.copy_(more)
     elif not begun:
         _mm(a, b, total)
-    elif total.dtype == a.dtype:
-        torch.addmm(total, a, b, out=total)
     else:
-        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+        with full_sums:
+            if total.dtype == a.dtype:
+                torch.addmm(total, a, b, out=total)
+            else:
+                torch.addmm(total, a, b, out_dtype=total.dtype, out=total)  # CUDA, torch 2.10
+
+
+def _add_mv(total: Tensor, residuals_CV: Tensor, w: Tensor) -> None:
+    """db += U^T w in fp32, some rows of U at a time."""
+    step = (32 if total.device.type == "cuda" else 4) * MIB // (4 * total.shape[0])
+    step = residuals_CV.shape[0] if residuals_CV.dtype == total.dtype else max(1, step)
+    for start in range(0, residuals_CV.shape[0], max(1, step)):
+        total.addmv_(residuals_CV[start : start + step].to(total.dtype).t(), w[start : start + step])
 
 
 class _Sum:
@@ -285,47 +341,76 @@ class WeightGrad(_Sum):
 
 
 class HiddenGrad:
-    """dX, [*, H] in the dtype of hidden or another: rows written where they belong, zero where nothing is scored."""
+    """dX, [*, H] in the dtype of hidden or another: rows written where they belong, zero where nothing is scored.
 
-    def __init__(self, scored: Scored, buffer: Tensor | None, dtype: torch.dtype | None = None) -> None:
+    U W is made in fp32 where GEMMs do that, so that the row scale is the only rounding.
+    """
+
+    def __init__(
+        self, scored: Scored, compute: torch.dtype, buffer: Tensor | None = None, dtype: torch.dtype | None = None
+    ) -> None:
         covered = scored.index is None or scored.index.shape[0] == scored.hidden.shape[0]
         empty = torch.empty_like if covered else torch.zeros_like
         self.grad = empty(scored.hidden, memory_format=torch.contiguous_format, dtype=dtype)
-        self.index, self.buffer = scored.index, buffer
+        self.scored, self.index, self.buffer = scored, scored.index, buffer
+        self.wide = fp32_gemms(self.grad.device) and compute.itemsize < 4
+        self.product = torch.float32 if self.wide else compute
 
     def put(self, start: int, residuals_CV: Tensor, weight: Tensor, scale: Tensor | None) -> None:
         """Rows [start, start + C) = scale * (U W)."""
-        end = start + residuals_CV.shape[0]
-        if self.buffer is None:
-            target = _mm(residuals_CV, weight, self.grad[start:end])
+        count = residuals_CV.shape[0]
+        if self.index is None and self.scored.spans is None and self.product == self.grad.dtype:
+            target = _mm(residuals_CV, weight, self.grad[start : start + count])
             if scale is not None:
                 rows.scale_rows(target, scale, target)
             return
-        product = _mm(residuals_CV, weight, self.buffer[: end - start])
-        self.put_rows(start, product if scale is None else rows.scale_rows(product, scale, product))
+        # In fp32 one half after the other: together no more bytes than the operand of the next GEMM.
+        step = -(-count // 2) if self.wide else count
+        product = self.buffer
+        if product is None or product.dtype != self.product:
+            product = _fresh(residuals_CV.new_empty(step, weight.shape[1], dtype=self.product))
+        for first in range(0, count, max(step, 1)):
+            last = min(first + step, count)
+            part = _mm(residuals_CV[first:last], weight, product[: last - first])
+            self.put_rows(start + first, part, None if scale is None else scale[first:last], self.buffer)
 
-    def scale_rows(self, scale: Tensor) -> None:
+    def put_rows(self, start: int, rows_CH: Tensor, scale: Tensor | None, buffer: Tensor | None) -> None:
+        """Rows from `start` on, scaled. They are overwritten, and so is `buffer`, where a device rounds what it
+        scatters."""
+        count = rows_CH.shape[0]
+        if self.index is None:
+            for mine, there in self.scored.runs(start, start + count):
+                if scale is None:
+                    self.grad[there].copy_(rows_CH[mine])
+                else:
+                    rows.scale_rows(rows_CH[mine], scale[mine], self.grad[there])
+            return
+        device = self.grad.device.type != "cpu"
+        out = rows_CH
+        if device and buffer is not None and rows_CH.dtype != self.grad.dtype:
+            out = buffer[:count].view(self.grad.dtype)
+        if scale is not None:
+            rows.scale_rows(rows_CH, scale, out)
+        step = count if device else max(1, min(count // 16, 128))
+        for first, part in enumerate(out.split(max(step, 1))):
+            place = start + step * first
+            self.grad.index_copy_(0, self.index[place : place + part.shape[0]], part.to(self.grad.dtype))
+
+    def scale_rows(self, scale: Tensor, dtype: torch.dtype) -> None:
         """Every scored row times its late scalar, [N]."""
         if self.index is not None:
             scale = scale.new_zeros(self.grad.shape[0]).index_copy_(0, self.index, scale)
-        rows.scale_rows(self.grad, scale, self.grad)
+        self.grad = rows.scale_rows(self.grad, scale, self.grad if self.grad.dtype == dtype else
+                                    torch.empty_like(self.grad, dtype=dtype))
 
     def scale_range(self, start: int, end: int, scale: Tensor) -> None:
         """Scored rows [start, end) times one late scalar."""
         if self.index is None:
-            self.grad[start:end].mul_(scale)
+            for _, there in self.scored.runs(start, end):
+                self.grad[there].mul_(scale)
             return
         for index in self.index[start:end].split(1024):
             self.grad.index_copy_(0, index, self.grad.index_select(0, index).mul_(scale))
-
-    def put_rows(self, start: int, rows_CH: Tensor) -> None:
-        if self.index is None:
-            self.grad[start : start + rows_CH.shape[0]].copy_(rows_CH)
-            return
-        step = max(1, min(rows_CH.shape[0] // 16, 128))
-        for first, part in enumerate(rows_CH.split(step)):
-            place = start + step * first
-            self.grad.index_copy_(0, self.index[place : place + part.shape[0]], part.to(self.grad.dtype))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -462,7 +547,7 @@ class Walk:
         if dw is not None:
             dw.add(stash, self.scaled_rows(start, end, w, self.operand(group.rows)))
         if db is not None:
-            db += torch.mv(stash.t(), w.to(stash.dtype))
+            _add_mv(db, stash, w)
 
     def backward_long(
         self,
@@ -490,7 +575,7 @@ class Walk:
                     scaled = self.operand(end - first)
                     scratches[min(i, len(scratches) - 1)].add(stash, self.scaled_rows(first, end, w, scaled))
                 if db:
-                    db[min(i, len(db) - 1)] += torch.mv(stash.t(), w.to(stash.dtype))
+                    _add_mv(db[min(i, len(db) - 1)], stash, w)
 
     def recompute(
         self,
@@ -534,16 +619,19 @@ class Walk:
                 parts = [(stash[:, start:end], scaled[:kept])] if kept else []
                 dw.set_slice(start, end, [*parts, (u, scaled[kept:])])
             if db is not None:
-                db[start:end] += torch.mv(u.t(), factor[kept:].to(u.dtype))
+                _add_mv(db[start:end], u, factor[kept:])
         if db is not None and kept:
-            db += torch.mv(stash.t(), factor[:kept].to(stash.dtype))
+            _add_mv(db, stash, factor[:kept])
         if dx is not None and dx_sum is not None:
-            dx.put_rows(kept, dx_sum.mul_(factor[kept:, None]))
+            dx.put_rows(kept, dx_sum, factor[kept:], x)
 
     def scaled_rows(self, start: int, end: int, w: Tensor, out: Tensor) -> Tensor:
         """w * x in the compute dtype, rounded once; zero for an ignored row, whatever its hidden state holds."""
-        x = self.scored.hidden[start:end] if self.scored.index is None else self.scored.rows(start, end, out)
-        return rows.scale_rows(x, w, out)
+        if self.scored.index is not None:
+            return rows.scale_rows(self.scored.rows(start, end, out), w, out)
+        for mine, there in self.scored.runs(start, end):
+            rows.scale_rows(self.scored.hidden[there], w[mine], out[mine])
+        return out
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -576,14 +664,17 @@ def problem_of(
 
 
 def gradients(
-    walk: Walk, weight: Tensor, bias: Tensor | None, needs: Sequence[bool], accumulate_into: Tensor | None = None
+    walk: Walk, weight: Tensor, bias: Tensor | None, needs: Sequence[bool], accumulate_into: Tensor | None = None,
+    *, late: bool = False,
 ) -> tuple[HiddenGrad | None, WeightGrad | None, Tensor | None]:
+    """late: the rows of dX are scaled at the end, and not rounded before where GEMMs write fp32."""
     head, schedule = walk.head, walk.plan
-    p = schedule.problem
+    p, compute = schedule.problem, head.weight.dtype
+    late = late and fp32_gemms(weight.device) and compute.itemsize < 4
     buffer = walk.x_buffer
     if p.gathered and schedule.scheme != "groups":
-        buffer = head.weight.new_empty(max(schedule.stash_rows, schedule.tile_rows), p.hidden)
-    dx = HiddenGrad(walk.scored, buffer) if needs[0] else None
+        buffer = None if late else head.weight.new_empty(max(schedule.stash_rows, schedule.tile_rows), p.hidden)
+    dx = HiddenGrad(walk.scored, compute, buffer, torch.float32 if late else None) if needs[0] else None
     dw = WeightGrad(weight, head.weight.dtype, schedule, accumulate_into) if needs[1] else None
     db = torch.zeros_like(bias, dtype=rows.stats_dtype(head.weight.dtype)) if needs[2] and bias is not None else None
     return dx, dw, db
@@ -638,6 +729,7 @@ def step(
         ref_options = options._replace(needs=(False, False, False), extras="")
         ref_rows = replace(scored, hidden=ref_hidden.reshape(-1, ref_hidden.shape[-1]))
         ref_problem = problem_of(scored.counts, ref_hidden, ref_weight, scored.index, loss.coupling, ref_options)
+        ref_problem = replace(ref_problem, gathered=ref_problem.gathered or schedule.order is not None)
         ref_plan = replace(schedule, problem=ref_problem, stash_rows=0)
         ref_walk = Walk(ref_rows, head_of(ref_weight, ref_bias, ref_options), ref_plan)
         ref_token_logps = ref_walk.forward_only()
@@ -647,7 +739,7 @@ def step(
         del ref_walk
 
     walk = Walk(scored, head, schedule)
-    dx, dw, db = gradients(walk, weight, bias, options.needs, accumulate_into)
+    dx, dw, db = gradients(walk, weight, bias, options.needs, accumulate_into, late=schedule.scheme == "frozen")
     lengths = scored.lengths.to(walk.logps.dtype)
     if totals is None:
         totals = Totals(max(len(scored.counts), 1), lengths.sum(), lengths.chunk(2)[0].sum())
@@ -710,7 +802,7 @@ def step(
         total, g = loss_of(schedule.problem.whole)
         ga = rows_of(schedule.problem.whole, g)
         if schedule.scheme == "frozen" and dx is not None:
-            dx.scale_rows(ga * walk.scale)
+            dx.scale_rows(ga * walk.scale, hidden.dtype)
         elif schedule.scheme == "recompute":
             walk.recompute(ga * walk.scale, ga, dx, dw, db)
     return (

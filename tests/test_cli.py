@@ -73,6 +73,7 @@ def test_version_info_and_plan(capsys):
     out = capsys.readouterr().out
     assert torch.__version__.split("+")[0] in out
     assert "rows: reference" in out and "rows: native" in out and "peft" in out
+    assert "GEMM sums        yes" in out  # fp32 += bf16 products, which torch does from 2.10 on
     assert cli.main(["plan", "--pairs", "4", "--length", "512", "--hidden", "64", "--vocab", "1000"]) == 0
     assert "4096 scored rows in 8 sequences" in capsys.readouterr().out
 

@@ -16,7 +16,7 @@ from fastpref.arguments import options_of
 from fastpref.head import _Late
 from fastpref.plan import MIB
 from fastpref.rows import RowStats
-from fastpref.walk import Walk, gradients
+from fastpref.walk import HiddenGrad, Scored, Walk, _add_mv, full_sums, gradients, on_device
 
 VOCAB, HIDDEN = 128256, 4096
 
@@ -161,7 +161,7 @@ def test_bytes_and_flops_of_an_entropy_gradient(monkeypatch, weight_grad, rows_w
     with torch.no_grad(), Recorder(hidden, weight, targets) as recorder:
         late = _Late.new(hidden, weight, None, targets, None, options)
         walk, grads = Walk(*late), torch.empty(rows_wanted, device="meta")
-        dx, dw, _ = gradients(walk, weight, None, options.needs)
+        dx, dw, _ = gradients(walk, weight, None, options.needs, late=not weight_grad)
         if weight_grad:
             walk.forward(late.schedule.problem.whole, walk.stash)
             walk.recompute(grads, grads, dx, dw, None, grads)
@@ -194,3 +194,128 @@ def test_the_padded_interface_needs_the_host_and_the_packed_one_does_not(walked)
     with pytest.raises(Exception, match="meta"):
         walked([64] * 4, **padded)
     walked([64] * 4)
+
+
+class Names(TorchDispatchMode):
+    """Every operation with its arguments, and whether cuBLAS might add up in bf16 or fp16 meanwhile."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        matmul = torch.backends.cuda.matmul
+        reduced = [getattr(matmul, f"allow_{kind}_reduced_precision_reduction") for kind in ("bf16", "fp16")]
+        out = func(*args, **(kwargs or {}))
+        self.seen.append((func.overloadpacket.__name__, args, out, any(reduced)))
+        return out
+
+    def of(self, *names):
+        return [call for call in self.seen if call[0] in names]
+
+
+def test_counts_travel_without_host_memory():
+    with Names() as calls:
+        values = on_device(range(300), torch.device("cpu"))
+        on_device(range(300), torch.device("meta"))
+    assert torch.equal(values, torch.arange(300))
+    assert {name for name, *_ in calls.seen} - {"detach"} == {"zeros", "unbind", "_foreach_add_"}
+    assert on_device((), torch.device("cpu")).tolist() == []
+    assert not hasattr(on_device, "cache_info")
+
+
+@pytest.fixture
+def matmul():
+    """torch's settings, put back."""
+    found, name = torch.backends.cuda.matmul, "allow_bf16_reduced_precision_reduction"
+    yield found
+    setattr(found, name, True)
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_gemms_add_up_in_fp32_and_leave_the_setting(walked, matmul, wanted):
+    matmul.allow_bf16_reduced_precision_reduction = wanted
+    with Names() as calls:
+        walked(EVEN)
+    gemms = calls.of("mm", "addmm")
+    assert len(gemms) > 20 and not any(reduced for *_, reduced in gemms)
+    assert matmul.allow_bf16_reduced_precision_reduction is wanted
+    with pytest.raises(ZeroDivisionError), full_sums, full_sums:
+        1 / 0  # noqa: B018
+    assert matmul.allow_bf16_reduced_precision_reduction is wanted
+
+
+def test_the_rest_of_the_setting_stays(matmul):
+    if not hasattr(matmul, "allow_bf16_reduced_precision_reduction_split_k"):
+        pytest.skip("torch before 2.11 has one setting")
+    matmul.allow_bf16_reduced_precision_reduction = (False, False)
+    with full_sums:
+        pass
+    assert not matmul.allow_bf16_reduced_precision_reduction_split_k
+
+
+def test_rows_of_several_groups_are_neither_gathered_nor_scattered(walked):
+    with Names() as calls:
+        _, found, _ = walked(EVEN)
+    assert len(found.groups) > 2 and found.order is not None
+    assert not [args for _, args, *_ in calls.of("index_copy_", "index_select", "index") if args[0].ndim == 2]
+    products = [out for name, args, out, _ in calls.of("mm") if args[1].shape == (VOCAB, HIDDEN)]
+    assert {x.dtype for x in products} == {torch.float32} and len(products) == 2 * len(found.groups)
+
+
+def emulated_mm(a, b, *, out, out_dtype=None):
+    """What cuBLAS makes of low-precision operands: fp32, and rounded once."""
+    return out.copy_(a.float() @ b.float())
+
+
+@pytest.mark.parametrize("rows_of", ["in order", "ranges", "picked"])
+@pytest.mark.parametrize("scaled", [True, False])
+def test_dx_is_rounded_once(monkeypatch, rows_of, scaled):
+    monkeypatch.setattr("fastpref.walk.fp32_gemms", lambda device: True)
+    monkeypatch.setattr(torch, "mm", emulated_mm)
+    if rows_of == "ranges" and not scaled:
+        pytest.skip("rows whose scalar comes last are walked in order")
+    n, v, h = 301, 700, 64
+    generator = torch.Generator().manual_seed(0)
+    u, weight = (torch.randn(*s, generator=generator).bfloat16() for s in ((n, v), (v, h)))
+    scale = torch.randn(n, generator=generator)
+    place = torch.arange(n)
+    index = spans = None
+    if rows_of == "ranges":
+        spans = ((0, 100), (200, 301), (100, 200))
+        place = torch.cat([torch.arange(a, b) for a, b in spans])
+    if rows_of == "picked":
+        index = place = torch.randperm(2 * n, generator=generator)[:n].sort().values
+    hidden = torch.zeros(n if index is None else 2 * n, h, dtype=torch.bfloat16)
+    scored = Scored(hidden, index, torch.zeros(n), (n,), torch.zeros(1), None, spans)
+    buffer = torch.empty(n, h, dtype=torch.bfloat16)
+    dx = HiddenGrad(scored, torch.bfloat16, buffer, None if scaled else torch.float32)
+    dx.put(0, u[:150], weight, scale[:150] if scaled else None)
+    dx.put(150, u[150:], weight, scale[150:] if scaled else None)
+    if not scaled:
+        dx.scale_rows(scale, torch.bfloat16)
+    exact = (u.double() @ weight.double()) * scale.double()[:, None]
+    assert dx.grad.dtype == torch.bfloat16
+    different = (dx.grad[place] != exact.bfloat16()).double().mean()
+    assert different < 2e-3  # fp32 sums that fall on the other side; rounded twice: 0.2
+
+
+def test_picked_rows_are_scattered_in_one_launch_a_gemm():
+    scored = Scored(torch.empty(9000, 64, device="meta", dtype=torch.bfloat16), torch.empty(4096, device="meta").long(),
+                    None, (4096,), None, None)
+    dx = HiddenGrad(scored, torch.bfloat16, torch.empty(4096, 64, device="meta", dtype=torch.bfloat16))
+    u, weight = (torch.empty(*s, device="meta", dtype=torch.bfloat16) for s in ((4096, 500), (500, 64)))
+    with Names() as calls:
+        dx.put(0, u, weight, torch.empty(4096, device="meta"))
+        dx.put_rows(0, torch.empty(4096, 64, device="meta"), torch.empty(4096, device="meta"), dx.buffer)
+    assert len(calls.of("mm")) == 2 and len(calls.of("index_copy_")) == 3
+
+
+def test_db_is_added_up_in_fp32():
+    generator = torch.Generator().manual_seed(0)
+    u = torch.randn(2000, 700, generator=generator).bfloat16()
+    w = torch.randn(2000, generator=generator) * 10.0 ** torch.randint(-4, 3, (2000,), generator=generator)
+    total = torch.ones(700)
+    _add_mv(total, u, w)
+    exact = 1 + u.double().t() @ w.double()
+    assert ((total - exact).norm() / exact.norm()).item() < 1e-6  # with w in bf16: 1e-3

@@ -75,6 +75,15 @@ def test_every_registered_op_is_called(calls):
     assert {func._schema.name for func, _, _ in calls} == registered and registered
 
 
+def test_only_the_padded_step_keeps_cuda_graphs_away(calls):
+    """It reads its counts on the host; torch.compile(mode="reduce-overhead") then leaves it out of its graphs."""
+    unsafe = {func._schema.name for func, _, _ in calls if torch.Tag.cudagraph_unsafe in func.tags}
+    assert unsafe == {"fastpref::padded_preference_step"}
+    for func, args, _ in calls:
+        if "preference_step" in func._schema.name:
+            assert (args[5] is None) == ("padded" in func._schema.name)
+
+
 def test_opcheck(calls):
     for func, args, kwargs in calls:
         library.opcheck(func, args, kwargs)

@@ -154,9 +154,9 @@ def test_groups_are_few_and_equal(problem, budget):
     count = len(found.groups)
     assert found.stash_rows == least_largest(count)
     if count > 1:
-        copied = problem.gathered * problem.hidden * problem.itemsize
+        copied = found.problem.gathered * problem.hidden * problem.itemsize
         tile_row = problem.vocab * problem.logits_itemsize * (problem.logits_itemsize != problem.itemsize) + copied
-        operands = problem.hidden * (1 + problem.needs_hidden_grad * problem.gathered)
+        operands = problem.hidden * (1 + problem.needs_hidden_grad * found.problem.gathered)
         needed = least_largest(count - 1) * problem.itemsize * (problem.vocab + operands)
         assert needed + max(budget // 4, tile_row) > budget  # a quarter is for tiles of logits
 
