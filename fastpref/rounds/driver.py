@@ -47,8 +47,11 @@ from fastpref.train.display import Display
 from fastpref.train.loop import Given, Interrupted, StopFlag, Stopped, describe, spent, train
 from fastpref.train.metrics import check_report_to, device_name, versions
 from fastpref.train.model import (
+    BASE,
     Policy,
+    check_weights,
     exchanged,
+    keep_merged,
     load_policy,
     load_tokenizer,
     load_weights,
@@ -62,6 +65,7 @@ from fastpref.train.prepare import Data, load_data
 from fastpref.train.report import write_report
 from fastpref.train.sample import Engine, Sample, Sampling, sample
 from fastpref.train.scorer import Prompt, Scorer, load_scorer
+from fastpref.train.source import adapter_lines
 from fastpref.train.vllm_engine import VLLM, uses_vllm
 
 from .collect import Prompts, Scored, collect, read_prompts
@@ -70,7 +74,8 @@ from .pairing import Pair, block, count, make_pairs, offline_count, scores
 from .report import round_lines, show_table, write_page
 
 ASKED = ("eval_dataset", "eval_generate", "eval_generate_samples", "eval_max_new_tokens", "max_length")  # exact match
-OURS = ("start", "model", "reference", "summary.json", "report.html")  # and the rounds: what a run leaves in output_dir
+# And the rounds: what a run leaves in output_dir
+OURS = ("start", "model", "reference", BASE, "summary.json", "report.html")
 
 
 @dataclass
@@ -131,6 +136,7 @@ def rounds(config: Config, *, resume: bool = False, display: Display | None = No
         held.enter_context(scorer)
         session = _open(run_dir, config, display, stop, scorer, vllm, goes_on)
         _prepare(session, goes_on)
+        keep_merged(config.train, session.tokenizer, run_dir)
         try:
             _start(session)
             for number in range(1, config.rounds.number + 1):
@@ -195,6 +201,7 @@ def _open(run_dir: Path, config: Config, display: Display, stop: StopFlag, score
     settings, stage = config.rounds, config.stage
     checkpoint.seed_everything(config.train.seed)  # as train does: random weights are the same there and here
     tokenizer = load_tokenizer(config.train)
+    check_weights(config.train)
     room = stage.max_length - settings.max_new_tokens
     room = min(room, stage.max_prompt_length or room)
     source = stage.train_dataset if settings.prompts is None else settings.prompts
@@ -215,7 +222,9 @@ def _open(run_dir: Path, config: Config, display: Display, stop: StopFlag, score
     newest = max(there, default=None)
     first = None if newest is None else folders[0] if config.wants_initial else folders[newest]
     policy = load_policy(config.train, tokenizer, first)
-    display.say(f"{describe(policy)} on {device_name(policy.device)}; run folder {run_dir}")
+    for line in (f"{describe(policy)} on {device_name(policy.device)}; run folder {run_dir}",
+                 *adapter_lines(config.train)):
+        display.say(line)
     session = Session(run_dir, config, stage, display, stop, scorer, tokenizer, prompts, held_out, data, offline, vllm,
                       policy)
     for name, part, n in (("prompts", prompts, settings.num_generations), ("held-out", held_out, settings.eval_n)):

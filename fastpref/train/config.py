@@ -43,6 +43,7 @@ class TrainConfig:
     init_from_config: bool = False  # random weights from the folder's config.json instead of its weights
     trust_remote_code: bool = False  # run Python code that comes with the model
     use_peft: bool = False  # train a LoRA adapter; the weights stay as they are
+    merge_adapter: bool = False  # where model_name_or_path is an adapter: add it to its model first, and train that
     lora_r: int = 16
     lora_alpha: int = 32
     lora_dropout: float = 0.05
@@ -252,7 +253,7 @@ _NONE_OR_POSITIVE = ("sample_time_share", "scorer_timeout", "kl_budget")
 # What a stage cannot have for itself: there is one model and one output folder.
 _RUN_KEYS = (
     "model_name_or_path", "model_revision", "tokenizer_name_or_path", "init_from_config", "trust_remote_code",
-    "use_peft", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "dtype", "bf16",
+    "use_peft", "merge_adapter", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "dtype", "bf16",
     "gradient_checkpointing", "use_liger_kernel", "packing", "prefix_sharing", "fsdp", "dp_replicate",
     "output_dir", "overwrite_output_dir", "reference_dir", "seed", "report_to", "save_total_limit", "invalid_records",
     "stages",
@@ -551,6 +552,8 @@ def differing_keys(
     different = []
     for key in dict.fromkeys([*saved, *now]):
         a, b = saved.get(key), now.get(key)
+        if key not in saved and "model_name_or_path" in saved and key in _FIELDS:  # written before there was the key
+            a = _plain(_FIELDS[key].default)
         if key in may_differ or a == b:
             continue
         if key == "stages" and a and b and len(a) == len(b):

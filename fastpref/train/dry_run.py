@@ -8,7 +8,6 @@ run.
 
 from __future__ import annotations
 
-import dataclasses
 import statistics
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,10 +24,11 @@ from .display import Display
 from .loop import describe, refuse_used
 from .memory import GIB, Terms
 from .metrics import check_report_to, device_name
-from .model import load_tokenizer, pick_device, policy_on_meta
+from .model import check_weights, load_tokenizer, pick_device, policy_on_meta
 from .optim import check_optimizer, learning_rate
 from .prepare import Schedule, load_data
 from .scorer import FUNCTION, load_scorer
+from .source import adapter_lines, source_of_run
 from .watch import check_prompts, decoded_prompts
 
 
@@ -42,11 +42,14 @@ def dry_run(config: TrainConfig, display: Display | None = None) -> dict[str, An
         check_optimizer(stage, pick_device())
     refuse_used(Path(config.output_dir), config)
     tokenizer = load_tokenizer(config)
+    check_weights(config)
     data = load_data(stages, tokenizer, display)
     policy = policy_on_meta(config, tokenizer)
     display.say(f"{describe(policy)} on {device_name(policy.device)}")
+    for line in adapter_lines(config):
+        display.say(line)
     for name in {stage.ref_model_name_or_path for stage in stages if stage.ref_model_name_or_path}:
-        policy_on_meta(dataclasses.replace(config, model_name_or_path=name, use_peft=False), tokenizer)
+        policy_on_meta(config, tokenizer, name)
     for stage, its in zip(stages, data):
         if stage.sample_steps:
             prompts = its.prompts or decoded_prompts(tokenizer, its.eval or its.train, stage.sample_prompts)
@@ -111,8 +114,9 @@ def _memory(stage: TrainConfig, positions: int) -> tuple[Terms | None, str]:
     if stage.reward_model:
         return None, "not estimated: a reward model; `fastpref plan --model` tells of a causal LM, which needs more"
     try:
+        source = source_of_run(stage)
         config = AutoConfig.from_pretrained(
-            stage.model_name_or_path, revision=stage.model_revision, trust_remote_code=stage.trust_remote_code
+            source.model, revision=source.revision, trust_remote_code=stage.trust_remote_code
         )
         only = (stage.gradient_checkpointing, stage.use_peft)
         sizes = memory.measure(config, positions, stage.lora_r, only)

@@ -57,9 +57,12 @@ from .memory import check_fits
 from .metrics import MetricsLog, NoLog, check_report_to, device_name, peak_memory_mib
 from .mfu import model_flops, peak_flops
 from .model import (
+    BASE,
     Policy,
+    check_weights,
     exchanged,
     fingerprint,
+    keep_merged,
     load_reference,
     load_tokenizer,
     load_weights,
@@ -73,6 +76,7 @@ from .prepare import Data, Schedule, load_data
 from .reference import ReferenceLogps
 from .report import write_report
 from .scorer import Scorer, load_scorer
+from .source import adapter_lines, goes_on_with_adapter
 from .summary import show_summary, summarize
 from .watch import Fresh, Start, check_prompts, decoded_prompts, over_budget, take_correlation, to_sums, watched
 
@@ -224,6 +228,8 @@ def _train(config: TrainConfig, resume: bool, display: Display, given: Given | N
         resumed, state = ranks.on_first(lambda: _begins(run_dir, config, resume))
         seed_everything(config.seed)
         tokenizer = given.tokenizer if given else load_tokenizer(config)
+        if given is None:
+            check_weights(config)
         data = given.data if given and given.data else load_data(stages, tokenizer, display)
         if resumed and state.step and state.data != reference.identity(data[state.stage].train):
             raise UserError(f"{resumed}: train_dataset has other examples now than when it was saved")
@@ -241,8 +247,11 @@ def _train(config: TrainConfig, resume: bool, display: Display, given: Given | N
         scorers = _prepare_sampling(stages, data, policy, tokenizer, held)
         ranks.on_first(lambda: _prepare(run_dir, config, resumed, state))
         if alone:
+            ranks.on_first(lambda: keep_merged(config, tokenizer, run_dir))
             where = f"{ranks.size()} ranks, each on " if ranks.size() > 1 else ""
             display.say(f"{describe(policy)} on {where}{device_name(policy.device)}; run folder {run_dir}")
+            for line in adapter_lines(config):
+                display.say(line)
         if resumed:
             display.say(f"going on from {resumed}")
         elif resume and alone:
@@ -327,7 +336,7 @@ def _clear(run_dir: Path) -> None:
     """Removes what an earlier run left; its reference log-probs stay, their headers tell whether they fit."""
     for name in ("summary.json", "report.html", "metrics.jsonl"):
         (run_dir / name).unlink(missing_ok=True)
-    for name in ("model", "checkpoints", "tensorboard"):
+    for name in ("model", "checkpoints", "tensorboard", BASE):
         if (run_dir / name).is_dir():
             checkpoint.remove(run_dir / name)
 
@@ -679,7 +688,7 @@ def _fresh(run: Run, index: int) -> Fresh | None:
 
 
 def _compared(run: Run, index: int) -> Callable[[], AbstractContextManager[Policy]]:
-    """The reference of fresh samples. LoRA's is the model without the adapter, and costs nothing; a model of its own
+    """The reference of fresh samples. A new adapter's is the model without it, and costs nothing; a model of its own
     (ref_model_name_or_path) stays on the device while the stage lasts; else the stage's first weights wait in host
     memory (LoRA's: the adapter's), and change places with the policy's."""
     stage, state, policy = run.stages[index], run.state, run.policy
@@ -689,7 +698,7 @@ def _compared(run: Run, index: int) -> Callable[[], AbstractContextManager[Polic
             stage, run.tokenizer, stage.ref_model_name_or_path
         )
         return lambda: nullcontext(source)
-    if weights is None and run.config.use_peft and index == 0:
+    if weights is None and run.config.use_peft and index == 0 and not goes_on_with_adapter(run.config):
         return lambda: _without_adapter(policy)
     if weights is None and state.step:
         weights = checkpoint.snapshot(weights_of(_starting_policy(run, index)))

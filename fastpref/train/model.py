@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,9 +33,12 @@ from fastpref.losses import SFT, Totals
 from fastpref.trunk import Head, check_vocabulary, take_score_apart, unwrap
 from fastpref.trunk import take_apart as find_parts
 
-from .checkpoint import SHARDED, load_sharded_weights
+from .checkpoint import SHARDED, load_sharded_weights, save
 from .config import TrainConfig
 from .kernels import use_liger_kernels
+from .source import Source, check_whole, load_whole, need_peft, put_adapter, some, source_of, source_of_run
+
+BASE = "base"  # in output_dir: the model that merge_adapter makes, for an adapter on it
 
 
 @dataclass(frozen=True)
@@ -178,10 +181,10 @@ def _gathered(weight: Any) -> Tensor:
 
 
 def load_tokenizer(config: TrainConfig) -> PreTrainedTokenizerBase:
-    name = config.tokenizer_name_or_path or config.model_name_or_path
-    revision = {} if config.tokenizer_name_or_path else {"revision": config.model_revision}
+    source = source_of_run(config)
+    name, revision = (config.tokenizer_name_or_path, "main") if config.tokenizer_name_or_path else source.tokenizer
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=config.trust_remote_code, **revision)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=config.trust_remote_code, revision=revision)
     except Exception as error:  # missing files, the hub, the network, a broken tokenizer.json: each its own kind
         raise UserError(f"{name}: no tokenizer that loads ({first_line(error)})") from error
     if tokenizer.eos_token_id is None:
@@ -219,25 +222,41 @@ def load_policy(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, weights
     Raises UserError for a model that cannot be loaded, is not a causal LM, or computes its logits in a way that the
     fused head does not (found by comparing the two on a few tokens).
     """
-    adapted = config.use_peft
     sharded = Path(weights, SHARDED) if weights and Path(weights, SHARDED).is_dir() else None
-    model = _load_model(config, weights if weights and not adapted and not sharded else None)
+    model = _load_model(config, weights if weights and not config.use_peft and not sharded else None)
     if sharded:
         load_sharded_weights(model, sharded)
-    return prepared(model, config, tokenizer, weights if adapted else None)
+    return prepared(model, config, tokenizer, weights if config.use_peft else None)
 
 
-def policy_on_meta(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> Policy:
-    """`load_policy` from the model's configuration alone: weights are neither read nor made, so nothing is proven, and
-    nothing runs. Its device is where the weights would be."""
-    name = config.model_name_or_path
+def policy_on_meta(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, reference: str | None = None) -> Policy:
+    """`load_policy` (`load_reference`) from the model's configuration alone: weights are neither read nor made, so
+    nothing is proven, and nothing runs. Its device is where the weights would be."""
+    source = source_of(reference) if reference else source_of_run(config)
     with torch.device("meta"):
         try:
-            return prepared(_from_config(config), config, tokenizer)
-        except UserError:
-            raise
-        except Exception as error:  # as in _load_model
-            raise UserError(f"{name}: no {_kind(config)} whose configuration loads ({first_line(error)})") from error
+            model = _from_config(config, source)
+        except Exception as error:  # as in _reading
+            what = f"{source.model}: no {_kind(config)} whose configuration loads"
+            raise UserError(f"{what} ({first_line(error)})") from error
+        if reference is None:
+            return prepared(_merged(config, model, source), config, tokenizer)
+        return take_apart(_adapted(config, model, source), config, tokenizer)
+
+
+def check_weights(config: TrainConfig) -> None:
+    """Raises UserError where a tensor of the model, of a reference, or of an adapter, is not in its files as it has to
+    be. From their headers: no model is loaded, and one that is not in a local folder is not looked at."""
+    sources = [(source_of(name), False) for stage in config.stage_configs() if (name := stage.ref_model_name_or_path)]
+    sources += [] if config.init_from_config else [(source_of_run(config), True)]
+    for source, trained in sources:
+        with _reading(config, source.model):
+            _from_pretrained(config, source.model, source.revision, new_score=True, read=check_whole)
+            if source.adapter:
+                with torch.device("meta"):
+                    model = _from_config(config, source)
+                    merge = trained and config.merge_adapter
+                    _adapted(config, model, source, new_score=trained and config.reward_model, merge=merge)
 
 
 def prepared(
@@ -253,15 +272,23 @@ def prepared(
     if config.gradient_checkpointing != "none":
         enable_checkpointing(model, config.gradient_checkpointing)
     if config.use_peft:
-        model = _with_lora(config, model, adapter)
+        source = source_of_run(config)
+        if adapter:
+            source = replace(source, adapter=str(adapter), adapter_revision="main")
+        if adapter or (source.adapter and not config.merge_adapter):
+            model = _adapted(config, model, source, new_score=config.reward_model and not adapter,
+                             dropout=config.lora_dropout)
+        else:
+            model = _with_lora(config, model)
     return take_apart(model, config, tokenizer)
 
 
 def load_reference(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, name: str | Path) -> Policy:
-    """A frozen model from a folder or the hub, to be used for log-probs and let go."""
-    if config.use_peft and (Path(name) / "adapter_config.json").is_file():
-        return load_policy(config, tokenizer, name)
-    return take_apart(_load_model(config, name).requires_grad_(False), config, tokenizer)
+    """A frozen model from a folder or the hub, an adapter among them, to be used for log-probs and let go."""
+    source = source_of(str(name))
+    with _reading(config, source.model):
+        model = _from_pretrained(config, source.model, source.revision).to(pick_device())
+    return take_apart(_adapted(config, model, source).requires_grad_(False), config, tokenizer)
 
 
 def pick_device() -> torch.device:
@@ -294,62 +321,76 @@ def keep_products(context: Any, op: Any, *args: Any, **kwargs: Any) -> Checkpoin
 
 
 def _load_model(config: TrainConfig, weights: str | Path | None) -> Any:
-    name = str(weights or config.model_name_or_path)
-    try:
-        model = _from_config(config) if config.init_from_config and not weights else _from_pretrained(config, weights)
+    """What is trained, before any adapter that goes on training: of `weights`, which this run has saved, or of
+    `model_name_or_path`."""
+    source = Source(str(weights)) if weights else source_of_run(config)
+    with _reading(config, source.model):
+        if config.init_from_config and not weights:
+            model = _from_config(config, source)
+        else:
+            new_score = config.reward_model and not weights
+            model = _from_pretrained(config, source.model, source.revision, new_score=new_score)
         model = model.to(pick_device())
+    model = model if weights else _merged(config, model, source)
+    if config.use_liger_kernel:
+        use_liger_kernels(model)
+    return model
+
+
+@contextmanager
+def _reading(config: TrainConfig, name: str) -> Iterator[None]:
+    try:
+        yield
     except (torch.OutOfMemoryError, UserError):
         raise
     except Exception as error:  # missing files, the hub, the network, a class that is no causal LM: each its own kind
         line = first_line(error)
-        if "safetensors" in line:
+        if "safetensors" in line and "No such file" not in line:
             line += "; only safetensors weights are loaded, because pickled ones can run code"
         raise UserError(f"{name}: no {_kind(config)} that loads ({line})") from error
-    if config.use_liger_kernel:
-        use_liger_kernels(model)
-    return model
 
 
 def _kind(config: TrainConfig) -> str:
     return "sequence classifier with one label" if config.reward_model else "causal language model"
 
 
-def _from_config(config: TrainConfig) -> Any:
+def _from_config(config: TrainConfig, source: Source) -> Any:
     """Random weights, or none on the meta device."""
     trust = {"trust_remote_code": config.trust_remote_code}
-    settings = AutoConfig.from_pretrained(config.model_name_or_path, revision=config.model_revision, **trust)
+    settings = AutoConfig.from_pretrained(source.model, revision=source.revision, **trust)
     auto: Any = AutoModelForCausalLM
     if config.reward_model:
         auto, settings.num_labels = AutoModelForSequenceClassification, 1
     return auto.from_config(settings, dtype=getattr(torch, config.dtype), **trust)
 
 
-def _from_pretrained(config: TrainConfig, weights: str | Path | None) -> Any:
-    name = str(weights or config.model_name_or_path)
-    options: dict[str, Any] = {"dtype": getattr(torch, config.dtype), "use_safetensors": True,
-                               "trust_remote_code": config.trust_remote_code}
-    if not weights:
-        options["revision"] = config.model_revision
-    if not config.reward_model:
-        return AutoModelForCausalLM.from_pretrained(name, **options)
-    with _without_report():  # transformers warns of every score layer that is new, and of the LM head left out
-        model, loaded = AutoModelForSequenceClassification.from_pretrained(
-            name, num_labels=1, output_loading_info=True, **options
-        )
-    missing = sorted(key for key in loaded["missing_keys"] if weights or "." in key.partition(".")[2])
-    if missing:  # more than NAME.weight and NAME.bias of a new score layer
-        raise UserError(f"{name}: no {_kind(config)} that loads (its weights lack {missing[0]})")
-    return model
+def _from_pretrained(
+    config: TrainConfig, name: str, revision: str, *, new_score: bool = False, read: Callable[..., Any] = load_whole
+) -> Any:
+    options: dict[str, Any] = {"revision": revision, "trust_remote_code": config.trust_remote_code}
+    options["dtype"] = getattr(torch, config.dtype)
+    if config.reward_model:
+        return read(AutoModelForSequenceClassification, name, new_score=new_score, num_labels=1, **options)
+    return read(AutoModelForCausalLM, name, **options)
 
 
-@contextmanager
-def _without_report() -> Iterator[None]:
-    level = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
+def _merged(config: TrainConfig, model: Any, source: Source) -> Any:
+    """The model that `merge_adapter` makes, where it is set."""
+    if not config.merge_adapter:
+        return model
+    return _adapted(config, model, source, new_score=config.reward_model, merge=True)
+
+
+def _adapted(config: TrainConfig, model: Any, source: Source, **options: Any) -> Any:
+    """The model with the source's adapter, if it has one. options: of `put_adapter`."""
+    if not source.adapter:
+        return model
     try:
-        yield
-    finally:
-        transformers.logging.set_verbosity(level)
+        return put_adapter(model, source.adapter, source.adapter_revision, reward=config.reward_model, **options)
+    except (torch.OutOfMemoryError, UserError):
+        raise
+    except Exception as error:  # damaged files, another model's, kinds that peft or this version does not know
+        raise UserError(f"{source.adapter}: no adapter that loads on {source.model} ({first_line(error)})") from error
 
 
 def _no_dropout(model: nn.Module) -> None:
@@ -362,16 +403,12 @@ def _no_dropout(model: nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
-def _with_lora(config: TrainConfig, model: Any, weights: str | Path | None) -> Any:
-    try:
-        import peft
-    except ImportError:
-        raise UserError("use_peft needs the package peft: pip install peft") from None
-    if weights:
-        return peft.PeftModel.from_pretrained(model, str(weights), is_trainable=True)
+def _with_lora(config: TrainConfig, model: Any) -> Any:
+    """A new adapter. On a merged model it belongs to the folder where `keep_merged` puts that."""
+    peft = need_peft()
     targets: Any = list(config.lora_target_modules or ("all-linear",))
     try:
-        return peft.get_peft_model(
+        adapted = peft.get_peft_model(
             model,
             peft.LoraConfig(
                 # of a classifier peft trains and saves the score layer too, whole
@@ -384,6 +421,9 @@ def _with_lora(config: TrainConfig, model: Any, weights: str | Path | None) -> A
         )
     except ValueError as error:
         raise UserError(f"lora_target_modules: {first_line(error)}") from None
+    if config.merge_adapter:
+        adapted.peft_config["default"].base_model_name_or_path = str(Path(config.output_dir, BASE).absolute())
+    return adapted
 
 
 def take_apart(model: Any, config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> Policy:
@@ -436,6 +476,19 @@ def _layout(config: TrainConfig, model: Any, trunk: Any, compute_dtype: torch.dt
     return "shared" if config.prefix_sharing else "packed", own, ""
 
 
+def keep_merged(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, run_dir: Path) -> None:
+    """Saves the model that `merge_adapter` makes, where a new adapter is trained on it: nobody else has it."""
+    if not (config.merge_adapter and config.use_peft) or (run_dir / BASE).is_dir():
+        return
+    model = _load_model(config, None)
+
+    def write(folder: Path) -> None:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+    save(run_dir / BASE, write)
+
+
 def save_model(
     policy: Policy, tokenizer: PreTrainedTokenizerBase, folder: Path, weights: dict[str, Tensor] | None = None
 ) -> None:
@@ -470,9 +523,12 @@ def load_weights(policy: Policy, folder: Path) -> None:
     Raises UserError for the weights of another model.
     """
     if hasattr(policy.model, "peft_config"):
-        import peft
-
-        peft.set_peft_model_state_dict(policy.model, peft.load_peft_weights(str(folder), device="cpu"))
+        peft = need_peft()
+        wanted = peft.get_peft_model_state_dict(policy.model, save_embedding_layers=False)
+        saved = peft.load_peft_weights(str(folder), device="cpu")
+        if other := wanted.keys() ^ saved.keys():
+            raise UserError(f"{folder}: no weights of this adapter ({some(other)} is in one of the two alone)")
+        peft.set_peft_model_state_dict(policy.model, saved)
         return
     own: dict[str, Tensor] = policy.model.state_dict()
     try:
@@ -486,7 +542,7 @@ def load_weights(policy: Policy, folder: Path) -> None:
                 return
         # an architecture whose names on the disk are not those of its modules: transformers knows how to translate
         dtype = policy.head.weight.dtype
-        other = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True).state_dict()
+        other = load_whole(AutoModelForCausalLM, str(folder), dtype=dtype).state_dict()
         for name, tensor in own.items():
             tensor.copy_(other[name])
     except (OSError, SafetensorError, RuntimeError, ValueError, KeyError) as error:

@@ -39,6 +39,7 @@ from .checkpoint import random_state, read_state, restore_random_state
 from .config import load_config
 from .held_out import reference_of, weights_of_run
 from .model import Policy, load_policy, load_tokenizer, pad_token, pick_device
+from .source import load_whole, put_adapter, source_of
 
 Prompt = str | list[dict[str, Any]]  # a text, or messages
 FUNCTION = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
@@ -322,15 +323,14 @@ class RewardModel(_ModelScorer):
         if (source / "config.yaml").is_file() and (source / "model").is_dir():  # a run of ours
             source = source / "model"
         try:
-            self.model, missing = _classifier(source)
-            self.tokenizer = AutoTokenizer.from_pretrained(source)
+            self.model = _classifier(str(source))
+            tokenizer, revision = source_of(str(source)).tokenizer
+            self.tokenizer = AutoTokenizer.from_pretrained(tokenizer, revision=revision)
         except Exception as error:  # missing files, the hub, the network, an unknown class: each its own kind
             line = first_line(error)
             raise UserError(f"scorer {name!r}: no reward model that loads ({line}); it takes {FORMS}") from error
         if self.model.config.num_labels != 1:
             raise UserError(f"scorer {name!r}: has {self.model.config.num_labels} labels; a reward model has one")
-        if missing:
-            raise UserError(f"scorer {name!r}: no reward model, its weights lack {missing[0]}")
         if self.tokenizer.eos_token_id is None:
             raise UserError(f"scorer {name!r}: its tokenizer has no EOS token to end responses with")
         self.model.to(pick_device()).eval()
@@ -354,16 +354,15 @@ class RewardModel(_ModelScorer):
         return found
 
 
-def _classifier(source: Path) -> tuple[Any, list[str]]:
-    """A sequence classifier, or a LoRA adapter of one on its base model; and the weights that are not there."""
-    if (source / "adapter_config.json").is_file():
-        from peft import AutoPeftModelForSequenceClassification
-
-        return AutoPeftModelForSequenceClassification.from_pretrained(source, num_labels=1, dtype="auto"), []
-    model, loaded = AutoModelForSequenceClassification.from_pretrained(
-        source, dtype="auto", use_safetensors=True, output_loading_info=True
-    )
-    return model, sorted(loaded["missing_keys"])
+def _classifier(name: str) -> Any:
+    """A sequence classifier, or a LoRA adapter of one on its base model."""
+    source = source_of(name)
+    options: dict[str, Any] = {"dtype": "auto"}
+    if source.adapter:
+        options["num_labels"] = 1
+    model = load_whole(AutoModelForSequenceClassification, source.model, new_score=bool(source.adapter),
+                       revision=source.revision, **options)
+    return put_adapter(model, source.adapter, source.adapter_revision, reward=True) if source.adapter else model
 
 
 class ImplicitReward(_ModelScorer):

@@ -182,9 +182,14 @@ def test_every_round_begins_and_compares_with_the_weights_asked_for(
         return own_train(config, **more)
 
     monkeypatch.setattr(driver, "train", train)
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *a, **k: loaded.append(1) or own_load(*a, **k))
+
+    def load(*args, **options):
+        loaded.append(options.get("device_map"))
+        return own_load(*args, **options)
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", load)
     rounds(make(world, tmp_path / "run", start_from=start_from, reference=reference), display=quiet)
-    assert len(loaded) == 1  # the policy, once
+    assert loaded == ["meta", None]  # names and shapes, and the policy, once
     folders = {"initial": tmp_path / "run/start/model", "previous": tmp_path / "run/round-001/train/model"}
     wanted = load_file(folders[start_from] / "model.safetensors")
     assert all(torch.equal(begun[1][name], tensor) for name, tensor in wanted.items())
@@ -487,3 +492,22 @@ def test_not_under_torchrun(world, tmp_path, quiet, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="rounds run in one process"):
         rounds(make(world, tmp_path / "run"), display=quiet)
+
+
+@pytest.mark.parametrize("merge", [False, True])
+def test_rounds_from_an_adapter(world, tmp_path, quiet, merge):
+    """Rounds of a learning rate of 0 end with what they began with: base and adapter, as peft reads them."""
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(4)
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
+    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(world / "pretrained"), lora)
+    for p in model.parameters():
+        if p.requires_grad:
+            torch.nn.init.normal_(p, std=0.3)
+    model.save_pretrained(tmp_path / "sft")
+    changes = {"model_name_or_path": str(tmp_path / "sft"), "use_peft": True, "merge_adapter": merge}
+    summary = rounds(make(world, tmp_path / "run", learning_rate=0.0, number=1, **changes), display=quiet)
+    found = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "run" / summary["model"]).eval()
+    ids = torch.tensor([[1, 40, 41, 42]])
+    assert torch.allclose(found(ids).logits, model.eval()(ids).logits, atol=1e-5)
+    assert found.peft_config["default"].base_model_name_or_path.endswith("run/base" if merge else "pretrained")
