@@ -1,12 +1,16 @@
-"""Writes files whole: at every instant a path has its old or its new content."""
+"""Writes files whole: at every instant a path has its old or its new content. And locks what several runs share."""
 
 from __future__ import annotations
 
+import glob
 import os
+import secrets
 import shutil
+import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 from safetensors import SafetensorError
 
@@ -17,11 +21,11 @@ PARTIAL = ".partial-"  # before the name of a folder or file that is being writt
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A name beside `path` to write to, which takes its place at the end: on the disk, at once, or not at all.
+    """A name beside `path`, this writer's alone, which takes its place at the end: on the disk, at once, or not at all.
 
     Raises SaveError for what a writer says of a full or failing disk; nothing of the attempt stays.
     """
-    partial = path.with_name(PARTIAL + path.name)
+    partial = path.with_name(f"{PARTIAL}{secrets.token_hex(4)}-{path.name}")
     try:
         yield partial
         to_disk(partial)
@@ -53,3 +57,56 @@ def reason(error: Exception, path: Path) -> str:
 
 def _existing(path: Path) -> Path:
     return path if path.exists() else _existing(path.parent)
+
+
+class FileLock:
+    """A file that one process at a time holds; the system takes it back on any death of its holder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.held: IO[str] | None = None
+        self.impossible = ""  # why there is no lock to be had: NFS without its lock service, Lustre without flock
+
+    def take(self) -> str:
+        """Who holds it, or "": then it is this process, if it is possible at all. Does not wait."""
+        import fcntl
+
+        while True:
+            try:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                file = self.path.open("a+")
+            except OSError as error:
+                raise SaveError(f"could not write {self.path}: {reason(error, self.path)}") from error
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                with file:
+                    return file.read() or "another process"
+            except OSError as error:
+                file.close()
+                self.impossible = str(error.strerror)
+                return ""
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(file.fileno()), self.path.stat()):
+                    break
+            file.close()  # removed by the one that held it, between the two calls
+        self.held = file
+        with suppress(OSError):  # a full disk: it is held all the same
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            file.flush()
+        return ""
+
+    def release(self) -> None:
+        if self.held is not None:
+            self.path.unlink(missing_ok=True)
+            with suppress(OSError):
+                self.held.close()
+            self.held = None
+
+
+def remove_partials(path: Path) -> None:
+    """What killed writers of `path` left; for one who holds the lock that they have to hold."""
+    for partial in path.parent.glob(f"{PARTIAL}*-{glob.escape(path.name)}"):
+        partial.unlink(missing_ok=True)

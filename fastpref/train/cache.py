@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from fastpref.data import Example, eval_order
 from fastpref.errors import UserError
+from fastpref.files import FileLock, remove_partials
 
 from . import checkpoint, ranks, reference
 from .config import TrainConfig
@@ -19,6 +22,8 @@ from .display import Display, duration
 from .model import Policy, fingerprint, load_policy, load_reference, load_tokenizer, pad_token
 from .prepare import Data, Schedule, load_data
 from .reference import ReferenceLogps, Steps, Tick
+
+WAIT = 0.5  # seconds between two looks at a lock that another run holds
 
 
 @dataclass(frozen=True)
@@ -61,41 +66,71 @@ def obtain(split: Split, tokenizer: PreTrainedTokenizerBase, weights: str, like:
 
     Raises UserError for a file with another header, naming what differs.
     """
-    stage, examples, path = split.stage, split.examples, split.path
-    dtype, stream = like.compute_dtype, split.stream
-    header = reference.header_of(stage, tokenizer, dtype, weights, examples, split.steps, stream=stream)
+    stage, examples, path, stream = split.stage, split.examples, split.path, split.stream
+    header = reference.header_of(stage, tokenizer, like.compute_dtype, weights, examples, split.steps, stream=stream)
     what = f"{stage.name}: reference log-probs of {len(examples):,} {split.name} examples"
     hashes = [example.content_hash for example in examples]
-    known = reference.read_known(path, header) if stream else {}
-    if stream:
-        logps = reference.of_known(known, hashes) if known.keys() >= set(hashes) else None
-    else:
-        logps = reference.read(path, header)
-    if logps is not None:
+
+    def cached() -> tuple[dict[str, Tensor], ReferenceLogps | None]:
+        """Of a stream what is known of it; and the log-probs, if they are all there."""
+        if not stream:
+            return {}, reference.read(path, header)
+        known = reference.read_known(path, header)
+        return known, reference.of_known(known, hashes) if known.keys() >= set(hashes) else None
+
+    if (logps := cached()[1]) is not None:
         display.say(f"{what} from {path}")
         return logps
-    different = reference.differing(path, header)
-    if different and not replace:
-        raise UserError(
-            f"{path}: holds reference log-probs of something else: {'; '.join(different)}; delete it, or set another "
-            "reference_dir, or overwrite_output_dir=true"
-        )
-    with display.counting(f"{stage.name}: reference log-probs, {split.name}") as show:
+    counting = display.counting(f"{stage.name}: reference log-probs, {split.name}")
+    with counting as show, _alone(path, display, watch(show)):
+        known, logps = cached()  # another run may have computed them meanwhile
+        if logps is not None:
+            display.say(f"{what} from {path}")
+            return logps
+        different = ranks.on_first(lambda: reference.differing(path, header))
+        if different and not replace:
+            raise UserError(
+                f"{path}: holds reference log-probs of something else: {'; '.join(different)}; delete it, or set "
+                "another reference_dir, or overwrite_output_dir=true"
+            )
+        if not known and not different and ranks.on_first(path.is_file):
+            display.say(f"{path}: damaged; computed again", "yellow")
         started = time.monotonic()
         size, pad = stage.per_device_eval_batch_size, pad_token(tokenizer)
         new = [example for example, code in zip(examples, hashes) if code not in known]
         progress = reference.Progress(path, header | {"records": reference.identity(new)}, size, like.layout)
         found = logps = reference.compute(source(), new, stage.kind, size, pad, watch(show), split.steps, progress)
-    if stream:
-        if known:
-            what += f", {len(new):,} of them new to {path},"
-        known |= {example.content_hash: row for example, row in zip(new, found.logps)}
-        logps, found, hashes = reference.of_known(known, hashes), reference.of_known(known, known), list(known)
-    ranks.on_first(lambda: reference.write(path, header, found, hashes))
-    progress.discard()
+        if stream:
+            if known:
+                what += f", {len(new):,} of them new to {path},"
+            known |= {example.content_hash: row for example, row in zip(new, found.logps)}
+            logps, found, hashes = reference.of_known(known, hashes), reference.of_known(known, known), list(known)
+        ranks.on_first(lambda: reference.write(path, header, found, hashes))
+        progress.discard()
     before = f", {progress.restored:,} log-probs of them from an earlier attempt" if progress.restored else ""
     display.say(f"{what} in {duration(time.monotonic() - started)}{before}")
     return logps
+
+
+@contextmanager
+def _alone(path: Path, display: Display, tick: Tick) -> Iterator[None]:
+    """Within it no other run computes what goes into `path`; waits for one that does. Where the file system has no
+    locks the work may be done twice, no more: each writes names of its own, and reads nothing that is not whole."""
+    lock, told = FileLock(path.with_suffix(".lock")), False
+    try:
+        while holder := ranks.on_first(lock.take):
+            if not told:
+                display.say(f"waiting for {path}, which {holder} computes", "yellow")
+            told = True
+            tick(0, 1)
+            time.sleep(WAIT)
+        if lock.held:
+            remove_partials(path)
+        elif lock.impossible:
+            display.say(f"{path}: no lock to be had there ({lock.impossible}): runs that start at once each compute it")
+        yield
+    finally:
+        lock.release()
 
 
 def cache_reference(config: TrainConfig, display: Display | None = None) -> list[Path]:

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fastpref.errors import SaveError, UserError, first_line
-from fastpref.files import PARTIAL, reason, to_disk
+from fastpref.files import PARTIAL, FileLock, reason, to_disk
 
 NAME = re.compile(r"(\d+)-([\w.-]+)-(\d{8})")
 SHARDED = "sharded"  # in a checkpoint: what several ranks wrote, see sharding.py
@@ -176,7 +176,7 @@ def remove(path: Path) -> None:
 
 def clean_up(run_dir: Path) -> None:
     """Removes what a killed process left half written or half removed."""
-    for folder in (run_dir, run_dir / "checkpoints", run_dir / "reference"):
+    for folder in (run_dir, run_dir / "checkpoints"):  # not in reference/, which other runs may share: see cache.py
         for path in folder.glob(PARTIAL + "*"):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
@@ -291,12 +291,13 @@ def restore_random_state(state: dict[str, Any]) -> None:
 @contextmanager
 def lock(run_dir: Path) -> Iterator[None]:
     """Holds the run's folder: two processes that write one run would spoil it. Given up by the system on any death."""
-    import fcntl
-
-    run_dir.mkdir(parents=True, exist_ok=True)
-    with (run_dir / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"output_dir {run_dir}: another process is training there") from None
+    its = FileLock(run_dir / ".lock")
+    if holder := its.take():
+        raise UserError(f"output_dir {run_dir}: {holder} is training there")
+    if its.impossible:
+        warnings.warn(f"{run_dir}: no lock to be had there ({its.impossible}): nothing keeps a second process from "
+                      "training in it", stacklevel=2)
+    try:
         yield
+    finally:
+        its.release()

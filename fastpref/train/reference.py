@@ -6,19 +6,22 @@
         kl      [K] fp32 and kl_offsets [B + 1] int64, KTO: of the mismatched sequences of the stage's B micro-batches,
                 whose pairs are made over each global batch
         header  JSON in the file's metadata: model, revision, weights, dtype, tokenizer, truncation, records
+        crc32   of the tensors, in the metadata too
 
 The file is used again only if every field of its header is the same; a reference model is not needed once it is there.
 Of a stream (`dataset_streaming`) the header names no records: each is looked up by its hash, and what is not there is
 computed and added, so that a longer run goes on with the file of a shorter one.
-While the pass lasts, 01-rpo-train.progress beside it has a line of JSON (that header, batch size and layout) and the
-log-probs so far, fp32, in the order of the batches: a pass that was ended goes on from there.
+While the pass lasts, 01-rpo-train.progress beside it has the log-probs so far, fp32, in the order of the batches, in
+chunks that each say what they are of (that header, batch size and layout), the first one's place, their number and a
+checksum: a pass that was ended goes on from there, and nothing is read that was not computed, whoever else wrote.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import sys
+import struct
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, chain
@@ -152,18 +155,34 @@ def by_turns(policy: Policy, batches: Sequence[Batch]) -> list[Tensor]:
 
 
 def read(path: Path, header: dict[str, Any], *, any_weights: bool = False) -> ReferenceLogps | None:
-    """The cached log-probs, or None: no such file, one that cannot be read, or another header.
+    """The cached log-probs, or None: no such file, one that is damaged, or another header. As the first rank sees it.
 
     any_weights: leave out the identity of the weights, for a file known to belong to the run in question.
     """
+    found = ranks.on_first(lambda: _read(path, header, any_weights))
+    return None if found is None else ReferenceLogps(found["logps"], found["kl"], found["kl_offsets"])
+
+
+def _read(path: Path, header: dict[str, Any], any_weights: bool = False) -> dict[str, Tensor] | None:
     try:
         with safe_open(path, framework="pt") as file:
-            saved = json.loads((file.metadata() or {}).get("header", "{}"))
+            metadata = file.metadata() or {}
+            saved = json.loads(metadata.get("header", "{}"))
             if {**header, **({"weights": saved.get("weights")} if any_weights else {})} != saved:
                 return None
-            return ReferenceLogps(*(file.get_tensor(name) for name in ("logps", "kl", "kl_offsets")))
+            found = {name: file.get_tensor(name) for name in ("logps", "kl", "kl_offsets", "hashes")}
     except (OSError, SafetensorError, ValueError):
         return None
+    if "crc32" not in metadata:  # by an older version, which could read a hole as zeros
+        return found if bool(found["logps"].all()) else None
+    return found if metadata["crc32"] == _crc32(found) else None
+
+
+def _crc32(tensors: Mapping[str, Tensor]) -> str:
+    found = 0
+    for name in sorted(tensors):
+        found = zlib.crc32(tensors[name].contiguous().numpy().data, found)
+    return f"{found:08x}"
 
 
 def differing(path: Path, header: dict[str, Any]) -> list[str]:
@@ -185,27 +204,40 @@ class Progress:
     """The log-probs of a pass so far, in a file beside the one it is for. Raises SaveError where that cannot be."""
 
     EVERY = 64  # batches between two writes: each waits for the device
+    CHUNK = struct.Struct("<16sQQI")  # whose, place of the first, how many, crc32 of that and of the log-probs
 
     def __init__(self, path: Path, header: dict[str, Any], batch_size: int, layout: str) -> None:
         self.path = path.with_suffix(".progress")
-        first = {"header": header, "batch_size": batch_size, "layout": layout, "order": sys.byteorder}
-        self.head = json.dumps(first).encode() + b"\n"
+        whose = {"header": header, "batch_size": batch_size, "layout": layout}
+        self.key = hashlib.sha256(json.dumps(whose).encode()).digest()[:16]
+        self.restored = 0  # log-probs of an earlier attempt, used again
+        self.taken = 0  # log-probs that the file holds of this pass
+        self.pending: list[Tensor] = []
+        self.valid: int | None  # bytes of the file that are ours; None once we have written to it
+        self.values, self.valid = ranks.on_first(self._read)
+
+    def _read(self) -> tuple[numpy.ndarray, int]:
         try:
             content = self.path.read_bytes()
         except OSError:
             content = b""
-        ours = content.startswith(self.head)
-        data = content[len(self.head) :] if ours else b""
-        data = data[: len(data) // 4 * 4]
-        self.values = numpy.frombuffer(data, dtype=numpy.float32) if data else numpy.empty(0, numpy.float32)
-        self.restored = 0  # of them, used again
-        self.taken = 0  # log-probs that the file holds of this pass
-        self.pending: list[Tensor] = []
-        self.begun = ours  # whether the file is there and ours
+        values, place = bytearray(), 0
+        while place + self.CHUNK.size <= len(content):
+            key, start, count, crc = self.CHUNK.unpack_from(content, place)
+            end = place + self.CHUNK.size + 4 * count
+            data = content[place + self.CHUNK.size : end]
+            if (key, 4 * start, 4 * count, crc) != (self.key, len(values), len(data), self._crc(start, data)):
+                break
+            values += data
+            place = end
+        return numpy.frombuffer(values, dtype="<f4"), place
+
+    def _crc(self, start: int, data: bytes) -> int:
+        return zlib.crc32(self.CHUNK.pack(self.key, start, len(data), 0) + data)
 
     def take(self, count: int) -> Tensor | None:
         """The next `count` log-probs, if they were computed before."""
-        if self.pending or self.taken + count > len(self.values):
+        if self.taken + count > len(self.values):
             self.values = self.values[: self.taken]
             return None
         self.taken += count
@@ -213,7 +245,6 @@ class Progress:
         return torch.from_numpy(self.values[self.taken - count : self.taken].copy())
 
     def add(self, values: Tensor) -> None:
-        self.values = self.values[: self.taken]
         self.pending.append(values)
         if len(self.pending) >= self.EVERY:
             self.flush()
@@ -225,17 +256,16 @@ class Progress:
         self.pending = []
 
     def _write(self) -> None:
+        data = torch.cat([part.float().cpu() for part in self.pending]).numpy().astype("<f4").tobytes()
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("r+b" if self.begun else "wb") as file:
-                if not self.begun:
-                    file.write(self.head)
-                file.seek(len(self.head) + 4 * self.taken)
-                file.truncate()
-                file.write(torch.cat([part.float().cpu() for part in self.pending]).numpy().tobytes())
+            with self.path.open("ab") as file:
+                if self.valid is not None:
+                    file.truncate(self.valid)
+                file.write(self.CHUNK.pack(self.key, self.taken, len(data) // 4, self._crc(self.taken, data)) + data)
         except OSError as error:
             raise SaveError(f"could not write {self.path}: {error.strerror}") from error
-        self.begun = True
+        self.valid = None
 
     def discard(self) -> None:
         """Removes the file: the pass has come to its end."""
@@ -245,12 +275,10 @@ class Progress:
 
 def read_known(path: Path, header: dict[str, Any]) -> dict[str, Tensor]:
     """Of a stream: content hash -> [R] log-probs; none where `read` finds none."""
-    found = read(path, header)
+    found = ranks.on_first(lambda: _read(path, header))
     if found is None:
         return {}
-    with safe_open(path, framework="pt") as file:
-        hashes = file.get_tensor("hashes").tolist()
-    return {bytes(code).hex(): row for code, row in zip(hashes, found.logps, strict=True)}
+    return {bytes(code).hex(): row for code, row in zip(found["hashes"].tolist(), found["logps"], strict=True)}
 
 
 def of_known(known: Mapping[str, Tensor], hashes: Iterable[str]) -> ReferenceLogps:
@@ -264,4 +292,4 @@ def write(path: Path, header: dict[str, Any], reference: ReferenceLogps, hashes:
     tensors = {"logps": reference.logps, "kl": reference.kl, "kl_offsets": reference.kl_offsets, "hashes": codes}
     with replacing(path) as partial:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, partial, metadata={"header": json.dumps(header)})
+        save_file(tensors, partial, metadata={"header": json.dumps(header), "crc32": _crc32(tensors)})

@@ -137,7 +137,7 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path):
 
 
 def test_one_process_a_folder(tmp_path):
-    with checkpoint.lock(tmp_path), pytest.raises(UserError, match="another process is training there"):
+    with checkpoint.lock(tmp_path), pytest.raises(UserError, match=r"process \d+ on \S+ is training there"):
         with checkpoint.lock(tmp_path):
             pass
     with checkpoint.lock(tmp_path):

@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import io
 import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from rich.console import Console
 from safetensors import safe_open
-from tiny import make, read_metrics
+from safetensors.torch import load_file, save_file
+from tiny import make, make_pairs, read_metrics, settings, write_rows
 
 from fastpref.data import batch_order, collate, load_records, tokenize_records
 from fastpref.errors import UserError
-from fastpref.train import reference
+from fastpref.files import FileLock
+from fastpref.train import cache, reference
 from fastpref.train.cache import cache_reference
+from fastpref.train.display import Display
 from fastpref.train.loop import train
 from fastpref.train.model import Policy, load_policy, load_tokenizer
 
@@ -86,8 +99,6 @@ def test_the_file_is_used_only_under_the_same_header(parts, tmp_path):
 
 
 def config_world(config):
-    from pathlib import Path
-
     return Path(config.model_name_or_path).parent
 
 
@@ -180,10 +191,10 @@ def test_an_ended_pass_goes_on_where_it_was(parts, tmp_path, monkeypatch, torn):
             progress = reference.Progress(path, {"weights": "w"}, 6, "padded")
             reference.compute(policy, examples, "kto", 6, 0, stop_at(stops_at), [batches], progress)
     lost = 0
-    if torn:  # the machine went down in the middle of a number: the batch it belongs to is computed again
+    if torn:  # the machine went down in the middle of a number: the chunk it belongs to is computed again
         content = progress.path.read_bytes()
         progress.path.write_bytes(content[:-2])
-        lost = 1
+        lost = 2
     assert len(calls) == len(batches) + 1
     progress = reference.Progress(path, {"weights": "w"}, 6, "padded")
     again = reference.compute(policy, examples, "kto", 6, 0, tick, [batches], progress)
@@ -193,3 +204,117 @@ def test_an_ended_pass_goes_on_where_it_was(parts, tmp_path, monkeypatch, torn):
     assert not progress.path.exists()
     other = reference.Progress(path, {"weights": "x"}, 6, "padded")
     assert other.take(1) is None
+
+
+# ---- a folder that several runs share --------------------------------------------------------------------------------
+
+
+def cached(folder):
+    (path,) = folder.glob("*-train.safetensors")
+    return load_file(path)["logps"]
+
+
+def test_two_runs_killed_again_and_again_share_one_right_file(world, tmp_path, quiet):
+    """Every one of its log-probs is what is computed alone: none is a hole, or another's."""
+    write_rows(tmp_path / "many.jsonl", make_pairs(250, seed=3))
+    changes = {"train_dataset": str(tmp_path / "many.jsonl"), "eval_dataset": None, "per_device_eval_batch_size": 2}
+    cache_reference(make(world, tmp_path / "alone", **changes), quiet)
+    shared = tmp_path / "shared"
+    values = settings(world, tmp_path, reference_dir=str(shared), **changes)
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
+    script = Path(__file__).with_name("kill_and_share.py")
+    command = [sys.executable, str(script), str(tmp_path / "run.yaml"), "5", "0"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(script.parents[2])}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0 and int(done.stdout) >= 5, done.stderr[-2000:]
+    assert torch.equal(cached(shared), cached(tmp_path / "alone" / "reference"))
+    assert [path.name for path in shared.iterdir()] == ["00-dpo-train.safetensors"]
+
+
+def stored(path, count, whose="w"):
+    """A file of progress that holds 0, 1, ..., in chunks of four."""
+    progress = reference.Progress(path, {"weights": whose}, 6, "padded")
+    for start in range(0, count, 4):
+        progress.add(torch.arange(start, start + 4.0))
+        progress.flush()
+    return progress.path
+
+
+def read_back(path):
+    progress = reference.Progress(path, {"weights": "w"}, 6, "padded")
+    return [found.tolist() for found in iter(lambda: progress.take(4), None)]
+
+
+def test_nothing_is_read_that_was_not_stored(tmp_path):
+    """A hole, a flipped bit, another run's chunk, one in the wrong place: what is before them stays."""
+    path = tmp_path / "r.safetensors"
+    whole, size = stored(path, 12).read_bytes(), reference.Progress.CHUNK.size + 16
+    chunks = [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
+    assert read_back(path) == chunks and len(whole) == 3 * size
+    other = stored(tmp_path / "other", 8, whose="x").read_bytes()
+    flipped = bytearray(whole)
+    flipped[2 * size - 1] ^= 1
+    for content in (
+        whole[:size] + bytes(size) + whole[2 * size :],  # two wrote with seek and truncate
+        whole[:size] + whole[2 * size :],
+        whole[:size] + other[size:] + whole[2 * size :],
+        bytes(flipped),
+        whole[: 2 * size - 1],
+    ):
+        path.with_suffix(".progress").write_bytes(content)
+        assert read_back(path) == chunks[:1]
+    progress = reference.Progress(path, {"weights": "w"}, 6, "padded")  # goes on from there
+    assert progress.take(4) is not None and progress.take(4) is None
+    progress.add(torch.arange(4.0, 8))
+    progress.flush()
+    assert read_back(path) == chunks[:2] and progress.path.read_bytes() == whole[: 2 * size]
+
+
+def test_a_damaged_file_is_computed_again(world, tmp_path):
+    said = Display(Console(file=io.StringIO()))
+    config = make(world, tmp_path, eval_dataset=None)
+    (path,) = cache_reference(config, said)
+    whole, found, right = path.read_bytes(), load_file(path), cached(path.parent)
+    path.write_bytes(whole[:-5] + bytes([whole[-5] ^ 1]) + whole[-4:])
+    cache_reference(config, said)
+    assert torch.equal(cached(path.parent), right)
+    assert f"{path}: damaged; computed again" in said.console.file.getvalue()
+    found["logps"][3] = 0.0
+    with safe_open(path, framework="pt") as file:
+        save_file(found, path, metadata={"header": file.metadata()["header"]})  # as an older version left a hole
+    cache_reference(config, said)
+    assert torch.equal(cached(path.parent), right) and bool(right.all())
+
+
+def test_waits_for_the_run_that_holds_the_lock(world, tmp_path, monkeypatch):
+    said = Display(Console(file=io.StringIO()))
+    (path,) = cache_reference(make(world, tmp_path / "first", eval_dataset=None), said)
+    shared = tmp_path / "shared" / path.name
+    other, looks = FileLock(shared.with_suffix(".lock")), []
+
+    def meanwhile(seconds):
+        looks.append(seconds)
+        if len(looks) == 3:
+            path.rename(shared)
+            other.release()
+
+    assert other.take() == ""
+    monkeypatch.setattr(cache.time, "sleep", meanwhile)
+    monkeypatch.setattr(reference, "compute", lambda *args: pytest.fail("computed again"))
+    cache_reference(make(world, tmp_path / "second", eval_dataset=None, reference_dir=str(shared.parent)), said)
+    text = said.console.file.getvalue()
+    assert text.count("waiting for") == 1 and len(looks) == 3
+    assert re.search(rf"waiting for {shared}, which process {os.getpid()} on \S+ computes\n", text)
+    assert [found.name for found in shared.parent.iterdir()] == [path.name]
+
+
+def test_a_file_system_without_locks(world, tmp_path, monkeypatch):
+    def flock(file, how):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    said = Display(Console(file=io.StringIO()))
+    with pytest.warns(UserWarning, match="no lock to be had there .No locks available."):
+        (path,) = cache_reference(make(world, tmp_path, eval_dataset=None), said)
+    assert f"{path}: no lock to be had there (No locks available): runs that start" in said.console.file.getvalue()
+    assert len(cached(path.parent)) == 22
