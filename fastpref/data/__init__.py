@@ -1,13 +1,14 @@
 """From records to batches: reads preference data, tokenises it, orders it and collates it.
 
     rows -> load_records -> [Record] -> tokenize_records -> [Example] -> batch_order, collate -> Batch
-    sources.py  records.py              tokens.py                        batches.py
+    sources.py  records.py              tokens.py, chat.py               batches.py
 
 Nothing here needs a GPU or knows a loss. Every count a training step needs (sequences, scored tokens, offsets) is a
 Python number made here, so that nothing later has to ask the device for it.
 """
 
 from .batches import LAYOUTS, Batch, Layout, batch_order, collate, eval_order, fill_batches, mismatched_parts
+from .chat import TEMPLATES, Rendering, tells_the_date
 from .records import FORMATS, Invalid, Record, load_prompts, load_records, records_from_rows, stream_records
 from .tokens import KINDS, Example, Kind, TokenizeReport, tokenize_prompts, tokenize_records, with_margins
 
@@ -15,12 +16,14 @@ __all__ = [
     "FORMATS",
     "KINDS",
     "LAYOUTS",
+    "TEMPLATES",
     "Batch",
     "Example",
     "Invalid",
     "Kind",
     "Layout",
     "Record",
+    "Rendering",
     "TokenizeReport",
     "batch_order",
     "collate",
@@ -31,6 +34,7 @@ __all__ = [
     "load_records",
     "records_from_rows",
     "stream_records",
+    "tells_the_date",
     "tokenize_prompts",
     "tokenize_records",
     "with_margins",

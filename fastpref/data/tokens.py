@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import math
 import statistics
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
@@ -18,16 +19,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy
 
-from fastpref.errors import first_line
-
-from .records import Invalid, Record, common_prefix
+from .chat import MARKS, Chat, Conversation, Rendering, Spans, common_length, is_empty, turns_in_text
+from .records import Invalid, Record
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Kind = Literal["pair", "sft", "kto"]
 KINDS = ("pair", "sft", "kto")
-Spans = tuple[tuple[int, int], ...]  # runs [start, end) of positions: ascending, none empty, none touching another
 
 
 @dataclass(frozen=True)
@@ -86,7 +85,12 @@ class TokenizeReport:
     prompts_truncated: int = 0
     responses_truncated: int = 0
     prompts_repeated: int = 0  # see Record.repeated
-    prompts_shortened_by_template: int = 0  # the template renders the prompt alone unlike the prompt of a conversation
+    # The template, or a token that goes on into the response, makes the prompt alone another than in a conversation
+    prompts_shortened_by_template: int = 0
+    responses_retokenized: int = 0  # strings, whose tokens would be others if prompt and response were one text
+    responses_with_other_turns: int = 0  # a user's or a tool's: not scored
+    tokens_of_other_turns: int = 0
+    control_tokens: int = 0  # records in which a user or a tool says one
     dropped: dict[str, list[str]] = field(default_factory=dict)  # reason -> sources of the records
     invalid: Invalid = field(default_factory=Invalid)  # of reading and of rendering
     prompt_tokens: tuple[float, int] = (0, 0)  # median, max per example
@@ -95,12 +99,10 @@ class TokenizeReport:
     def __str__(self) -> str:
         noun = {"pair": "pairs", "sft": "examples", "kto": "labelled examples"}[self.kind]
         parts = [f"{self.records:,} records -> {self.examples:,} {noun}"]
-        parts += [f"{count:,} {what}" for what, count in (
-            ("prompts truncated", self.prompts_truncated),
-            ("responses truncated", self.responses_truncated),
-            ("prompts repeated at the head of the responses, taken off", self.prompts_repeated),
-            ("prompts shortened to what the chat template keeps", self.prompts_shortened_by_template),
-        ) if count]
+        parts += [f"{getattr(self, name):,} {what}" for name, what in _COUNTS.items() if getattr(self, name)]
+        if self.responses_with_other_turns:
+            parts.append(f"{self.responses_with_other_turns:,} responses with turns of others than the model, "
+                         f"{self.tokens_of_other_turns:,} tokens that are read and not scored")
         parts += [f"{len(where):,} dropped: {why} (first: {where[0]})" for why, where in self.dropped.items()]
         if self.invalid.count:
             parts.append(f"{self.invalid.count:,} invalid records dropped")
@@ -127,6 +129,17 @@ class TokenizeReport:
         return f"none of the {self.records} records is usable ({why})"
 
 
+_COUNTS = {
+    "prompts_truncated": "prompts truncated",
+    "responses_truncated": "responses truncated",
+    "prompts_repeated": "prompts repeated at the head of the responses, taken off",
+    "prompts_shortened_by_template": "prompts shortened to what they share with the whole conversation",
+    "responses_retokenized": "responses whose first tokens would be others had prompt and response been one text",
+    "control_tokens": "records in which a user or a tool says a control token, which ends or begins a turn (to take it "
+                      "as text: sanitize_control_tokens=true)",
+}
+
+
 def tokenize_records(
     records: Sequence[Record],
     tokenizer: PreTrainedTokenizerBase,
@@ -136,24 +149,30 @@ def tokenize_records(
     max_prompt_length: int | None = None,
     truncation_mode: Literal["keep_start", "keep_end"] = "keep_end",
     overlong_response: Literal["error", "drop", "truncate"] = "error",
+    rendering: Rendering = Rendering(),  # noqa: B008 (frozen)
     partial: bool = False,
     invalid: Invalid | None = None,
 ) -> tuple[list[Example], TokenizeReport]:
     """Token ids of prompts and responses, and a report of what was cut or left out.
 
-    Prompt and response are tokenised apart. So the prompt's ids are those the model will see when it generates, they
-    are the same for chosen and rejected, and no token straddles the boundary. BOS (whatever the tokenizer itself puts
-    first) stands once; for messages the chat template alone decides about it. EOS ends every response once, text that
-    a chat template puts after it (ChatML's newline) is left out.
+    Messages are rendered together and cut where the prompt ends, between two of their tokens: where the prompt alone
+    ends within a token of a response, or is rendered otherwise, it is shortened to what all have in common. Strings are
+    tokenised apart: so the prompt's ids are those the model will see when it generates. BOS (whatever the tokenizer
+    itself puts first) stands once; for messages the chat template alone decides about it. A response ends once, with
+    EOS or the token of `rendering.stops` that it has, without what a chat template puts after it (ChatML's newline).
+
+    Of a response of several turns the model's are scored (`Example.scored`); it ends with the last of them.
 
     kind: "pair" needs chosen and rejected; "kto" needs label, or takes a pair apart into a desirable and an
         undesirable example; "sft" takes completion or chosen, and leaves out completions labelled false.
     max_length: limit on prompt + longest response, in tokens. The prompt is cut to fit, at least one token of it stays.
     max_prompt_length: a limit on the prompt alone.
-    truncation_mode: which end of a prompt that is cut stays; BOS stays in both cases.
+    truncation_mode: which end of a prompt that is cut stays; BOS stays in both cases, and so does what a chat template
+        puts last, the header of the model's turn.
     overlong_response: a response of max_length tokens or more leaves no room for a prompt. "error" says so and stops,
         "drop" leaves the record out, "truncate" gives the prompt at most max_prompt_length (default: half of
         max_length) tokens and the response's first tokens the rest; it then has no EOS.
+    rendering: of conversations.
     partial: the records are a part of the data: that none of them is usable is no error.
     invalid: counts the records that the chat template refuses or that lack what `kind` needs, which are left out.
 
@@ -177,32 +196,35 @@ def tokenize_records(
     if not records:
         raise ValueError("records: got none, expected at least one")
 
-    encoder = _Encoder(tokenizer)
+    encoder = _Encoder(tokenizer, rendering)
     report = TokenizeReport(kind, records=len(records))
-    rendered: dict[int, tuple[str, list[str]]] = {}
+    said: dict[int, list[Any]] = {}
+    conversations: dict[int, Conversation] = {}
     for record_id, record in enumerate(records):
         try:
-            rendered[record_id] = _render(record, encoder, kind, report)
+            texts = _responses(record, kind)
+            if record.conversational:
+                conversations[record_id] = encoder.chat.conversation(record, texts)
+            said[record_id] = texts
         except ValueError as error:
             if invalid is None or not encoder.tokenizer.chat_template and record.conversational:
                 raise
             invalid.add(error)
-    prompts = encoder.prompts([(text, records[i].conversational) for i, (text, _) in rendered.items()])
-    responses = iter(encoder.responses([text for r in rendered.values() for text in r[1]]))
 
     examples: list[Example] = []
     overlong: list[str] = []
-    for (record_id, (_, texts)), prompt in zip(rendered.items(), prompts, strict=True):
-        record = records[record_id]
+    for record_id, (prompt, answers, scored) in encoder.encode(records, said, conversations, report).items():
+        record, texts = records[record_id], said[record_id]
         report.prompts_repeated += record.repeated
-        answers = [next(responses) for _ in texts]
         longest = max(map(len, answers))
         too_long = longest >= max_length
         reason = None
         if kind == "sft" and record.label is False:
             reason = "completion labelled false"
-        elif any(not text.strip() for text in texts) or any(answer == [encoder.eos] for answer in answers):
+        elif any(map(_says_nothing, texts)) or any(map(encoder.is_end, answers)):
             reason = "empty response"
+        elif not all(spans is None or spans for spans in scored):
+            reason = "no turn of the model in a response"
         elif len(answers) == 2 and answers[0] == answers[1]:
             reason = "chosen equals rejected"
         elif not prompt:
@@ -222,16 +244,29 @@ def tokenize_records(
             room = min(len(prompt), max_prompt_length or max_length // 2)
             report.responses_truncated += sum(len(answer) > max_length - room for answer in answers)
             answers = [answer[: max_length - room] for answer in answers]
+            scored = [_clip(spans, max_length - room) for spans in scored]
         room = min(room, max_prompt_length or room)
         if len(prompt) > room:
-            prompt = _cut_prompt(prompt, room, truncation_mode, encoder.prefix)
+            prompt = encoder.cut(record, prompt, room, truncation_mode)
             report.prompts_truncated += 1
         if len(answers) == 2 and answers[0] == answers[1]:  # they differed only in what was cut off
             report.dropped.setdefault("chosen equals rejected once truncated", []).append(record.source)
-        elif kind == "kto" and record.completion is None:
-            examples += [Example(record_id, prompt, (a,), good) for a, good in zip(answers, (True, False), strict=True)]
+            continue
+        if not all(spans is None or spans for spans in scored):
+            report.dropped.setdefault("no turn of the model in a response once truncated", []).append(record.source)
+            continue
+        runs = tuple(((0, len(ids)),) if spans is None else spans for ids, spans in zip(answers, scored, strict=True))
+        some = None if all(spans is None for spans in scored) else runs
+        report.responses_with_other_turns += sum(spans is not None for spans in scored)
+        report.tokens_of_other_turns += sum(map(len, answers)) - sum(end - start for run in runs for start, end in run)
+        if kind == "kto" and record.completion is None:
+            examples += [
+                Example(record_id, prompt, (ids,), good, scored=None if spans is None else (spans,))
+                for ids, spans, good in zip(answers, scored, (True, False), strict=True)
+            ]
         else:
-            examples.append(Example(record_id, prompt, tuple(answers), record.label if kind == "kto" else None))
+            label = record.label if kind == "kto" else None
+            examples.append(Example(record_id, prompt, tuple(answers), label, scored=some))
 
     if overlong:
         raise ValueError(
@@ -249,6 +284,7 @@ def tokenize_prompts(
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
     truncation_mode: Literal["keep_start", "keep_end"] = "keep_end",
+    rendering: Rendering = Rendering(),  # noqa: B008 (frozen)
 ) -> tuple[list[list[int]], int]:
     """Ids of the prompts alone, ready to be continued, and how many of them were cut to max_length tokens.
 
@@ -256,17 +292,13 @@ def tokenize_prompts(
     once a response follows. Raises ValueError for messages without a chat template, and for an empty prompt where the
     tokenizer has no BOS.
     """
-    encoder = _Encoder(tokenizer)
-    texts = [
-        (encoder.template(r, r.prompt, is_prompt=True) if r.conversational else r.prompt, r.conversational)
-        for r in records
-    ]
-    prompts = encoder.prompts(texts)
+    encoder = _Encoder(tokenizer, rendering)
+    prompts = encoder.prompts(records)
     for record, ids in zip(records, prompts, strict=True):
         if not ids:
             raise ValueError(f"{record.source}: the prompt is empty, and the tokenizer has no BOS")
-    cut = [_cut_prompt(ids, max_length, truncation_mode, encoder.prefix) if len(ids) > max_length else ids
-           for ids in prompts]
+    cut = [encoder.cut(record, ids, max_length, truncation_mode) if len(ids) > max_length else ids
+           for record, ids in zip(records, prompts, strict=True)]
     return cut, sum(len(ids) > max_length for ids in prompts)
 
 
@@ -291,48 +323,50 @@ def _median_max(lengths: Iterable[int]) -> tuple[float, int]:
     return (statistics.median(lengths), max(lengths)) if lengths else (0, 0)
 
 
-def _cut_prompt(ids: list[int], room: int, mode: str, prefix: list[int]) -> list[int]:
-    """The first or last `room` tokens; what the tokenizer puts first (BOS) stays first."""
-    kept = len(prefix) if prefix and ids[: len(prefix)] == prefix and len(prefix) <= room else 0
-    return ids[:room] if mode == "keep_start" else ids[:kept] + ids[len(ids) - (room - kept) :]
+def _clip(spans: Spans | None, length: int) -> Spans | None:
+    return None if spans is None else tuple((start, min(end, length)) for start, end in spans if start < length)
 
 
-def _render(record: Record, encoder: _Encoder, kind: Kind, report: TokenizeReport) -> tuple[str, list[str]]:
-    """Texts of the prompt and of the responses that `kind` asks for."""
+def _says_nothing(response: Any) -> bool:
+    """A string, or messages of which the model's last is empty."""
+    if isinstance(response, str):
+        return not response.strip()
+    own = [message for message in response if message["role"] == "assistant"]
+    return bool(own) and is_empty(own[-1])
+
+
+def _responses(record: Record, kind: Kind) -> list[Any]:
+    """Those that `kind` asks for."""
     where = record.source
     if kind == "pair":
         if record.rejected is None:
             missing = "chosen" if record.chosen is None else "rejected"
             raise ValueError(f"{where}: field '{missing}' is missing, preference pairs need chosen and rejected")
-        responses = [record.chosen, record.rejected]
-    elif kind == "sft":
-        responses = [record.chosen if record.completion is None else record.completion]
-    else:
-        if record.completion is None and record.rejected is None:
-            raise ValueError(f"{where}: field 'rejected' is missing, KTO needs completion and label, or a pair")
-        if record.completion is not None and record.label is None:
-            raise ValueError(f"{where}: field 'label' is missing, KTO needs true or false")
-        responses = [record.chosen, record.rejected] if record.completion is None else [record.completion]
-    if not record.conversational:
-        return record.prompt, responses
-    prompt = encoder.template(record, record.prompt, is_prompt=True)
-    wholes = [encoder.template(record, record.prompt + messages) for messages in responses]
-    start = prompt
-    for whole in wholes:  # some templates render a prompt alone unlike the same prompt inside a conversation
-        start = start if whole.startswith(start) else common_prefix(start, whole)
-    report.prompts_shortened_by_template += len(start) < len(prompt)
-    return start, [whole[len(start) :] for whole in wholes]
+        return [record.chosen, record.rejected]
+    if kind == "sft":
+        return [record.chosen if record.completion is None else record.completion]
+    if record.completion is None and record.rejected is None:
+        raise ValueError(f"{where}: field 'rejected' is missing, KTO needs completion and label, or a pair")
+    if record.completion is not None and record.label is None:
+        raise ValueError(f"{where}: field 'label' is missing, KTO needs true or false")
+    return [record.chosen, record.rejected] if record.completion is None else [record.completion]
+
+
+Encoded = tuple[list[int], list[list[int]], list["Spans | None"]]  # prompt, responses, and what of each is scored
 
 
 class _Encoder:
     """What has to be known about a tokenizer, found by asking it rather than by its class."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase):
-        self.tokenizer = tokenizer
-        self.name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, rendering: Rendering):
+        self.tokenizer, self.rendering = tokenizer, rendering
+        self.chat = Chat(tokenizer, rendering)
         if tokenizer.eos_token_id is None:
-            raise ValueError(f"tokenizer {self.name}: has no EOS token to end responses with; set its eos_token")
+            raise ValueError(f"tokenizer {self.chat.name}: has no EOS token to end responses with; set its eos_token")
         self.eos: int = tokenizer.eos_token_id
+        self.stops = rendering.stops | {self.eos}
+        self._blank: dict[int, bool] = {}
+        self._joins: dict[tuple[str, str], bool] = {}
         bare, full = self._ids(["a"])[0], tokenizer("a", add_special_tokens=True)["input_ids"]
         start = next((i for i in range(len(full)) if full[i : i + len(bare)] == bare), 0)
         self.prefix: list[int] = list(full[:start])  # what the tokenizer puts before every text: [BOS] or nothing
@@ -346,6 +380,109 @@ class _Encoder:
             if anchored[: len(anchor_ids)] == anchor_ids and self._decode(first + tail) == "ab":
                 self.anchor, self.anchor_ids = "\n", anchor_ids
 
+    def encode(self, records: Sequence[Record], said: dict[int, list[Any]], conversations: dict[int, Conversation],
+               report: TokenizeReport) -> dict[int, Encoded]:
+        """said: the responses of each record by its index, strings or messages; conversations: of those with messages,
+        rendered."""
+        joint = iter(self._ids([text for c in conversations.values() for text in (c.prompt, *c.wholes)]))
+        strings = [i for i in said if i not in conversations]
+        prompts = iter(self.prompts([records[i] for i in strings]))
+        apart = iter(self._apart([text for i in strings for text in said[i]]))
+        found: dict[int, Encoded] = {}
+        for i, texts in said.items():
+            record, conversation = records[i], conversations.get(i)
+            if conversation is None:
+                prompt = next(prompts)
+                answers = [self._string(record.prompt, text, next(apart)) for text in texts]
+                report.responses_retokenized += sum(not self._joins_well(record.prompt, text) for text in texts)
+            else:
+                prompt, wholes = next(joint), [next(joint) for _ in texts]
+                shared = min(common_length(prompt, ids) for ids in wholes)
+                report.prompts_shortened_by_template += shared < len(prompt)
+                report.control_tokens += self.chat.control_tokens(record, texts) > 0
+                prompt = prompt[:shared]
+                answers = [
+                    self._turns(text, ids, spans, shared)
+                    for text, ids, spans in zip(conversation.wholes, wholes, conversation.turns, strict=True)
+                ]
+            found[i] = prompt, [ids for ids, _ in answers], [spans for _, spans in answers]
+        return found
+
+    def prompts(self, records: Sequence[Record]) -> list[list[int]]:
+        """With the tokenizer's own prefix once; a chat template has its own."""
+        texts = [self.chat.prompt(r) if r.conversational else r.prompt for r in records]
+        return [
+            ids if record.conversational or ids[: len(self.prefix)] == self.prefix else self.prefix + ids
+            for ids, record in zip(self._ids(texts), records, strict=True)
+        ]
+
+    def cut(self, record: Record, ids: list[int], room: int, mode: str) -> list[int]:
+        """The first or last `room` tokens of a prompt. What the tokenizer puts first (BOS) stays first, and the header
+        of the model's turn stays last."""
+        kept = len(self.prefix) if self.prefix and ids[: len(self.prefix)] == self.prefix else 0
+        kept = kept if kept <= room else 0
+        tail = room - kept
+        if mode == "keep_start":
+            header = 0
+            if record.conversational:
+                header = len(ids) - common_length(ids, self._ids([self.chat.before_header(record)])[0])
+            tail = min(header, tail)
+            kept = room - tail
+        return ids[:kept] + ids[len(ids) - tail :]
+
+    def is_end(self, ids: list[int]) -> bool:
+        """Whether a response is over before it begins."""
+        return len(ids) == 1 and ids[0] in self.stops
+
+    def _string(self, prompt: str, text: str, ids: list[int]) -> tuple[list[int], Spans | None]:
+        spans = turns_in_text(prompt, text) if self.rendering.train_on == "assistant" else None
+        if spans is None:
+            return self._end(ids), None
+        skip = len(self.anchor) if self.anchor and ids != self._ids([text])[0] else 0
+        anchored = [(start + skip, end + skip) for start, end in spans]
+        whole = [*self.anchor_ids, *ids] if skip else ids
+        return self._scored(self.anchor[:skip] + text, whole, anchored, len(whole) - len(ids))
+
+    def _turns(self, text: str, ids: list[int], spans: Spans | None, shared: int) -> tuple[list[int], Spans | None]:
+        return (self._end(ids[shared:]), None) if spans is None else self._scored(text, ids, spans, shared)
+
+    def _scored(self, text: str, ids: list[int], spans: Sequence[tuple[int, int]],
+                shared: int) -> tuple[list[int], Spans | None]:
+        """The response that begins at token `shared` of a text, and its tokens that are in these characters. It ends
+        where the last of them do."""
+        marks = [0] * len(ids)
+        bounds = self._tokens_before(text, ids, [position for span in spans for position in span])
+        for start, end in zip(bounds[::2], bounds[1::2], strict=True):
+            marks[start:end] = [1] * (end - start)
+        marks = marks[shared:]
+        if 1 not in marks:
+            return ids[shared:], ()
+        last = len(marks) - marks[::-1].index(1)
+        if shared + last == len(ids):  # the model's turn is the last
+            answer = self._end(ids[shared:])
+        else:
+            answer = ids[shared : shared + last]
+        marks = marks[: len(answer)] + [1] * (len(answer) - len(marks))
+        edges = [i for i in range(len(marks) + 1) if (marks[i - 1] if i else 0) != (marks[i] if i < len(marks) else 0)]
+        found = tuple(zip(edges[::2], edges[1::2], strict=True))
+        return answer, None if found == ((0, len(answer)),) else found
+
+    def _tokens_before(self, text: str, ids: list[int], positions: list[int]) -> list[int]:
+        """How many tokens of a text have ended at each of these characters."""
+        if self.tokenizer.is_fast and not MARKS.search(text):
+            encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+            ends = [end for _, end in encoded["offset_mapping"]]
+            return [bisect_right(ends, position) for position in positions]
+        return [common_length(ids, part) for part in self._ids([text[:position] for position in positions])]
+
+    def _joins_well(self, prompt: str, response: str) -> bool:
+        """Whether the tokens about the boundary are those of the text in one piece. Looks at a few characters."""
+        near = prompt[-12:], response[:12]
+        if near not in self._joins:
+            before, after, joint = self._ids([near[0], self.anchor + near[1], near[0] + near[1]])
+            self._joins[near] = not near[0] or joint == before + after[len(self.anchor_ids) :]
+        return self._joins[near]
+
     def _ids(self, texts: list[str]) -> list[list[int]]:
         ids: list[list[int]] = []
         for i in range(0, len(texts), 1024):
@@ -353,39 +490,28 @@ class _Encoder:
                 texts[i : i + 1024], add_special_tokens=False, return_attention_mask=False, verbose=False
             )
             ids += part["input_ids"]
+        for i, text in enumerate(texts):
+            if MARKS.search(text):
+                ids[i] = self._marked_ids(text)
         return ids
+
+    def _marked_ids(self, text: str) -> list[int]:
+        """Of a text in which some control tokens are text like any other."""
+        found: list[int] = []
+        for i, piece in enumerate(MARKS.split(text)):
+            if piece:
+                anchor = self.anchor if found else ""
+                ids = self.tokenizer(
+                    anchor + piece, add_special_tokens=False, verbose=False, split_special_tokens=i % 2 == 1
+                )["input_ids"]
+                found += ids[len(self.anchor_ids) :] if anchor else ids
+        return found
 
     def _decode(self, ids: list[int]) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
-    def template(self, record: Record, messages: list[dict[str, Any]], is_prompt: bool = False) -> str:
-        if not self.tokenizer.chat_template:
-            raise ValueError(f"{record.source}: has messages, but tokenizer {self.name} has no chat template")
-        open_ended = is_prompt and messages[-1]["role"] == "assistant"  # the response goes on with the last message
-        try:
-            text = self.tokenizer.apply_chat_template(
-                messages,
-                tools=record.extra.get("tools") or None,
-                tokenize=False,
-                add_generation_prompt=is_prompt and not open_ended,
-                continue_final_message=open_ended,
-                **record.extra.get("chat_template_kwargs", {}),
-            )
-        except Exception as error:  # templates raise whatever their author chose
-            line = first_line(error)
-            raise ValueError(f"{record.source}: the chat template refuses the messages ({line})") from error
-        return str(text)
-
-    def prompts(self, texts: list[tuple[str, bool]]) -> list[list[int]]:
-        """(text, rendered by a chat template) -> ids, with the tokenizer's own prefix once; a template has its own."""
-        all_ids = self._ids([text for text, _ in texts])
-        return [
-            ids if templated or ids[: len(self.prefix)] == self.prefix else self.prefix + ids
-            for ids, (_, templated) in zip(all_ids, texts, strict=True)
-        ]
-
-    def responses(self, texts: list[str]) -> list[list[int]]:
-        """Ids that end in exactly one EOS."""
+    def _apart(self, texts: list[str]) -> list[list[int]]:
+        """Ids of responses that are read without their prompts."""
         all_ids = self._ids([self.anchor + text for text in texts])
         if self.anchor:
             skip = len(self.anchor_ids)
@@ -393,14 +519,17 @@ class _Encoder:
                 ids[skip:] if ids[:skip] == self.anchor_ids else self._ids([text])[0]
                 for ids, text in zip(all_ids, texts, strict=True)
             ]
-        return [self._end(ids) for ids in all_ids]
+        return all_ids
 
     def _end(self, ids: list[int]) -> list[int]:
-        end = len(ids)
-        while end and ids[end - 1] != self.eos:
-            end -= 1
-        if end and not self._decode(ids[end:]).strip():  # what a template puts after EOS
-            ids = ids[:end]
-        while ids and ids[-1] == self.eos:
-            ids = ids[:-1]
-        return ids + [self.eos]
+        """Ended exactly once: by the token that ends the turn, without what follows it, or else by EOS."""
+        start = len(ids)  # of what is at the end and says nothing
+        while start and (ids[start - 1] in self.stops or self._is_blank(ids[start - 1])):
+            start -= 1
+        end = next((i for i in range(start, len(ids)) if ids[i] in self.stops), None)
+        return ids + [self.eos] if end is None else ids[: end + 1]
+
+    def _is_blank(self, token: int) -> bool:
+        if token not in self._blank:
+            self._blank[token] = not self._decode([token]).strip()
+        return self._blank[token]
