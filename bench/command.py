@@ -17,7 +17,7 @@ from rich.console import Console
 from .harness import console, keep_freed_memory, memory_limit
 from .peers import MIB, PEERS
 from .presets import PRESETS, QUICK
-from .problem import DTYPES, Shape
+from .problem import DTYPES, LOGITS, REAL, Shape
 from .records import Results, Row
 
 IMPLEMENTATIONS = ("fastpref", *PEERS)
@@ -52,6 +52,13 @@ def add_shapes(found: argparse.ArgumentParser) -> None:
     )
 
 
+def add_logits(found: argparse.ArgumentParser, default: Sequence[str]) -> None:
+    found.add_argument(
+        "--logits", nargs="+", choices=(*LOGITS, REAL), default=list(default), metavar="KIND",
+        help=f"{', '.join(LOGITS)}: drawn; {REAL}: that model's own, and its H and V; default: {', '.join(default)}",
+    )
+
+
 def add_budgets(found: argparse.ArgumentParser) -> None:
     found.add_argument("--budget-mib", nargs="+", type=float, help="fastpref's; default: 2048 on a GPU, 256 on a CPU")
 
@@ -82,8 +89,16 @@ def shapes(options: argparse.Namespace, default: Sequence[Shape]) -> list[Shape]
     elif any(getattr(options, name) for name in SIZES):
         found = list(default[:1])
     else:
-        return list(default)
-    return resized(options, found)
+        return with_logits(options, default)
+    return with_logits(options, resized(options, found))
+
+
+def with_logits(options: argparse.Namespace, found: Sequence[Shape]) -> list[Shape]:
+    """Each with every kind of logits that the options ask for, where they can."""
+    asked = getattr(options, "logits", None)
+    if asked and REAL in asked and (options.preset or options.hidden or options.vocab):
+        raise ValueError(f"--logits {REAL} brings its own H and V: leave --preset, --hidden and --vocab out")
+    return list(dict.fromkeys(s.with_logits(kind) for s in found for kind in asked)) if asked else list(found)
 
 
 def resized(options: argparse.Namespace, found: Sequence[Shape]) -> list[Shape]:

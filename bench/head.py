@@ -149,9 +149,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """0 where fastpref is right wherever it was run. A missed gate is a finding, not a failure."""
     parser = command.parser("head", __doc__ or "")
     add_arguments(parser)
+    command.add_logits(parser, ["trained"])
     options = parser.parse_args(arguments)
     asked = [name for name in (*command.SIZES, "preset", "dtype", "impl", "budget_mib") if getattr(options, name)]
     standard = not asked and not options.quick and options.op == ["step"] and options.loss == ["dpo"]
+    standard = standard and options.logits == ["trained"]
     with command.session(options, "head") as run:
         if standard and run.device.type == "cuda":
             groups = list(gpu_groups(run.device))

@@ -1,10 +1,11 @@
 """Accuracy: what every implementation's log-probs, dX and dW are off by, and the time it takes for that.
 
-    fastpref bench loss [--logits uniform peaked wrong huge] [--impl fastpref naive trl]
+    fastpref bench loss [--logits uniform peaked wrong huge chat smollm2] [--impl fastpref naive trl]
 
 Against fp64, on logits as a trained model has them, near-uniform ones, a model sure of its targets, one as sure of
-other tokens, and logits of +-1e4. Whoever is inaccurate is timed here all the same; only what is not finite is wrong.
-All implementations of fastpref's row kernels take part. Protocol: bench/README.md.
+other tokens, logits of +-1e4, and those of a chat model on its own answers: drawn ones (`chat`) and, where asked for,
+real ones (`smollm2`). Whoever is inaccurate is timed here all the same; only what is not finite is wrong. All
+implementations of fastpref's row kernels take part. Protocol: bench/README.md.
 """
 
 from __future__ import annotations
@@ -27,11 +28,10 @@ ANY_FINITE = 1e9  # times the usual tolerance
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = command.parser("loss", __doc__ or "")
     add_arguments(parser)
-    parser.add_argument("--logits", nargs="+", choices=LOGITS, default=list(LOGITS), help="default: all")
+    command.add_logits(parser, list(LOGITS))
     options = parser.parse_args(arguments)
     with command.session(options, "loss") as run:
-        base = command.shapes(options, [SHAPES[run.device.type]])
-        shapes = [replace(shape, logits=logits) for shape in base for logits in options.logits]
+        shapes = command.shapes(options, [SHAPES[run.device.type]])
         groups: list[Group] = []
         for group in chosen_groups(options, run.device, shapes):
             backends = (*fastpref_backends(run.device, DTYPES[group.cell.dtype]), "reference")

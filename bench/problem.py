@@ -16,7 +16,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +37,10 @@ LOGITS: dict[str, tuple[float, float | None]] = {
     "peaked": (LOGITS_STD, 0.01),  # sure of the target
     "wrong": (LOGITS_STD, 0.01),  # as sure of another token
     "huge": (HUGE_STD, None),
+    "chat": (math.nan, None),  # as SmolLM2's on its own answers: `_chat`; `python -m bench.smollm2` compares
 }
+REAL = "smollm2"  # hidden rows, head and targets of that model itself (smollm2.py)
+REAL_SIZES = 576, 49152  # H, V
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -50,15 +53,23 @@ class Shape:
     pairs: int = 8
     prompt_share: float = 0.0  # of the padded input's rows, not scored
     softcap: float | None = None
-    logits: str = "trained"  # of LOGITS
+    logits: str = "trained"  # of LOGITS, or REAL
 
     def __post_init__(self) -> None:
         if self.rows <= 0 or self.rows % (2 * self.pairs):
             raise ValueError(f"rows is {self.rows}; it takes a multiple of the {2 * self.pairs} sequences")
         if not 0 <= self.prompt_share < 1:
             raise ValueError(f"prompt_share is {self.prompt_share}; it takes a number in [0, 1)")
-        if self.logits not in LOGITS:
-            raise ValueError(f"logits is {self.logits!r}; it takes {', '.join(LOGITS)}")
+        if self.logits not in (*LOGITS, REAL):
+            raise ValueError(f"logits is {self.logits!r}; it takes {', '.join((*LOGITS, REAL))}")
+        if self.logits == REAL and (self.hidden, self.vocab, self.softcap) != (*REAL_SIZES, None):
+            raise ValueError(f"logits is {REAL!r}, whose H and V are {REAL_SIZES[0]} and {REAL_SIZES[1]}, not "
+                             f"{self.hidden} and {self.vocab}")
+
+    def with_logits(self, logits: str) -> Shape:
+        """Those of the real model bring its sizes along."""
+        sizes = dict(zip(("hidden", "vocab"), REAL_SIZES), softcap=None) if logits == REAL else {}
+        return replace(self, logits=logits, **sizes)
 
     @property
     def sequences(self) -> int:
@@ -118,6 +129,8 @@ def make_batch(shape: Shape, dtype: torch.dtype, device: torch.device | str = "c
     def normal(*size: int) -> Tensor:
         return torch.randn(size, generator=gen, device=device)
 
+    if shape.logits in (REAL, "chat"):
+        return _with_targets_of_its_own(shape, dtype, device, gen)
     deviation, mean_nll = LOGITS[shape.logits]
     weight = normal(shape.vocab, shape.hidden).mul_(WEIGHT_STD)
     hidden = normal(sequences * length, shape.hidden).mul_(deviation / (WEIGHT_STD * math.sqrt(shape.hidden)))
@@ -154,6 +167,45 @@ def make_batch(shape: Shape, dtype: torch.dtype, device: torch.device | str = "c
     if shape.logits == "huge":  # log-probs of -1e6, whose rounding alone is nats: any reference near them is noise
         return batch.without_references()
     return replace(batch, ref_logps=(Truth(batch).logps + REFERENCE_STD * normal(sequences)).float())
+
+
+def _with_targets_of_its_own(shape: Shape, dtype: torch.dtype, device: Any, gen: torch.Generator) -> Batch:
+    """Rows and targets that are there, with prompts of other rows before them and references near the policy."""
+    if shape.logits == REAL:
+        from .smollm2 import rows_of_answers
+
+        hidden_NH, weight, targets_N = (part.to(device) for part in rows_of_answers(shape.rows))
+    else:
+        hidden_NH, weight, targets_N = _chat(shape, device, gen)
+    sequences, length, prompt = shape.sequences, shape.padded_length, shape.padded_length - shape.scored_length
+    scored = hidden_NH.view(sequences, -1, shape.hidden)
+    before = torch.arange(prompt, device=device) % shape.scored_length
+    hidden = torch.cat((scored.roll(1, 0)[:, before], scored), 1)
+    targets = torch.full((sequences, length), IGNORE, device=device)
+    targets[:, prompt:] = targets_N.view(sequences, -1)
+    noise = torch.randn(4, sequences, generator=gen, device=device)
+    kl_logps = -5.0 * shape.scored_length + noise[0]
+    batch = Batch(
+        shape, hidden.to(dtype), weight.to(dtype), targets, (targets.flatten() != IGNORE).nonzero()[:, 0], targets_N,
+        ref_logps=torch.zeros(sequences, device=device), desirable=torch.arange(sequences, device=device) % 2 == 0,
+        kl_logps=kl_logps, ref_kl_logps=kl_logps - 1.5 + noise[1],
+    )
+    return replace(batch, ref_logps=(Truth(batch).logps + REFERENCE_STD * noise[2]).float())
+
+
+def _chat(shape: Shape, device: Any, gen: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """(hidden [N, H], weight, targets [N]): Gaussian logits of a standard deviation of 1 to 2 times sqrt(2 log V).
+
+    From there on a softmax is carried by its few largest logits, and the number of columns above p falls like a power
+    of p, as a trained model's does. The targets are drawn at temperature 0.7, as the model's answers were.
+    """
+    critical = math.sqrt(2 * math.log(shape.vocab))
+    weight = torch.randn(shape.vocab, shape.hidden, generator=gen, device=device).mul_(WEIGHT_STD)
+    hidden = torch.randn(shape.rows, shape.hidden, generator=gen, device=device)
+    deviations = critical * (1 + torch.rand(shape.rows, 1, generator=gen, device=device))
+    hidden *= deviations / (WEIGHT_STD * math.sqrt(shape.hidden))
+    drawn = [torch.multinomial((x @ weight.t() / 0.7).softmax(1), 1, generator=gen) for x in hidden.split(256)]
+    return hidden, weight, torch.cat(drawn)[:, 0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,11 +1,12 @@
 """A whole training step of a model: trunk forward and backward, head and loss, optimiser.
 
     fastpref bench step [--preset llama3-8b] [--pairs 4] [--rows 4096] [--layers 2] [--gradient-checkpointing]
+    fastpref bench step --logits smollm2      # that model, on conversations of its own
 
-Weights are random, tokens too, and the model is the same for everybody: implementations differ in the head alone. The
-limit is the same step with the bare GEMMs in place of the head: trunk forward, backward from a given gradient, the
-three GEMMs, optimiser. Parameters, gradients and AdamW's states have the step's dtype (its cost is measured here, not
-its learning) and the learning rate is 0. Protocol: bench/README.md.
+Weights are random, tokens too (but for those of --logits smollm2), and the model is the same for everybody:
+implementations differ in the head alone. The limit is the same step with the bare GEMMs in place of the head: trunk
+forward, backward from a given gradient, the three GEMMs, optimiser. Parameters, gradients and AdamW's states have the
+step's dtype (its cost is measured here, not its learning) and the learning rate is 0. Protocol: bench/README.md.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import command, plots
+from . import command, plots, smollm2
 from .harness import (
     SLOW,
     Contestant,
@@ -39,8 +40,11 @@ from .harness import Cell as HeadCell
 from .head import Group
 from .peers import MIB, PEERS, Implementation, Missing
 from .presets import PRESETS, QUICK, Preset
-from .problem import DTYPES, IGNORE, LOSSES, REFERENCE_STD, Batch, Shape, Truth
+from .problem import DTYPES, IGNORE, LOSSES, REAL, REAL_SIZES, REFERENCE_STD, Batch, Shape, Truth
 from .records import Row
+
+# Four pairs of answers of 64 tokens to a question of 43: a third of the answers is shorter.
+REAL_PRESET = Preset(Shape(512, *REAL_SIZES, pairs=4, prompt_share=0.4, logits=REAL), "llama", {})
 
 
 @dataclass
@@ -83,7 +87,10 @@ class Step:
         device = self.weight.device
         gen = torch.Generator(device=device).manual_seed(0)
         size, length = (shape.sequences, shape.padded_length), shape.padded_length
-        tokens = torch.randint(0, shape.vocab, (size[0], length + 1), generator=gen, device=device)
+        if shape.logits == REAL:
+            tokens = smollm2.windows(size[0], length + 1, shape.scored_length).to(device)
+        else:
+            tokens = torch.randint(0, shape.vocab, (size[0], length + 1), generator=gen, device=device)
         self.ids, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
         targets[:, : length - shape.scored_length] = IGNORE
         index = (targets.flatten() != IGNORE).nonzero()[:, 0]
@@ -204,7 +211,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--loss", choices=LOSSES, default="dpo", help="default: dpo")
     parser.add_argument("--layers", type=command.positive, help="in place of the preset's")
     parser.add_argument("--gradient-checkpointing", action="store_true", help="in every layer of the trunk")
+    parser.add_argument("--logits", nargs=1, choices=("trained", REAL), default=["trained"], help="default: trained")
     options = parser.parse_args(arguments)
+    real = options.logits == [REAL]
+    if real and (options.preset or options.layers):
+        raise ValueError(f"--logits {REAL} is that model: --preset and --layers choose another")
     if options.hidden or options.vocab:
         raise ValueError("--hidden and --vocab are the preset's here; --rows, --pairs and --layers can be given")
     with command.session(options, "step", StepRow) as run:
@@ -212,13 +223,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         presets = {name: PRESETS[name] for name in options.preset or ["llama3-8b" if cuda else "cpu-small"]}
         if options.quick:
             presets = {"quick": QUICK}
+        if real:
+            presets = {REAL: REAL_PRESET}
         named = options.impl or ["fastpref", *(name for name in PEERS if name != "naive_compiled")]
         peers = tuple(name for name in named if name != "fastpref")
         budgets = command.budgets(options) if "fastpref" in named else ()
         todo = list(product(presets.items(), options.dtype or ["bf16" if cuda else "fp32"]))
         for number, ((name, preset), dtype) in enumerate(todo, 1):
             run.progress(number, len(todo), f"{name}, {dtype}")
-            model = make_model(preset, options.layers, DTYPES[dtype], run.device)
+            if real:
+                model = smollm2.load_model(DTYPES[dtype]).to(run.device)
+            else:
+                model = make_model(preset, options.layers, DTYPES[dtype], run.device)
             if options.gradient_checkpointing:
                 # The newer of the two names came with transformers 5, the older goes with 6.
                 enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable

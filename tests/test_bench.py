@@ -14,7 +14,7 @@ import torch
 
 import bench.__main__ as bench
 import fastpref as fp
-from bench import command, gates, harness, head, memory, peers, problem
+from bench import command, gates, harness, head, memory, peers, problem, smollm2
 from bench.harness import Cell
 from bench.peers import Implementation, Missing, Result
 from bench.problem import LOGITS, LOSSES, Shape, Truth, make_batch
@@ -71,8 +71,46 @@ def test_other_logits_are_what_their_names_say():
     for kind in ("uniform", "peaked", "wrong"):  # references near the policy, so that no pair is decided by rounding
         truth = found[kind]
         assert float((truth.batch.ref_logps - truth.logps).abs().max()) < 5 * problem.REFERENCE_STD
+    assert -3 < float(found["chat"].token_logps.mean()) < -0.7  # smollm2: -1.14
     with pytest.raises(ValueError, match="logits is 'odd'; it takes trained, uniform"):
         Shape(32, 8, 64, pairs=4, logits="odd")
+
+
+def test_chat_logits_are_like_those_of_a_model():
+    """Within a factor of two of what SmolLM2 has on its own answers at temperature 0.7 (`python -m bench.smollm2`)."""
+    drawn = make_batch(Shape(256, *problem.REAL_SIZES, logits="chat"), torch.float32)
+    found = smollm2.profile(drawn.rows(), drawn.weight, drawn.scored_targets)
+    median = {name: values[2] for name, values in found.items()}
+    for name, real in {"top": 0.516, "entropy": 1.79, "nll": 0.777, "4": 2, "8": 12, "12": 54, "16": 236}.items():
+        assert real / 2 < median[name] < real * 2, (name, median[name])
+    with pytest.raises(ValueError, match="logits is 'smollm2', whose H and V are 576 and 49152, not 512 and 49152"):
+        Shape(256, 512, 49152, logits="smollm2")
+
+
+def test_real_rows_are_given_as_they_are(monkeypatch):
+    gen = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(40, 576, generator=gen), torch.randn(49152, 576, generator=gen).mul_(0.02)
+    targets = torch.randint(0, 49152, (40,), generator=gen)
+    real = {"hidden": hidden, "weight": weight, "targets": targets, "cu_seqlens": [0, 10, 25, 40]}
+    monkeypatch.setattr(smollm2, "real_logits", lambda: real)
+    batch = make_batch(Shape(32, 8, 64, pairs=2, prompt_share=0.5).with_logits("smollm2"), torch.float32)
+    assert batch.hidden.shape == (4, 16, 576) and torch.equal(batch.weight, weight)
+    assert torch.equal(batch.rows(), hidden[:32]) and torch.equal(batch.scored_targets, targets[:32])
+    assert torch.equal(batch.targets[1], torch.cat((torch.full((8,), problem.IGNORE), targets[8:16])))
+    expected = (hidden[:32].double() @ weight.double().t()).log_softmax(1).gather(1, targets[:32, None])[:, 0]
+    torch.testing.assert_close(Truth(batch).token_logps, expected)
+    with pytest.raises(ValueError, match="rows is 48; logits 'smollm2' has 40"):
+        make_batch(Shape(48, 8, 64, pairs=2).with_logits("smollm2"), torch.float32)
+
+    def tokenizer(texts, add_special_tokens):
+        return {"input_ids": [[1, 2, 3]] * len(texts)}
+
+    monkeypatch.setattr(smollm2, "_questions", lambda: (tokenizer, ["a question", "another"]))
+    windows = smollm2.windows(2, 8, 12 - 4)  # the answers of 15 tokens have so many, that of 10 too
+    assert windows.tolist() == [targets[:8].tolist(), targets[10:18].tolist()]
+    assert smollm2.windows(1, 14, 12).tolist() == [[2, 3, *targets[10:22].tolist()]]
+    with pytest.raises(ValueError, match="has 2 answers of 12 tokens, fewer than the 4 sequences"):
+        smollm2.windows(4, 14, 12)
 
 
 @pytest.mark.parametrize("loss", LOSSES)

