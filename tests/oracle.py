@@ -300,7 +300,7 @@ class Batch(NamedTuple):
         return torch.cat(rows), torch.cat(labels), cu
 
 
-KINDS = ("plain", "near_uniform", "peaked", "confidently_wrong", "all_negative", "huge")
+KINDS = ("plain", "near_uniform", "peaked", "confidently_wrong", "all_negative", "huge", "all_near_-1e4")
 
 
 def make_batch(
@@ -323,6 +323,8 @@ def make_batch(
     x = x * deviation / math.sqrt(hidden_size)
     if kind == "all_negative":
         x, w = x.abs() * 4, -w.abs()
+    if kind == "all_near_-1e4":  # one hidden feature lowers every logit alike
+        x[..., 0], w[:, 0] = 100.0, -100.0
     if kind == "huge":
         x = x / (x @ w.T).abs().amax(-1, keepdim=True) * 1e4
     x, w = x.to(dtype), w.to(dtype)

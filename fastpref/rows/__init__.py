@@ -46,6 +46,7 @@ import importlib
 import os
 import warnings
 from dataclasses import dataclass
+from functools import lru_cache
 from types import ModuleType
 from typing import NamedTuple
 
@@ -119,13 +120,16 @@ class Availability:
     why: str  # why not, or what it runs on
 
 
-def availability(backend: str) -> Availability:
-    """Whether a backend's module imports and works on this machine, and why not."""
+def availability(backend: str, device: torch.device | None = None) -> Availability:
+    """Whether a backend's module imports and works on this machine (on this device), and why not."""
     try:
         module = importlib.import_module(f"{__name__}.{_MODULES[backend]}")
     except ImportError as error:
         return Availability(backend, False, str(error))
-    return Availability(backend, *module.available())
+    return Availability(backend, *module.available(device))
+
+
+_usable = lru_cache(maxsize=None)(lambda backend, device: availability(backend, device).available)
 
 
 def choose(backend: str | None, device: torch.device, dtype: torch.dtype) -> ModuleType:
@@ -137,16 +141,9 @@ def choose(backend: str | None, device: torch.device, dtype: torch.dtype) -> Mod
     if backend != "auto" and backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}; it takes None, 'auto', {', '.join(map(repr, BACKENDS))}")
     if backend == "auto":
-        if dtype == torch.float64:
-            backend = "reference"
-        elif device.type == "cpu":
-            backend = "native" if _usable("native") else _fall_back("native", device)
-        elif device.type == "cuda":
-            backend = "triton" if _usable("triton") else _fall_back("triton", device)
-        else:
-            backend = "reference"
+        backend = _fastest(device, dtype)
     else:
-        found = availability(backend)
+        found = availability(backend, device)
         if not found.available:
             raise ValueError(f"backend {backend!r} does not work here: {found.why}")
     module = importlib.import_module(f"{__name__}.{_MODULES[backend]}")
@@ -157,30 +154,28 @@ def choose(backend: str | None, device: torch.device, dtype: torch.dtype) -> Mod
     return module
 
 
-_usable_cache: dict[str, bool] = {}
-
-
-def _usable(backend: str) -> bool:
-    if backend not in _usable_cache:
-        _usable_cache[backend] = availability(backend).available
-    return _usable_cache[backend]
-
-
-def _fall_back(wanted: str, device: torch.device) -> str:
-    key = f"told {wanted}"
-    if not _usable_cache.get(key):
-        _usable_cache[key] = True
-        warnings.warn(
-            f"fastpref: the {wanted} row kernels are not available ({availability(wanted).why}); "
-            f"using the slower reference rows on {device.type}",
-            stacklevel=3,
-        )
+def _fastest(device: torch.device, dtype: torch.dtype) -> str:
+    if dtype == torch.float64 or device.type not in ("cpu", "cuda"):
+        return "reference"
+    wanted = ["native"] if device.type == "cpu" else ["triton", "cuda"]
+    fp16 = dtype == torch.float16 and device.type == "cuda" and _usable("cuda", device)
+    if fp16 and torch.cuda.get_device_capability(device) >= (9, 0):
+        # Clusters hold a row and write it normalised, in the whole of fp16's range. Triton's one sweep leaves 3 nats of
+        # room above every maximum that it meets, and goes back over the row each time that is not enough.
+        wanted.reverse()
+    for backend in wanted:
+        if _usable(backend, device):
+            return backend
+    why = "; ".join(f"{backend}: {availability(backend, device).why}" for backend in wanted)
+    warnings.warn(
+        f"fastpref: no fast row kernels on {device} ({why}); using the slower reference rows", stacklevel=4
+    )
     return "reference"
 
 
 def scale_rows(x: Tensor, w: Tensor, out: Tensor) -> Tensor:
     """out = x * w[:, None], [rows, width], in fp32 and rounded once; where w is 0 exactly 0, whatever x holds."""
-    if x.device.type == "cuda" and _usable("triton"):
+    if x.device.type == "cuda" and _usable("triton", x.device):
         from . import triton_rows
 
         if all(tensor.dtype in triton_rows.DTYPES for tensor in (x, out)):
@@ -201,8 +196,9 @@ def scale_unless_one_(tensor: Tensor, factor: Tensor) -> Tensor:
     """tensor *= factor (one float on its device): no pass over `tensor` where it is 1, no synchronisation to know."""
     if tensor.device.type == "cpu":
         return tensor if factor.item() == 1.0 else tensor.mul_(factor.item())
-    if tensor.device.type == "cuda" and _usable("triton"):
-        from . import triton_rows
-
-        return triton_rows.scale_unless_one_(tensor, factor)
+    for backend in ("triton", "cuda") if tensor.device.type == "cuda" else ():
+        if _usable(backend, tensor.device):
+            module = importlib.import_module(f"{__name__}.{_MODULES[backend]}")
+            scaled: Tensor = module.scale_unless_one_(tensor, factor)
+            return scaled
     return tensor.mul_(factor)

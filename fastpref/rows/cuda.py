@@ -33,18 +33,20 @@ _DEVICE = "cuda"
 _CAPABILITY = 80
 
 
-def available() -> tuple[bool, str]:
+def available(device: torch.device | None = None) -> tuple[bool, str]:
     if _kernels is None:
         return False, _why_not
     try:
         capabilities = _kernels.devices()
     except RuntimeError as error:
         return False, str(error)
-    if min(capabilities) < _CAPABILITY:
-        low = min(capabilities)
-        return False, f"it needs compute capability 8.0 or newer, and there is a device of {low // 10}.{low % 10}"
     if not torch.cuda.is_available():
         return False, f"torch {torch.__version__} has no CUDA"
+    if device is not None and device.type == "cuda":
+        capabilities = [capabilities[torch.cuda.current_device() if device.index is None else device.index]]
+    if max(capabilities) < _CAPABILITY:
+        high = max(capabilities)
+        return False, f"it needs compute capability 8.0 or newer, and the device has {high // 10}.{high % 10}"
     return True, f"CUDA C++, compute capability {', '.join(f'{c // 10}.{c % 10}' for c in capabilities)}"
 
 

@@ -17,7 +17,7 @@ except ImportError as error:
     _why_not = f"the extension fastpref._native is not built: {error}"
 
 
-def available() -> tuple[bool, str]:
+def available(device: torch.device | None = None) -> tuple[bool, str]:
     if _native is None:
         return False, _why_not
     return True, f"CPU, {_native.isa()}, {torch.get_num_threads()} threads"

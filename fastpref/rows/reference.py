@@ -8,7 +8,7 @@ from torch import Tensor
 from . import FoldState, RowStats, Transform, stats_dtype
 
 
-def available() -> tuple[bool, str]:
+def available(device: torch.device | None = None) -> tuple[bool, str]:
     return True, "torch, any device"
 
 

@@ -41,7 +41,7 @@ except ImportError as error:  # the module still imports: available() says why i
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def available() -> tuple[bool, str]:
+def available(device: torch.device | None = None) -> tuple[bool, str]:
     if triton is None:
         return False, f"triton does not import: {_import_error}"
     if _INTERPRETED:
@@ -49,9 +49,10 @@ def available() -> tuple[bool, str]:
     if not torch.cuda.is_available():
         return False, "there is no CUDA device"
     if torch.version.hip is None:
-        capability = min(torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count()))
+        devices = range(torch.cuda.device_count()) if device is None or device.type != "cuda" else [device]
+        capability = max(torch.cuda.get_device_capability(each) for each in devices)
         if capability < (8, 0):
-            return False, "it needs compute capability 8.0, and there is a device of {}.{}".format(*capability)
+            return False, "it needs compute capability 8.0, and the device has {}.{}".format(*capability)
     return True, f"triton {triton.__version__}"
 
 

@@ -108,6 +108,7 @@ KINDS = {
     "confidently right": lambda z, y: z.scatter(1, y[:, None], 45.0),
     "confidently wrong": lambda z, y: z.scatter(1, (y[:, None] + 1) % z.shape[1], 45.0),
     "all negative": lambda z, y: -80 - 10 * z.abs(),
+    "all near -1e4": lambda z, y: z - 1e4,
     "+-1e4": lambda z, y: (1e4 * z / z.abs().max()),
     "maximum in the last block": lambda z, y: spikes(z, z.shape[1] - 2, 1, 70.0),
     "rising by 40 in each block": lambda z, y: spikes(z, 2050, 2000, 40.0),

@@ -158,7 +158,11 @@ def test_available_says_why_not(monkeypatch):
     monkeypatch.setattr(cuda, "_kernels", SimpleNamespace(devices=no_driver))
     assert cuda.available() == (False, "cudaErrorNoDevice: no CUDA-capable device is detected")
     monkeypatch.setattr(cuda, "_kernels", SimpleNamespace(devices=lambda: [75, 90]))
-    assert cuda.available() == (False, "it needs compute capability 8.0 or newer, and there is a device of 7.5")
+    assert cuda.available()[1].endswith("has no CUDA")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    works, old, new = (cuda.available(device) for device in (None, *map(torch.device, ("cuda:0", "cuda:1"))))
+    assert works == (True, "CUDA C++, compute capability 7.5, 9.0") and new[0]
+    assert old == (False, "it needs compute capability 8.0 or newer, and the device has 7.5")
 
 
 @needs_cuda_build

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -336,3 +337,40 @@ def test_slices_with_the_entropy_gradient_keep_rows_apart(rows):
     assert torch.equal(poisoned[others], clean[others]) and bool(poisoned[4, 20].isnan())
     same = logits.clone()
     assert torch.equal(swept(same, same).nan_to_num(5.0), poisoned.nan_to_num(5.0))  # in place
+
+
+@pytest.mark.parametrize(
+    "works, capability, dtype, chosen",
+    [
+        ({"triton", "cuda"}, (9, 0), BF16, "triton_rows"),
+        ({"triton", "cuda"}, (9, 0), FP32, "triton_rows"),
+        ({"triton", "cuda"}, (9, 0), FP16, "cuda"),  # clusters write it normalised
+        ({"triton", "cuda"}, (8, 0), FP16, "triton_rows"),  # no clusters
+        ({"triton"}, (9, 0), FP16, "triton_rows"),
+        ({"cuda"}, (9, 0), BF16, "cuda"),  # no triton: not the slow reference
+        (set(), (9, 0), BF16, "reference"),
+        ({"triton", "cuda"}, (9, 0), torch.float64, "reference"),
+    ],
+)
+def test_the_backend_is_that_of_the_calls_device(monkeypatch, works, capability, dtype, chosen):
+    from fastpref import rows
+
+    asked = []
+
+    def availability(backend, device=None):
+        asked.append(device)
+        return rows.Availability(backend, backend in works and str(device) == "cuda:1", "a reason")
+
+    monkeypatch.setattr(rows, "availability", availability)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    rows._usable.cache_clear()
+    device = torch.device("cuda:1")
+    try:
+        with pytest.warns(UserWarning, match="triton: a reason; cuda: a reason") if not works else nullcontext():
+            assert rows.choose(None, device, dtype).__name__ == f"fastpref.rows.{chosen}"
+        assert set(asked) <= {device}
+        if works and dtype != torch.float64:
+            with pytest.warns(UserWarning, match="no fast row kernels on cuda:0"):
+                assert rows.choose(None, torch.device("cuda:0"), dtype).__name__ == "fastpref.rows.reference"
+    finally:
+        rows._usable.cache_clear()

@@ -306,6 +306,18 @@ def test_the_module_imports_without_triton(monkeypatch):
     assert not module.supports(torch.device("cpu"), FP32)
 
 
+def test_an_old_card_is_of_no_concern_to_another(monkeypatch):
+    capability = {"cuda:0": (7, 5), "cuda:1": (9, 0)}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(
+        torch.cuda, "get_device_capability", lambda d: capability[f"cuda:{d}" if isinstance(d, int) else str(d)]
+    )
+    assert triton_rows.available()[0] and triton_rows.available(torch.device("cuda:1"))[0]
+    works, why = triton_rows.available(torch.device("cuda:0"))
+    assert not works and why == "it needs compute capability 8.0, and the device has 7.5"
+
+
 def test_it_says_what_it_runs_on():
     works, why = triton_rows.available()
     assert works == torch.cuda.is_available()
