@@ -7,6 +7,7 @@ import os
 import secrets
 import shutil
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -104,6 +105,18 @@ class FileLock:
             with suppress(OSError):
                 self.held.close()
             self.held = None
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Holds a `FileLock`, and waits for who holds it; without one where there is none to be had."""
+    lock = FileLock(path)
+    while lock.take():
+        time.sleep(0.2)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def remove_partials(path: Path) -> None:

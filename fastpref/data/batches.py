@@ -16,11 +16,13 @@ from dataclasses import dataclass, replace
 from itertools import accumulate, chain
 from typing import Any, Literal
 
+import numpy
 import torch
 from torch import Tensor
 
 from fastpref.attention import AttentionPlan
 
+from .stored import lengths_of
 from .tokens import KINDS, Example, Kind
 
 Layout = Literal["padded", "packed", "shared"]  # one row a sequence; all in one row; that, with equal prompts once
@@ -249,24 +251,28 @@ def batch_order(
     """
     if batch_size < 1:
         raise ValueError(f"batch_size: got {batch_size}, expected at least 1")
-    indices = list(range(len(lengths)))
-    if not shuffle:
-        indices.sort(key=lambda i: lengths[i])
-        return [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
+    sizes, indices = numpy.asarray(lengths), list(range(len(lengths)))
     rng = random.Random(f"fastpref {seed} {epoch}")
-    rng.shuffle(indices)
-    size = window * batch_size
+    if shuffle:
+        rng.shuffle(indices)
+    size = window * batch_size if shuffle else max(len(indices), 1)
     batches = []
     for start in range(0, len(indices), size):
-        part = sorted(indices[start : start + size], key=lambda i: lengths[i])
+        part = _sorted(indices[start : start + size], sizes)
         batches += [part[i : i + batch_size] for i in range(0, len(part), batch_size)]
-    rng.shuffle(batches)
+    if shuffle:
+        rng.shuffle(batches)
     return batches
+
+
+def _sorted(indices: list[int], sizes: numpy.ndarray) -> list[int]:
+    """By size; equal ones in the order they have."""
+    return numpy.array(indices)[numpy.argsort(sizes[indices], kind="stable")].tolist()  # type: ignore[no-any-return]
 
 
 def eval_order(examples: Sequence[Example], batch_size: int) -> list[list[int]]:
     """Batches of what is only scored, alike in length, as indices of examples."""
-    return batch_order([e.length for e in examples], batch_size, seed=0, epoch=0, shuffle=False)
+    return batch_order(lengths_of(examples), batch_size, seed=0, epoch=0, shuffle=False)
 
 
 def fill_batches(
@@ -285,6 +291,8 @@ def fill_batches(
         raise ValueError(f"max_tokens: got {max_tokens}, expected at least 1")
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size: got {batch_size}, expected at least 1")
+    longest_first = -numpy.asarray(tokens, dtype=numpy.int64)
+    tokens = (-longest_first).tolist()
     if tokens and max(tokens) > max_tokens:
         raise ValueError(f"tokens: got {max(tokens)}, expected at most max_tokens = {max_tokens}")
     rng = random.Random(f"fastpref {seed} {epoch}")
@@ -295,7 +303,7 @@ def fill_batches(
     for end, index in enumerate(indices, 1):
         total += tokens[index]
         if total >= window * max_tokens or end == len(indices):
-            batches += _first_fit(sorted(indices[start:end], key=lambda i: -tokens[i]), tokens, max_tokens, batch_size)
+            batches += _first_fit(_sorted(indices[start:end], longest_first), tokens, max_tokens, batch_size)
             start, total = end, 0
     rng.shuffle(batches)
     return batches

@@ -73,60 +73,57 @@ def load_records(source: Any, split: str | None = None, *, invalid: Invalid | No
     Raises ValueError, one line that names file, line and field, for the first broken record, and for a source that is
     empty or cannot be read.
     """
-    return _load(source, split, _parse, invalid)
+    return list(_read(source, split, _parse, invalid))
 
 
 def load_prompts(source: Any, split: str | None = None) -> list[Record]:
     """As `load_records`, of records that may also be a prompt alone: {prompt, ...}."""
-    return _load(source, split, _parse_prompt)
+    return list(_read(source, split, _parse_prompt, None))
 
 
 def stream_records(source: Any, split: str | None = None, *, streaming: bool = True,
                    invalid: Invalid | None = None) -> Iterator[Record]:
     """The records of `load_records`, each when it is asked for: of a .jsonl or .parquet file no more is read, and a
-    data set is streamed (`datasets`' streaming), unless `streaming` is False. Nothing is raised for a source without
-    records."""
-    if isinstance(source, (list, tuple)):
-        for part in source:
-            yield from stream_records(part, split, streaming=streaming, invalid=invalid)
-        return
-    yield from _parsed(open_source(source, split, streaming=streaming)[1], _parse, invalid)
+    data set is streamed (`datasets`' streaming), unless `streaming` is False. Streaming, nothing is raised for a source
+    without records."""
+    return _read(source, split, _parse, invalid, streaming)
 
 
 def records_from_rows(rows: Iterable[Mapping[str, Any]], name: str = "rows") -> list[Record]:
     """Validates rows that are already in memory (a list of dicts, a `datasets.Dataset`); errors as `load_records`."""
-    return _all_of(name, rows_in_memory(rows, name), _parse, None)
+    return list(_parsed(name, rows_in_memory(rows, name), _parse, None, False))
 
 
-def _load(
-    source: Any, split: str | None, parse: Callable[[str, Any], Record], invalid: Invalid | None = None
-) -> list[Record]:
-    if isinstance(source, (list, tuple)):
-        if not source:
-            raise ValueError("source: got an empty list, expected at least one file or data set")
-        return [record for part in source for record in _load(part, split, parse, invalid)]
-    return _all_of(*open_source(source, split), parse, invalid)
+def _read(source: Any, split: str | None, parse: Callable[[str, Any], Record], invalid: Invalid | None,
+          streaming: bool = False) -> Iterator[Record]:
+    if not isinstance(source, (list, tuple)):
+        yield from _parsed(*open_source(source, split, streaming=streaming), parse, invalid, streaming)
+    elif not source:
+        raise ValueError("source: got an empty list, expected at least one file or data set")
+    else:
+        for part in source:
+            yield from _read(part, split, parse, invalid, streaming)
 
 
-def _all_of(name: str, rows: Rows, parse: Callable[[str, Any], Record], invalid: Invalid | None) -> list[Record]:
-    records = list(_parsed(rows, parse, invalid))
-    if not records:
-        if invalid and invalid.first:
-            raise ValueError(f"{name}: all {invalid.count} records are invalid (first: {invalid.first[0]})")
-        raise ValueError(f"{name}: no records, the data is empty")
-    return records
-
-
-def _parsed(rows: Rows, parse: Callable[[str, Any], Record], invalid: Invalid | None) -> Iterator[Record]:
+def _parsed(name: str, rows: Rows, parse: Callable[[str, Any], Record], invalid: Invalid | None,
+            may_be_empty: bool) -> Iterator[Record]:
+    before, found = invalid.count if invalid else 0, may_be_empty
     for where, row in rows:
         try:
             if isinstance(row, ValueError):
                 raise row
-            yield parse(where, row)
+            record = parse(where, row)
         except ValueError as error:
             if invalid is None:
                 raise
             invalid.add(error)
+            continue
+        found = True
+        yield record
+    if not found:
+        if invalid and (count := invalid.count - before):
+            raise ValueError(f"{name}: all {count} records are invalid (first: {invalid.first[0]})")
+        raise ValueError(f"{name}: no records, the data is empty")
 
 
 def _parse(where: str, row: Any) -> Record:

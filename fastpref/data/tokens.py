@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-import statistics
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal
@@ -110,11 +109,15 @@ class TokenizeReport:
             parts.append(f"{what} tokens: median {median:g}, max {most:,}")
         return "; ".join(parts)
 
-    def count(self, examples: Sequence[Example]) -> None:
+    def count(self, examples: Any) -> None:
         """Fills in what is said of the examples; zeros for none."""
         self.examples = len(examples)
-        self.prompt_tokens = _median_max(len(e.prompt_ids) for e in examples)
-        self.response_tokens = _median_max(len(ids) for e in examples for ids in e.responses)
+        if hasattr(examples, "prompt_lengths"):  # columns: no token is read
+            self.prompt_tokens = _median_max(examples.prompt_lengths)
+            self.response_tokens = _median_max(examples.response_lengths)
+        else:
+            self.prompt_tokens = _median_max([len(e.prompt_ids) for e in examples])
+            self.response_tokens = _median_max([len(ids) for e in examples for ids in e.responses])
 
     def add(self, other: TokenizeReport) -> None:
         """What became of further records; `count` is for the examples of both."""
@@ -302,9 +305,11 @@ def tokenize_prompts(
     return cut, sum(len(ids) > max_length for ids in prompts)
 
 
-def with_margins(examples: Sequence[Example], records: Sequence[Record]) -> list[Example]:
+def with_margins(
+    examples: Sequence[Example], records: Sequence[Record], invalid: Invalid | None = None
+) -> list[Example]:
     """The examples with their records' field `margin`, TRL's name: how much better the chosen response is. Without it a
-    pair has none, which is a margin of 0. Raises ValueError for one that is no finite number.
+    pair has none, which is a margin of 0. Raises ValueError for one that is no finite number; or counts it as invalid.
     """
     found = []
     for example in examples:
@@ -313,14 +318,17 @@ def with_margins(examples: Sequence[Example], records: Sequence[Record]) -> list
         if margin is not None and (
             isinstance(margin, bool) or not isinstance(margin, (int, float)) or not math.isfinite(margin)
         ):
-            raise ValueError(f"{record.source}: field 'margin' is {margin!r}, expected a finite number")
+            error = ValueError(f"{record.source}: field 'margin' is {margin!r}, expected a finite number")
+            if invalid is None:
+                raise error
+            invalid.add(error)
+            continue
         found.append(replace(example, margin=None if margin is None else float(margin)))
     return found
 
 
-def _median_max(lengths: Iterable[int]) -> tuple[float, int]:
-    lengths = list(lengths)
-    return (statistics.median(lengths), max(lengths)) if lengths else (0, 0)
+def _median_max(lengths: Any) -> tuple[float, int]:
+    return (float(numpy.median(lengths)), int(numpy.max(lengths))) if len(lengths) else (0, 0)
 
 
 def _clip(spans: Spans | None, length: int) -> Spans | None:

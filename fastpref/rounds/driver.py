@@ -36,7 +36,7 @@ import torch
 import yaml
 from transformers import PreTrainedTokenizerBase
 
-from fastpref.data import Example, load_records
+from fastpref.data import Example, Examples, load_records
 from fastpref.errors import UserError
 from fastpref.files import replacing, write_text
 from fastpref.train import checkpoint
@@ -524,7 +524,7 @@ def _train(session: Session, number: int, examples: list[Example], seconds: dict
     exact_match, generated = session.exact_match.get(begins, ({}, []))
     given = Given(
         session.policy, session.tokenizer,
-        [Data(examples, session.data.eval, session.data.questions, session.data.prompts)], reference,
+        [Data(Examples.of(examples), session.data.eval, session.data.questions, session.data.prompts)], reference,
         optimizer=session.optimizer if settings.one_schedule else None,
         part=(number - 1, settings.number) if settings.one_schedule else (0, 1),
         exact_match=exact_match, generated=generated,

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from fastpref.data import Example, eval_order
+from fastpref.data import Example, eval_order, hashes_of
 from fastpref.errors import UserError
 from fastpref.files import FileLock, remove_partials
 
@@ -69,7 +69,7 @@ def obtain(split: Split, tokenizer: PreTrainedTokenizerBase, weights: str, like:
     stage, examples, path, stream = split.stage, split.examples, split.path, split.stream
     header = reference.header_of(stage, tokenizer, like.compute_dtype, weights, examples, split.steps, stream=stream)
     what = f"{stage.name}: reference log-probs of {len(examples):,} {split.name} examples"
-    hashes = [example.content_hash for example in examples]
+    hashes = hashes_of(examples)
 
     def cached() -> tuple[dict[str, Tensor], ReferenceLogps | None]:
         """Of a stream what is known of it; and the log-probs, if they are all there."""
@@ -97,13 +97,13 @@ def obtain(split: Split, tokenizer: PreTrainedTokenizerBase, weights: str, like:
             display.say(f"{path}: damaged; computed again", "yellow")
         started = time.monotonic()
         size, pad = stage.per_device_eval_batch_size, pad_token(tokenizer)
-        new = [example for example, code in zip(examples, hashes) if code not in known]
+        new = [example for example, code in zip(examples, hashes) if code not in known] if known else examples
         progress = reference.Progress(path, header | {"records": reference.identity(new)}, size, like.layout)
         found = logps = reference.compute(source(), new, stage.kind, size, pad, watch(show), split.steps, progress)
         if stream:
             if known:
                 what += f", {len(new):,} of them new to {path},"
-            known |= {example.content_hash: row for example, row in zip(new, found.logps)}
+            known |= dict(zip(hashes_of(new), found.logps))
             logps, found, hashes = reference.of_known(known, hashes), reference.of_known(known, known), list(known)
         ranks.on_first(lambda: reference.write(path, header, found, hashes))
         progress.discard()

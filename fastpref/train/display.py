@@ -50,6 +50,9 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
+EVERY = 5.0  # seconds between two lines of a pass over data
+
+
 class Display:
     """One console. Steps are a bar in a terminal; in a pipe or a file they are the logged lines."""
 
@@ -79,9 +82,20 @@ class Display:
 
     @contextmanager
     def counting(self, what: str) -> Iterator[Any]:
-        """Shows a pass over data; what it gives is called with (done, of)."""
+        """Shows a pass over data; what it gives is called with (done, of). In a pipe or a file: a line every few
+        seconds, later every twentieth of the time so far."""
         if not self.console.is_terminal:
-            yield lambda done, of: None
+            begun = said = time.monotonic()
+
+            def line(done: int, of: int | None) -> None:
+                nonlocal said
+                now = time.monotonic()
+                if now - said >= max(EVERY, (now - begun) / 20):
+                    said = now
+                    share = f"{done:,} of {of:,}" if of else f"{done:,}"
+                    self.say(f"{what}: {share} in {duration(now - begun)}")
+
+            yield line
             return
         own = self.progress is None
         progress = self.progress or Progress(
@@ -119,7 +133,9 @@ class StepBar:
 
 class _Count(ProgressColumn):
     def render(self, task: Task) -> Text:
-        return Text("" if task.total is None else f"{int(task.completed)}/{int(task.total)}")
+        if task.total is None:
+            return Text(f"{int(task.completed):,}" if task.completed else "")
+        return Text(f"{int(task.completed)}/{int(task.total)}")
 
 
 class _Values(ProgressColumn):

@@ -15,7 +15,7 @@ from typing import Any
 
 from transformers import AutoConfig
 
-from fastpref.data import Example, Layout
+from fastpref.data import Examples, Layout
 from fastpref.errors import UserError
 
 from . import memory
@@ -74,22 +74,26 @@ def dry_run(config: TrainConfig, display: Display | None = None) -> dict[str, An
     return found
 
 
-def _counts(stage: TrainConfig, examples: list[Example], schedule: Schedule, layout: Layout) -> dict[str, Any]:
+def _counts(stage: TrainConfig, examples: Examples, schedule: Schedule, layout: Layout) -> dict[str, Any]:
     """Of all steps. Tokens are what the trunk reads; positions those of the largest micro-batch, padding among them."""
-    in_responses = [sum(map(len, e.responses)) for e in examples]
-    scored = [sum(e.scored_tokens) for e in examples]
+    sizes, lengths = examples.tokens(share_prompts=False).tolist(), examples.lengths.tolist()
+    in_prompts, in_responses = examples.prompt_lengths.tolist(), examples.response_lengths.sum(1).tolist()
+    scored = examples.scored_lengths.sum(1).tolist()
     steps = [schedule.of_step(step)[1] for step in range(schedule.steps)]
     seen = [i for batches in steps for batch in batches for i in batch]
 
     def tokens(batch: list[int]) -> int:
         if layout != "shared":
-            return sum(examples[i].tokens(share_prompts=False) for i in batch)
-        return sum(map(len, {tuple(examples[i].prompt_ids) for i in batch})) + sum(in_responses[i] for i in batch)
+            return sum(sizes[i] for i in batch)
+        prompts = [in_prompts[i] for i in batch]
+        if len(set(prompts)) < len(prompts):  # else no two are equal
+            prompts = [len(ids) for ids in {tuple(examples[i].prompt_ids) for i in batch}]
+        return sum(prompts) + sum(in_responses[i] for i in batch)
 
     def positions(batch: list[int]) -> int:
         if layout != "padded":
             return tokens(batch)
-        return sum(len(examples[i].responses) for i in batch) * max(examples[i].length for i in batch)
+        return len(batch) * len(examples.sides) * max(lengths[i] for i in batch)
 
     of_step = [sum(map(tokens, batches)) for batches in steps]
     rates = [learning_rate(stage, step, schedule.steps) for step in range(schedule.steps)]

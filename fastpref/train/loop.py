@@ -446,7 +446,7 @@ def run_stage(run: Run, index: int) -> None:
         if loss.needs_reference:
             train_ref, eval_ref = reference_logps(run, index, schedule)
             examples = train_ref.attach(examples)
-            held_out = eval_ref.attach(held_out) if eval_ref else []
+            held_out = eval_ref.attach(held_out) if eval_ref else held_out
         fresh = _fresh(run, index)
         with run.display.steps(name, state.step, steps) as bar:
             while True:

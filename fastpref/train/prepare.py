@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
+import numpy
 from transformers import PreTrainedTokenizerBase
 
 from fastpref.data import (
     Example,
+    Examples,
     Invalid,
     Record,
     TokenizeReport,
     batch_order,
     fill_batches,
-    load_records,
+    lengths_of,
+    load_examples,
     stream_records,
     tokenize_records,
+    tokens_of,
     with_margins,
 )
 from fastpref.errors import UserError
@@ -35,29 +39,39 @@ from .watch import FreshPrompt, fresh_prompts
 class Data:
     """A stage's examples, and the held-out ones."""
 
-    train: list[Example]
-    eval: list[Example] = field(default_factory=list)
+    train: Examples
+    eval: Examples = field(default_factory=lambda: Examples([]))
     questions: list[Question] = field(default_factory=list)
     prompts: list[FreshPrompt] = field(default_factory=list)  # that the watch samples from
+
+
+class _Records(Sequence[Record]):
+    """Of a source, read as far as they are asked for."""
+
+    def __init__(self, stream: Iterator[Record]) -> None:
+        self.stream, self.read = stream, list[Record]()
+
+    def __len__(self) -> int:
+        return len(self.read)
+
+    def __getitem__(self, i: Any) -> Any:
+        self.read += islice(self.stream, max(0, i + 1 - len(self.read)))
+        return self.read[i]
 
 
 def load_data(
     stages: Sequence[TrainConfig], tokenizer: PreTrainedTokenizerBase, display: Display, *, held_out_only: bool = False
 ) -> list[Data]:
     """Reads and tokenises everything, for all stages, before anything is trained."""
-    records: dict[str, list[Record]] = {}
-    broken: dict[str, Invalid] = {}
-    made: dict[str, list[Example]] = {}
+    records: dict[str, Sequence[Record]] = {}
+    made: dict[str, Examples] = {}
     drop = stages[0].invalid_records == "drop"
 
-    def read(source: Any) -> list[Record]:
-        key = repr(source)
-        if key not in records:
-            broken[key] = Invalid()
-            records[key] = load_records(source, invalid=broken[key] if drop else None)
-        return records[key]
+    def read(source: Any) -> Sequence[Record]:
+        stream = stream_records(source, streaming=False, invalid=Invalid() if drop else None)
+        return records.setdefault(repr(source), _Records(stream))
 
-    def tokenized(source: Any, stage: TrainConfig, what: str) -> list[Example]:
+    def tokenized(source: Any, stage: TrainConfig, what: str) -> Examples:
         options: dict[str, Any] = {
             "max_length": stage.max_length,
             "max_prompt_length": stage.max_prompt_length,
@@ -68,17 +82,16 @@ def load_data(
         key = repr((source, stage.kind, options, _needs(stage) if streamed else None))
         if key not in made:
             if streamed:
-                made[key], taken, report = _streamed(stage, tokenizer, options)
+                examples, taken, report = _streamed(stage, tokenizer, options)
                 if len(taken) > len(records.get(repr(source), ())):  # the stream's first, of several stages the most
                     records[repr(source)] = taken
+                if stage.reward_model:
+                    examples = with_margins(examples, taken)
+                made[key] = Examples.of(examples, [taken[e.record_id].source for e in examples])
             else:
-                all_records, invalid = read(source), replace(broken[repr(source)], first=[*broken[repr(source)].first])
-                made[key], report = tokenize_records(
-                    all_records, tokenizer, stage.kind, invalid=invalid if drop else None, **options
-                )
-                report.invalid = invalid
-            if stage.reward_model:
-                made[key] = with_margins(made[key], read(source))
+                with display.counting(f"{stage.name} {what}: records read and tokenised") as show:
+                    made[key], report = load_examples(source, tokenizer, stage.kind, drop_invalid=drop, tick=show,
+                                                      margins=stage.reward_model, **options)
             display.say(f"{stage.name} {what}: {report}")
             for line in report.invalid.first:
                 display.say(f"  dropped: {line}")
@@ -86,9 +99,10 @@ def load_data(
 
     found = []
     for index, stage in enumerate(stages):
-        data = Data([] if held_out_only else tokenized(stage.train_dataset, stage, "train"))
-        if stage.max_tokens_per_batch and data.train:
-            data.train = _within_budget(stage, data.train, read(stage.train_dataset), display)
+        data = Data(Examples([]))
+        if not held_out_only:
+            train = tokenized(stage.train_dataset, stage, "train")
+            data.train = _within_budget(stage, train, display) if stage.max_tokens_per_batch else train
         if stage.eval_dataset is not None:
             data.eval = tokenized(stage.eval_dataset, stage, "held-out")
             if stage.eval_generate:
@@ -107,9 +121,9 @@ def load_data(
     return found
 
 
-def _check_labelled(stage: TrainConfig, examples: list[Example], seed: int, display: Display) -> None:
+def _check_labelled(stage: TrainConfig, examples: Examples, seed: int, display: Display) -> None:
     """Labels of both kinds; and for KTO's baseline in every step two prompts at least, which can be mismatched."""
-    kinds = {example.desirable for example in examples}
+    kinds = set(examples.labels.tolist())
     if len(kinds) == 1:
         only = "desirable" if kinds == {True} else "undesirable"
         display.say(f"{stage.name}: all {len(examples):,} labels are {only}: nothing keeps the policy from "
@@ -155,7 +169,7 @@ def _streamed(
             size = example.tokens(stage.prefix_sharing)
             if stage.max_tokens_per_batch and size > stage.max_tokens_per_batch:
                 if stage.overlong_response != "drop":
-                    raise UserError(_too_long(stage, example, part) + _ADVICE)
+                    raise UserError(_too_long(stage, part[example.record_id].source, size) + _ADVICE)
                 reason = f"more than max_tokens_per_batch = {stage.max_tokens_per_batch} tokens"
                 report.dropped.setdefault(reason, []).append(part[example.record_id].source)
                 continue
@@ -172,26 +186,23 @@ def _streamed(
     return examples, records, report
 
 
-def _within_budget(
-    stage: TrainConfig, examples: list[Example], records: Sequence[Record], display: Display
-) -> list[Example]:
+def _within_budget(stage: TrainConfig, examples: Examples, display: Display) -> Examples:
     """An example that fills more than a whole batch follows `overlong_response`: "drop" leaves it out, and says so."""
-    limit, share = stage.max_tokens_per_batch or 0, stage.prefix_sharing
-    long = [e for e in examples if e.tokens(share) > limit]
-    if not long:
+    tokens, limit = examples.tokens(stage.prefix_sharing), stage.max_tokens_per_batch or 0
+    long = numpy.flatnonzero(tokens > limit)
+    if not len(long):
         return examples
-    what = _too_long(stage, long[0], records)
+    what = _too_long(stage, examples.source(long[0]), tokens[long[0]])
     if stage.overlong_response != "drop" or len(long) == len(examples):
         raise UserError(f"{what} ({len(long)} of {len(examples)} examples are like that){_ADVICE}")
     display.say(f"{stage.name} train: {len(long):,} of {len(examples):,} examples dropped (first: {what})")
-    return [e for e in examples if e.tokens(share) <= limit]
+    return examples.select(numpy.flatnonzero(tokens <= limit))
 
 
 _ADVICE = ": raise max_tokens_per_batch, lower max_length, or set overlong_response to drop"
 
 
-def _too_long(stage: TrainConfig, example: Example, records: Sequence[Record]) -> str:
-    tokens, where = example.tokens(stage.prefix_sharing), records[example.record_id].source
+def _too_long(stage: TrainConfig, where: str, tokens: int) -> str:
     limit = stage.max_tokens_per_batch
     return f"{where}: prompt and responses are {tokens:,} tokens, more than max_tokens_per_batch={limit} holds"
 
@@ -201,10 +212,7 @@ class Schedule:
 
     def __init__(self, stage: TrainConfig, examples: Sequence[Example], seed: int) -> None:
         self.seed, self.batch_size, self.max_tokens = seed, stage.batch_size, stage.max_tokens_per_batch
-        if self.max_tokens:
-            self.lengths = [e.tokens(stage.prefix_sharing) for e in examples]
-        else:
-            self.lengths = [e.length for e in examples]
+        self.lengths = tokens_of(examples, stage.prefix_sharing) if self.max_tokens else lengths_of(examples)
         self.accumulation = stage.gradient_accumulation_steps
         self._epoch: tuple[int, list[list[int]]] = (-1, [])
         self._begins = [(0, 0)]  # of each epoch so far, and of the next: its first step, its first micro-batch

@@ -23,7 +23,7 @@ import json
 import struct
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from fastpref.data import Batch, Example, Kind, Layout, collate, eval_order, mismatched_parts
+from fastpref.data import Batch, Example, Examples, Kind, Layout, collate, eval_order, hashes_of, mismatched_parts
 from fastpref.errors import SaveError
 from fastpref.files import replacing
 
@@ -53,9 +53,10 @@ class ReferenceLogps:
     kl: Tensor  # [K] fp32; empty where the loss has no mismatched sequences
     kl_offsets: Tensor  # [B + 1] int64
 
-    def attach(self, examples: Sequence[Example]) -> list[Example]:
+    def attach(self, examples: Sequence[Example]) -> Examples:
         """The examples with their `ref_logps`, which `collate` puts into batches."""
-        return [replace(e, ref_logps=tuple(row)) for e, row in zip(examples, self.logps.tolist(), strict=True)]
+        columns = examples if isinstance(examples, Examples) else Examples.of(examples)
+        return columns.with_ref_logps(self.logps.numpy())
 
     def of_batch(self, index: int) -> Tensor:
         """[K of that batch]: mismatched sequences of micro-batch `index` of the stage (CPU)."""
@@ -83,7 +84,7 @@ def header_of(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, dtype: to
 
 def identity(examples: Sequence[Example]) -> str:
     """Of a tokenised data set: its examples and their order."""
-    return hashlib.sha256("".join(e.content_hash for e in examples).encode()).hexdigest()[:32]
+    return hashlib.sha256("".join(hashes_of(examples)).encode()).hexdigest()[:32]
 
 
 def mismatched(
