@@ -289,7 +289,7 @@ def of_known(known: Mapping[str, Tensor], hashes: Iterable[str]) -> ReferenceLog
 
 def write(path: Path, header: dict[str, Any], reference: ReferenceLogps, hashes: Iterable[str]) -> None:
     """hashes: `content_hash` of every example."""
-    codes = torch.tensor([list(bytes.fromhex(code)) for code in hashes], dtype=torch.uint8)
+    codes = torch.frombuffer(bytearray.fromhex("".join(hashes)), dtype=torch.uint8).view(-1, 16)
     tensors = {"logps": reference.logps, "kl": reference.kl, "kl_offsets": reference.kl_offsets, "hashes": codes}
     with replacing(path) as partial:
         path.parent.mkdir(parents=True, exist_ok=True)
