@@ -15,6 +15,7 @@ from test_data import CHATML, assistant, chars, pair, user
 from fastpref.data import (
     Example,
     Examples,
+    Rendering,
     batch_order,
     fill_batches,
     hashes_of,
@@ -144,6 +145,13 @@ def test_the_files_name_has_everything_that_tokens_depend_on(data, monkeypatch):
     monkeypatch.setattr(stored, "_code_key", lambda: ["newer"])
     load(data)
     assert len(files(data)) == 8
+
+
+def test_the_date_counts_where_the_template_tells_it(data):
+    for template, made in ((REFUSES, 1), (REFUSES + "{{ strftime_now('%d %b %Y') }}", 3)):
+        for date in ("2026-01-01", "2026-01-02", "2026-01-01"):
+            load(data, template, rendering=Rendering(date=date))
+        assert len(files(data)) == made
 
 
 def test_what_stays_in_memory(data, monkeypatch):

@@ -12,6 +12,7 @@ it. Without `datasets`, and of data of a single part, the columns stay in memory
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import functools
 import hashlib
 import importlib.metadata
@@ -26,6 +27,7 @@ from numpy import ndarray
 
 from fastpref.files import locked, remove_partials, replacing, write_text
 
+from .chat import Rendering, tells_the_date
 from .records import Invalid, stream_records
 from .sources import load_dataset, reader_of
 from .tokens import Example, Kind, TokenizeReport, tokenize_records, with_margins
@@ -227,7 +229,10 @@ def load_examples(
         if not found:
             raise ValueError(f"{source}: {report.none_usable()}")
 
-    path = _path_of(source, tokenizer, [kind, drop_invalid, margins, sorted(options.items())])
+    rendering = options.get("rendering") or Rendering()
+    date = tells_the_date(tokenizer) and (rendering.date or str(datetime.date.today()))
+    keyed = options | {"rendering": dataclasses.replace(rendering, date=date or None)}
+    path = _path_of(source, tokenizer, [kind, drop_invalid, margins, sorted(keyed.items())])
     if path and (found := _read(path)):
         return found
     begun = list(islice(rest := parts(), 2))
