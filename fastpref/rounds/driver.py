@@ -131,7 +131,7 @@ def rounds(config: Config, *, resume: bool = False, display: Display | None = No
             return summary
         scorer = load_scorer(
             config.rounds.scorer, timeout=config.rounds.scorer_timeout,
-            batch_size=config.stage.per_device_eval_batch_size,
+            batch_size=config.stage.per_device_eval_batch_size, trust_remote_code=config.train.trust_remote_code,
         )
         held.enter_context(scorer)
         session = _open(run_dir, config, display, stop, scorer, vllm, goes_on)

@@ -30,7 +30,7 @@ from typing import Any
 import numpy
 import torch
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fastpref.errors import SaveError, UserError, first_line
@@ -219,43 +219,6 @@ def read_tensors(folder: Path) -> dict[str, Any]:
         return found
     except Exception as error:  # a damaged zip, pickle, or file
         raise UserError(f"{folder}/optimizer.pt: cannot be read ({first_line(error)})") from error
-
-
-def load_sharded_weights(model: nn.Module, folder: Path) -> None:
-    """The weights of a sharded checkpoint into a model that is whole on this rank."""
-    saved, wanted = sharded_metadata(folder), {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-    for key, tensor in wanted.items():
-        there = tuple(saved[key].size) if key in saved else None
-        if there != tuple(tensor.shape):
-            raise UserError(f"{folder.parent}: is of another model: {key.removeprefix('model.')} is "
-                            f"{there or 'missing'} there, {tuple(tensor.shape)} here")
-    read_sharded(wanted, folder)
-
-
-def sharded_metadata(folder: Path) -> dict[str, Any]:
-    """Name -> sizes and dtype of every tensor in a sharded checkpoint."""
-    import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-
-    try:
-        found = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
-    except Exception as error:  # a missing file, a damaged pickle
-        raise UserError(f"{folder}: cannot be read ({first_line(error)})") from error
-    return {key: value for key, value in found.items() if isinstance(value, TensorStorageMetadata)}
-
-
-def read_sharded(wanted: dict[str, Any], folder: Path) -> None:
-    """In place; every rank reads its own part, for itself."""
-    import torch.distributed.checkpoint as dcp
-
-    if not wanted:
-        return
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that it reads without a process group
-            dcp.load(wanted, checkpoint_id=folder, no_dist=True)
-    except Exception as error:
-        raise UserError(f"{folder}: cannot be read ({first_line(error)})") from error
 
 
 def seed_everything(seed: int) -> None:

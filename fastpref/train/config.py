@@ -316,6 +316,16 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     return config_from_dict(read_values(path, overrides), str(path))
 
 
+def load_config_of_run(run_dir: Path, overrides: Sequence[str] = (), *, trust_remote_code: bool = False) -> TrainConfig:
+    """What a run was started with. Its folder runs no code unasked: raises UserError where it says `trust_remote_code`
+    and neither the caller nor an override does."""
+    config = load_config(run_dir / "config.yaml", overrides)
+    if config.trust_remote_code and not trust_remote_code and "trust_remote_code=true" not in overrides:
+        raise UserError(f"{run_dir}/config.yaml: trust_remote_code is true, for {config.model_name_or_path}; a folder "
+                        "of a run runs no code unasked: say trust_remote_code=true here as well")
+    return config
+
+
 def read_values(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """What a YAML file says, with overrides applied; names and types are not checked yet. Errors as `load_config`."""
     try:

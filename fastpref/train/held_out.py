@@ -11,7 +11,7 @@ from fastpref.errors import UserError
 from . import checkpoint, reference
 from .cache import file_of
 from .checkpoint import seed_everything
-from .config import TrainConfig, load_config
+from .config import TrainConfig, load_config, load_config_of_run
 from .display import Display, evaluation_table
 from .evaluate import evaluate, exact_match, generate
 from .model import Policy, load_policy, load_reference, load_tokenizer, pad_token
@@ -31,7 +31,7 @@ def evaluate_run(
     display = display or Display()
     path = Path(source)
     run_dir = path if path.is_dir() else None
-    config = load_config(path / "config.yaml" if run_dir else path, overrides)
+    config = load_config_of_run(path, overrides) if run_dir else load_config(path, overrides)
     stages = config.stage_configs()
     index, weights = len(stages) - 1, None
     if run_dir:

@@ -284,7 +284,8 @@ def _prepare_sampling(
             check_prompts(stage, policy, tokenizer, its.prompts)
         if stage.scorer and stage.scorer not in scorers:
             size = stage.per_device_eval_batch_size
-            scorer = load_scorer(stage.scorer, timeout=stage.scorer_timeout, batch_size=size)
+            scorer = load_scorer(stage.scorer, timeout=stage.scorer_timeout, batch_size=size,
+                                 trust_remote_code=stage.trust_remote_code)
             scorers[stage.scorer] = held.enter_context(scorer)
     checkpoint.restore_random_state(generators)
     return scorers

@@ -33,9 +33,10 @@ from fastpref.losses import SFT, Totals
 from fastpref.trunk import Head, check_vocabulary, take_score_apart, unwrap
 from fastpref.trunk import take_apart as find_parts
 
-from .checkpoint import SHARDED, load_sharded_weights, save
+from .checkpoint import SHARDED, save
 from .config import TrainConfig
 from .kernels import use_liger_kernels
+from .shards import load_sharded_weights
 from .source import Source, check_whole, load_whole, need_peft, put_adapter, some, source_of, source_of_run
 
 BASE = "base"  # in output_dir: the model that merge_adapter makes, for an adapter on it

@@ -36,7 +36,7 @@ from fastpref.data import Example, collate, eval_order, records_from_rows, token
 from fastpref.errors import UserError, first_line
 
 from .checkpoint import random_state, read_state, restore_random_state
-from .config import load_config
+from .config import load_config_of_run
 from .held_out import reference_of, weights_of_run
 from .model import Policy, load_policy, load_tokenizer, pad_token, pick_device
 from .source import load_whole, put_adapter, source_of
@@ -93,14 +93,16 @@ class Scorer:
         self.close()
 
 
-def load_scorer(spec: str, *, timeout: float | None = 10.0, batch_size: int = 8) -> Scorer:
+def load_scorer(spec: str, *, timeout: float | None = 10.0, batch_size: int = 8,
+                trust_remote_code: bool = False) -> Scorer:
     """timeout: seconds that a function may take for one response; None: as long as it likes. batch_size: responses at
     once, of a model.
 
     A reward model reads prompt + response + EOS as in training (messages: through its chat template). The implicit
     reward of a run is that of its model/, or its newest checkpoint; of a checkpoint's folder, that of the checkpoint.
     beta and the reference are those of the loss of the stage that the weights come from; where the loss has none, beta
-    is 1 and the reference is what the stage started from.
+    is 1 and the reference is what the stage started from. trust_remote_code: whether that run may run code that comes
+    with its model.
 
     Raises UserError for a spec that is none of the three, a function that cannot be imported, a model that cannot be
     loaded or is no reward model, and a folder that is no run.
@@ -109,7 +111,7 @@ def load_scorer(spec: str, *, timeout: float | None = 10.0, batch_size: int = 8)
         raise UserError(f"timeout is {timeout!r}; it takes seconds, above 0, or none")
     kind, _, folder = spec.partition(":")
     if kind == "implicit":
-        return ImplicitReward(spec, Path(folder), batch_size)
+        return ImplicitReward(spec, Path(folder), batch_size, trust_remote_code)
     if FUNCTION.fullmatch(spec):
         return FunctionScorer(spec, timeout)
     if ":" in spec and not Path(spec).exists():
@@ -368,13 +370,13 @@ def _classifier(name: str) -> Any:
 class ImplicitReward(_ModelScorer):
     """beta (log pi(y|x) - log pi_ref(y|x)), nats, summed over the response's tokens, EOS included."""
 
-    def __init__(self, spec: str, folder: Path, batch_size: int) -> None:
+    def __init__(self, spec: str, folder: Path, batch_size: int, trust_remote_code: bool = False) -> None:
         super().__init__(spec)
         self.batch_size = batch_size
         run_dir = next((f for f in (folder, *folder.absolute().parents[:2]) if (f / "config.yaml").is_file()), None)
         if run_dir is None:
             raise UserError(f"scorer {spec!r}: {folder} is neither the folder of a run nor a checkpoint of one")
-        config = load_config(run_dir / "config.yaml")
+        config = load_config_of_run(run_dir, trust_remote_code=trust_remote_code)
         if config.reward_model:
             raise UserError(f"scorer {spec!r}: the run trains a reward model, which is a scorer itself: {run_dir}")
         weights, index = folder, len(config.stage_configs()) - 1

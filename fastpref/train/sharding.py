@@ -26,10 +26,11 @@ from fastpref.errors import SaveError, UserError
 from fastpref.trunk import unwrap
 
 from . import ranks
-from .checkpoint import SHARDED, read_sharded, sharded_metadata
+from .checkpoint import SHARDED
 from .config import TrainConfig
 from .model import Policy, load_policy
 from .optim import check_shards
+from .shards import last_line, read_sharded, sharded_metadata
 
 
 def load(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, weights: str | Path | None = None) -> Policy:
@@ -133,9 +134,8 @@ def save(policy: Policy, optimizer: torch.optim.Optimizer | None, folder: Path) 
         content |= {f"optimizer.{name}.{key}": value for key, value in state.items()}
     try:
         dcp.save(content, checkpoint_id=folder)
-    except Exception as error:  # a CheckpointException of what failed where, an OSError: each torch its own
-        line = next((line for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
-        raise SaveError(f"could not save {folder.parent}: {line.strip()}") from error
+    except (Exception, dcp.api.CheckpointException) as error:
+        raise SaveError(f"could not save {folder.parent}: {last_line(error)}") from error
 
 
 def load_optimizer(

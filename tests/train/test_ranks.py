@@ -26,6 +26,7 @@ from fastpref.train import checkpoint, loop, ranks
 from fastpref.train.config import config_from_dict
 from fastpref.train.display import Display
 from fastpref.train.loop import Stopped, train
+from fastpref.train.shards import load_sharded_weights
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
 MEASURED = ("tokens_per_s", "scored_tokens_per_s", "saved_tokens_per_s", "peak_memory_mib",
@@ -150,7 +151,7 @@ def test_a_checkpoint_of_two_ranks_goes_on_on_one_and_on_three(world, tmp_path):
     with pytest.raises(UserError, match=r"another model: model.embed_tokens.weight is \(261, 32\) there, \(300,"):
         other = make_config(vocab_size=300)
         other.save_pretrained(tmp_path / "other")
-        checkpoint.load_sharded_weights(LlamaForCausalLM(other), saved / checkpoint.SHARDED)
+        load_sharded_weights(LlamaForCausalLM(other), saved / checkpoint.SHARDED)
     train(config_of(world, alone, "stopped"), resume=True, display=quiet())
     assert_same_run(whole / "stopped", alone / "stopped")
     mp.spawn(work, (3, world, folder, ["stopped"], True), nprocs=3)
