@@ -35,6 +35,7 @@ $(VENV)/installed-smollm2: $(VENV)/installed
 smollm2: $(VENV)/installed-smollm2
 	$(BIN)/python -m examples.smollm2.convert
 	$(BIN)/fastpref rounds examples/smollm2/rounds.yaml overwrite_output_dir=true
+	$(BIN)/python -m examples.smollm2.report
 
 test: $(VENV)/installed-tests lint
 	$(BIN)/python -m pytest

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from examples.smollm2 import convert, make_prompts, verifier
+from examples.smollm2 import convert, make_prompts, report, verifier
 from fastpref.data import load_prompts
 from fastpref.rounds.config import config_from
+from fastpref.train.sample import Sample
 
 ROOT = Path(__file__).parent.parent
 LONG = " ".join(f"word{i}" for i in range(40))
@@ -134,6 +135,85 @@ def test_a_converted_folder_is_used_again_as_long_as_it_is_whole(monkeypatch, tm
     (tmp_path / "weights").write_bytes(b"1235")
     with pytest.raises(SystemExit, match="not installed"):
         convert.convert(tmp_path)
+
+
+# ---- report ----
+
+
+def said(*texts):
+    return [Sample([1] * 5, text, True) for text in texts]
+
+
+def test_satisfaction():
+    records = [{"kind": "no_commas", "argument": ""}] * 4 + [{"kind": "repeated", "argument": "quiet"}] * 2
+    good, bad = "this is fine", "no, this is not"
+    before = said(good, bad, bad, bad, good, good)
+    after = said(good, good, good, bad, "quiet as quiet as it gets", good)
+    every = {kind: [{"kind": kind, "argument": verifier_argument(kind)}] * 2 for kind in make_prompts.KINDS}
+    rest = [record for kind, found in every.items() if kind not in ("no_commas", "repeated") for record in found]
+    none = said(*["none"] * len(rest))
+    found = report.satisfaction(records + rest, before + none, after + none)
+    row = found["no_commas"]
+    assert (row["prompts"], row["before"]["share"], row["after"]["share"], row["change"]) == (4, 0.25, 0.75, 0.5)
+    assert row["half"] == pytest.approx(1.96 * (1 / 3) ** 0.5 / 2)  # differences 0 1 1 0
+    # Wilson's 95 % interval of 1 in 4, from statsmodels
+    assert row["before"]["interval"] == pytest.approx((0.0456, 0.6994), abs=1e-4)
+    assert found["held-out kinds"]["after"]["share"] == 1 / 8 and found["trained kinds"]["before"]["share"] == 1 / 30
+
+
+def verifier_argument(kind):
+    argument = make_prompts.KINDS[kind][1][0]
+    return make_prompts.NUMBERS.get(argument, 1 if argument == "one" else argument)
+
+
+def test_kl_and_perplexity():
+    # log-probs after: of its own answers higher by 1 and 3 nats
+    found = report.kl([-10.0, -20.0], [-11.0, -23.0])
+    assert found["nats_per_response"] == 2.0 and found["half"] == pytest.approx(1.96 * 2**0.5 / 2**0.5)
+    assert found["k3"] == pytest.approx((2.718281828**-1 + 2.718281828**-3 - 2 + 4) / 2)
+    assert report.perplexity([-5.0, -10.0], said("a", "b")) == pytest.approx(2.718281828**1.5)
+    assert report.soundness(said("", "fine", SONG, "well"))["empty"] == 0.25
+    assert report.soundness(said("", "fine", SONG, "well"))["repeating"] == 0.25
+
+
+def test_report_of_a_model_that_did_not_change(monkeypatch, tmp_path, capsys):
+    """From the run's folder to the page: no change, no KL, equal perplexities; perplexity as transformers has it."""
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "examples/model")
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + eos_token }}{% endfor %}"
+    sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, **sizes))
+    for folder in (tmp_path / "model", tmp_path / "run" / "after"):
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    values = yaml.safe_load((ROOT / "examples/smollm2/rounds.yaml").read_text())
+    values |= {"model_name_or_path": str(tmp_path / "model"), "output_dir": str(tmp_path / "run")}
+    values["rounds"] |= {"max_new_tokens": 8}
+    (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(values))
+    with pytest.raises(SystemExit, match="holds no finished rounds: `make smollm2` runs them"):
+        report.main([str(tmp_path / "run")])
+    (tmp_path / "run" / "summary.json").write_text(json.dumps({"model": "after"}))
+    monkeypatch.setattr(report, "GREEDY_TOKENS", 8)
+    report.main([str(tmp_path / "run"), "--prompts", "2", "--questions", "3"])
+    found = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert all(row["change"] == 0 for row in found["satisfaction"].values())
+    assert found["kl"] == {"nats_per_response": 0, "half": 0, "k3": 0}
+    assert "| numbered (held out) | 2 |" in capsys.readouterr().out and (tmp_path / "run" / "report.png").is_file()
+
+    ppl = found["perplexity_under_start"]
+    nll, tokens = 0.0, 0
+    for record in report.read("questions", 3):
+        ids = tokenizer.apply_chat_template(record["prompt"], return_tensors="pt", return_dict=True)["input_ids"]
+        mask = torch.ones_like(ids)
+        out = model.generate(ids, do_sample=False, max_new_tokens=8, attention_mask=mask, pad_token_id=0)
+        with torch.no_grad():
+            logps = model(out).logits[:, :-1].double().log_softmax(-1)
+        nll -= float(logps.gather(2, out[:, 1:, None])[0, ids.shape[1] - 1 :].sum())
+        tokens += out.shape[1] - ids.shape[1]
+    assert ppl["before"] == ppl["after"] == pytest.approx(2.718281828 ** (nll / tokens), rel=1e-5)
 
 
 @pytest.mark.slow
