@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import traceback
 from collections.abc import Sequence
 
 from fastpref.train.display import quiet_imports
@@ -38,6 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return importlib.import_module(f"{__package__}.{name}").main(rest)
     except KeyboardInterrupt:
+        if not sys.stdin.isatty():  # nobody pressed a key: out of time, and where it was is what a log should say
+            traceback.print_exc()
         return 130
     except ValueError as error:
         print(f"fastpref bench {name}: {error}", file=sys.stderr)

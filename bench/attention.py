@@ -29,7 +29,7 @@ import fastpref
 from fastpref import attention
 from fastpref.data import Batch, Example, Layout, collate
 
-from . import command, plots
+from . import command
 from .harness import Contestant, clock_under, fill_times, time_interleaved, told
 from .presets import PRESETS, QUICK, Preset
 from .problem import DTYPES, relative
@@ -221,7 +221,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     run.progress(number, len(options.ratio), cell)
                     _run_cell(cell, model, run)
                 del model
-        command.finish(run, plots.of_results(run.results))
+        command.finish(run)
     return int(any(row.status in ("wrong", "error", "oom") for row in run.results.rows))
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from . import plots
 from .harness import console, keep_freed_memory, memory_limit
 from .peers import MIB, PEERS
 from .presets import PRESETS, QUICK
@@ -33,6 +34,7 @@ def parser(name: str, description: str) -> argparse.ArgumentParser:
     found.add_argument("--device", help="default: cuda where there is one, else cpu")
     found.add_argument("--threads", type=positive, help="of a CPU; default: as torch finds")
     found.add_argument("--rounds", type=positive, help="default: 9 on a CPU, 24 on a GPU; 2 with --quick")
+    found.add_argument("--no-plots", action="store_true", help="`fastpref bench plots` draws them from the JSON")
     found.add_argument("--seconds", type=float, default=math.inf, help="no cell begins after them")
     return found
 
@@ -172,10 +174,10 @@ def session(options: argparse.Namespace, benchmark: str, kind: type[Row] = Row) 
         torch.set_num_threads(before)
 
 
-def finish(run: Session, plots: Sequence[Path]) -> None:
+def finish(run: Session) -> None:
     if run.results.path is not None and run.results.rows:
         run.say(f"rows: {run.results.path}")
-    for path in plots:
+    for path in () if run.options.no_plots else plots.of_results(run.results):
         run.say(f"plot: {path}")
     left_out = sum(row.status == "skipped" and row.note == "time budget" for row in run.results.rows)
     if left_out:

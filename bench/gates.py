@@ -113,13 +113,19 @@ def of_training(rows: Sequence[Any]) -> list[Gate]:
     """Of `bench train`: within the card, as planned, faster than what pads. Of cells that were begun."""
     found = []
     for ours in (row for row in rows if row.impl == "fastpref" and row.status not in ("skipped", "missing")):
+        where = f"{ours.cell}, checkpointing {ours.checkpointing}"
         if ours.card_gb:
             taken = None if ours.ms_median is None else ours.reserved_mib * MIB + CONTEXT
-            found.append(Gate(f"{ours.cell}: memory / {ours.card_gb:g} GB", over(taken, ours.card_gb * 1e9), 1.0))
+            found.append(Gate(f"{where}: memory / {ours.card_gb:g} GB", over(taken, ours.card_gb * 1e9), 1.0))
             off = abs(over(ours.ms_median and ours.peak_mib, ours.plan_mib) - 1)
-            found.append(Gate(f"{ours.cell}: peak off its plan", off, 0.05))
-        for peer in (row for row in rows if row.cell == ours.cell and row.impl in ("trl", "naive")):
+            found.append(Gate(f"{where}: peak off its plan", off, 0.05))
+        for peer in (row for row in rows if same_setting(row, ours) and row.impl in ("trl", "naive")):
             if peer.status == "ok":
                 times = over(ours.pairs_per_s, peer.pairs_per_s)
-                found.append(Gate(f"{ours.cell}: pairs/s / {peer.impl}'s", times, 1.5, at_least=True))
+                found.append(Gate(f"{where}: pairs/s / {peer.impl}'s", times, 1.5, at_least=True))
     return found
+
+
+def same_setting(a: Any, b: Any) -> bool:
+    """Of `bench train`: the same cell, and the same activation checkpointing."""
+    return (a.cell, a.checkpointing) == (b.cell, b.checkpointing)

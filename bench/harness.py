@@ -191,16 +191,18 @@ def check(
     grad_limit = tolerance * GRAD_TOLERANCE[batch.weight.dtype]
     wrong = []
 
-    off = _largest(result.logps.detach().double() - truth.logps)
-    row.logp_max_err, row.logp_err_of = off / batch.shape.scored_length, "sequence"
-    tokens = result.token_logps
-    if tokens is None and implementation.tokens is not None:
-        with torch.no_grad():
-            tokens = implementation.tokens(batch)
-    if tokens is not None and row.logp_max_err <= logp_limit:
-        row.logp_max_err, row.logp_err_of = _largest(tokens.detach().double() - truth.token_logps), "token"
-    if not row.logp_max_err <= logp_limit:
-        wrong.append(f"log-probs off by {row.logp_max_err:.2g} nats a {row.logp_err_of}")
+    off = 0.0
+    if result.logps is not None:
+        off = _largest(result.logps.detach().double() - truth.logps)
+        row.logp_max_err, row.logp_err_of = off / batch.shape.scored_length, "sequence"
+        tokens = result.token_logps
+        if tokens is None and implementation.tokens is not None:
+            with torch.no_grad():
+                tokens = implementation.tokens(batch)
+        if tokens is not None and row.logp_max_err <= logp_limit:
+            row.logp_max_err, row.logp_err_of = _largest(tokens.detach().double() - truth.token_logps), "token"
+        if not row.logp_max_err <= logp_limit:
+            wrong.append(f"log-probs off by {row.logp_max_err:.2g} nats a {row.logp_err_of}")
 
     # The loss may be off by what its log-probs are off by, twice for the second order.
     row.loss_err = _largest(result.loss.detach().double() - expected.loss)

@@ -13,20 +13,20 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import product
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from fastpref.plan import DEFAULT_BUDGET
 
-from . import command, gates, memory, plots
+from . import command, gates, memory
 from .harness import Cell, all_right, measure, table
 from .peers import MIB, OPS, PEERS, Implementation, Missing, fastpref, fastpref_backends, peer
 from .presets import PRESETS
 from .problem import DTYPES, LOSSES, Shape
-from .records import Row
+from .records import Row, label
 
 # CPU: 16 sequences of 128 scored tokens, without and with a prompt as long as the response.
 CPU_SHAPES = [
@@ -49,51 +49,65 @@ class Group(NamedTuple):
 
     cell: Cell
     peers: tuple[str, ...] = ()
-    budgets: tuple[int | None, ...] = (None,)  # fastpref's; empty: it does not take part
+    budgets: tuple[int | None, ...] = (None,)  # fastpref's, one for each plan; empty: it does not take part
     backends: tuple[str, ...] | None = None  # None: the default one
 
     def contestants(self, device: torch.device) -> Iterator[Implementation | Missing]:
         """fastpref first."""
         backends = self.backends or fastpref_backends(device, DTYPES[self.cell.dtype])[:1]
+        seen = set[Any]()
         for backend, budget in product(backends, self.budgets):
-            yield fastpref(backend, budget)
-            if device.type == "cuda":  # elsewhere they are the default
-                yield fastpref(backend, budget, "bf16")
+            for logits in (None, "bf16") if device.type == "cuda" else (None,):  # elsewhere bf16 is bf16's default
+                ours = fastpref(backend, budget, logits)
+                schedule = backend, logits, self._schedule(ours, device)
+                if schedule not in seen:  # at N 8192 1, 2 and 4 GiB make the same plan: timed once
+                    yield ours
+                seen.add(schedule)
         for name in self.peers:
             if name != "naive_all" or self.cell.shape.prompt_share:  # without prompts it is naive
                 yield peer(name, device.type)
 
+    def _schedule(self, ours: Implementation, device: torch.device) -> Any:
+        """What a budget comes to; the budget itself where it does not suffice."""
+        assert ours.plan is not None
+        cell = self.cell
+        try:
+            return replace(ours.plan(cell.shape, cell.op, cell.loss, DTYPES[cell.dtype], device.type), budget=0)
+        except ValueError:
+            return ours.budget
 
-def gpu_groups(device: torch.device) -> Iterator[Group]:
-    """Most important first, cells of one shape together."""
-    every_budget, first = (DEFAULT, LARGER, SMALLER), ("naive", "trl", "liger")
-    every_backend = tuple(fastpref_backends(device, torch.bfloat16))
+
+def gpu_groups(device: torch.device, backends: Sequence[str] | None = None) -> Iterator[Group]:
+    """Most important first: what is claimed, on both sizes, beside the peers that start at once; then Liger, which
+    compiles for half a minute; then the rest. backends: those that work there, the default first; None: ask."""
+    every_budget = (DEFAULT, LARGER, SMALLER)
+    backends = tuple(backends or fastpref_backends(device, torch.bfloat16))
     other_losses = [loss for loss in LOSSES if loss != "dpo"]
 
-    def group(shape: Shape, op: str, loss: str, *rest: tuple) -> Group:
-        return Group(Cell(shape, "bf16", op, loss), *rest)
+    def group(shape: Shape, op: str, loss: str, peers: tuple[str, ...] = (), budgets: tuple = (DEFAULT,)) -> Group:
+        return Group(Cell(shape, "bf16", op, loss), peers, budgets, backends[:1])
 
     for shape in (MAIN, LARGE):
-        yield group(shape, "step", "dpo", first, every_budget)._replace(
-            backends=every_backend if shape is MAIN else None
-        )
+        step = group(shape, "step", "dpo", ("naive", "trl"), every_budget)
+        yield step._replace(backends=backends) if shape is MAIN else step
         for op in ("frozen", "forward"):
-            yield group(shape, op, "dpo", (), (DEFAULT,))
-        for loss in other_losses:
-            yield group(shape, "step", loss, (), (DEFAULT, LARGER))
+            yield group(shape, op, "dpo")
+    for shape in (MAIN, LARGE):
+        yield group(shape, "step", "dpo", ("liger", "unsloth-zoo"))
+        yield group(shape, "step", "sft", ("quack",))
     for shape in OTHERS:
-        yield group(shape, "step", "dpo", first, every_budget)
+        yield group(shape, "step", "dpo", ("naive", "trl", "liger"), every_budget)
         for op in ("frozen", "forward"):
-            yield group(shape, op, "dpo", (), (DEFAULT,))
+            yield group(shape, op, "dpo")
+    for shape in (MAIN, LARGE):
+        for op in ("frozen", "forward"):
+            yield group(shape, op, "dpo", ("naive", "trl", "liger", "unsloth-zoo"), every_budget)
+    for shape in (MAIN, LARGE, *OTHERS):
+        for loss in other_losses:
+            yield group(shape, "step", loss, (), (DEFAULT, LARGER) if shape in (MAIN, LARGE) else (DEFAULT,))
     # What compiles for a minute or is known to be far behind.
     for shape in (MAIN, LARGE):
-        yield group(shape, "step", "dpo", ("cce", "quack", "torch_lce", "naive_compiled"), (DEFAULT,))
-    for shape in (MAIN, LARGE):
-        for op in ("frozen", "forward"):
-            yield group(shape, op, "dpo", first, every_budget)
-    for shape in OTHERS:
-        for loss in other_losses:
-            yield group(shape, "step", loss, (), (DEFAULT,))
+        yield group(shape, "step", "dpo", ("cce", "torch_lce", "naive_compiled"))
 
 
 def chosen_groups(options: argparse.Namespace, device: torch.device, shapes: Sequence[Shape]) -> Iterator[Group]:
@@ -138,6 +152,20 @@ def run_groups(
         run.results.add(rows + [row for row in missing if not run.results.has(row)])
 
 
+def show(groups: Sequence[Group], device: torch.device) -> None:
+    """What would run, in this order, and by which plan: a line a cell."""
+    for number, group in enumerate(groups, 1):
+        what, absent = [], []
+        for each in group.contestants(device):
+            if isinstance(each, Missing):
+                absent.append(each.name)
+                continue
+            row = group.cell.row(each, device.type)
+            plan = f" (plan {row.plan_mib:.0f} MiB)" if row.plan_mib else ""
+            what.append(label(asdict(row)) + plan if row.status == "ok" else f"{each.label}: {row.note}")
+        print(f"{number}. {group.cell}: {'; '.join(what)}{'; missing: ' if absent else ''}{', '.join(absent)}")
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     command.add_shapes(parser)
     command.add_budgets(parser)
@@ -150,7 +178,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = command.parser("head", __doc__ or "")
     add_arguments(parser)
     command.add_logits(parser, ["trained"])
+    parser.add_argument("--dry-run", action="store_true", help="the cells of a GPU, their order and plans; needs none")
     options = parser.parse_args(arguments)
+    if options.dry_run:
+        cuda = torch.device("cuda")
+        show(list(gpu_groups(cuda, ("triton", "cuda"))), cuda)
+        return 0
     asked = [name for name in (*command.SIZES, "preset", "dtype", "impl", "budget_mib") if getattr(options, name)]
     standard = not asked and not options.quick and options.op == ["step"] and options.loss == ["dpo"]
     standard = standard and options.logits == ["trained"]
@@ -167,5 +200,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rows: list[Row] = run.results.rows
         if standard:
             gates.show_gates((gates.on_gpu if run.device.type == "cuda" else gates.on_cpu)(rows), run.screen)
-        command.finish(run, plots.of_results(run.results))
+        command.finish(run)
     return int(not all_right(rows))

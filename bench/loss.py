@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from . import command, plots
+from . import command
 from .harness import all_right
 from .head import Group, add_arguments, chosen_groups, run_groups
 from .peers import fastpref_backends
@@ -39,5 +39,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 cell=group.cell._replace(benchmark="loss"), backends=tuple(dict.fromkeys(backends))
             ))
         run_groups(groups, run, tolerance=ANY_FINITE)
-        command.finish(run, plots.of_results(run.results))
+        command.finish(run)
     return int(not all_right(run.results.rows))

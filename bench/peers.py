@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -25,11 +27,12 @@ from .problem import BETA, ETA, IGNORE, LOSSES, Batch, Shape
 
 MIB = 2**20
 OPS = ("step", "frozen", "forward")  # gradients of hidden and weight; of hidden; none
+QUACK_CHUNK = 4096  # rows: its own default
 
 
 class Result(NamedTuple):
     loss: Tensor
-    logps: Tensor  # [S] sequence log-probs
+    logps: Tensor | None = None  # [S] sequence log-probs; None: it only has the loss
     token_logps: Tensor | None = None  # [N], where the implementation shows them
 
 
@@ -66,7 +69,8 @@ class Missing(NamedTuple):
 
 
 def fastpref_loss(name: str) -> fp.losses.Loss:
-    return fp.get_loss(name, beta=BETA, **({"eta": ETA} if name == "rpo" else {}))
+    options = {"rpo": {"beta": BETA, "eta": ETA}, "sft": {}}
+    return fp.get_loss(name, **options.get(name, {"beta": BETA}))
 
 
 def fastpref(backend: str | None = None, budget: int | None = None, logits: str | None = None) -> Implementation:
@@ -83,9 +87,9 @@ def fastpref(backend: str | None = None, budget: int | None = None, logits: str 
             given["cu_seqlens"] = list(range(0, batch.shape.rows + 1, batch.shape.scored_length))
         if loss == "kto":
             given |= dict(desirable=batch.desirable, kl_logps=batch.kl_logps, ref_kl_logps=batch.ref_kl_logps)
-        out = fp.linear_preference_loss(
-            hidden, batch.weight, targets, loss=fastpref_loss(loss), ref_logps=batch.ref_logps, **given
-        )
+        if loss != "sft":
+            given |= dict(ref_logps=batch.ref_logps)
+        out = fp.linear_preference_loss(hidden, batch.weight, targets, loss=fastpref_loss(loss), **given)
         return Result(out.loss, out.logps)
 
     def tokens(batch: Batch) -> Tensor:
@@ -270,24 +274,65 @@ def cce(device: str) -> Implementation | Missing:
 
 
 def quack(device: str) -> Implementation | Missing:
-    """Its linear cross-entropy without reduction, which keeps the whole logits; the chunked one only has means."""
+    """Its fused `scaled_exp_linear_cross_entropy` (three GEMMs, no logits), which has only sums and means: the loss is
+    the mean over tokens, and no log-prob is seen."""
     if device != "cuda":
         return Missing("quack", "runs on CUDA only")
     try:
         version = importlib.metadata.version("quack-kernels")
-        from quack.linear_cross_entropy import linear_cross_entropy_func
-    except (ImportError, RuntimeError) as error:  # PackageNotFoundError is an ImportError; RuntimeError: no such GPU
+        from quack import linear_cross_entropy as theirs
+
+        fused, supported = theirs.scaled_exp_linear_cross_entropy, theirs.scaled_exp_lce_supported
+    except (ImportError, AttributeError, RuntimeError) as error:  # PackageNotFoundError is an ImportError
         missing = isinstance(error, importlib.metadata.PackageNotFoundError)
         return Missing("quack", "not installed" if missing else str(error))
 
-    def tokens(batch: Batch) -> Tensor:
-        if batch.shape.softcap is not None:
-            raise NotImplementedError("quack's linear cross-entropy has no softcap")
-        return -linear_cross_entropy_func(
-            batch.rows(), batch.weight, None, batch.scored_targets, reduction="none", inplace_backward=True
-        )
+    def run(batch: Batch, loss: str) -> Result:
+        x, weight = batch.rows(), batch.weight
+        if batch.shape.softcap is not None or not supported(x, weight, QUACK_CHUNK, "mean"):
+            raise NotImplementedError("quack's scaled-exp takes bf16 on SM90, V a multiple of 128, no softcap")
+        return Result(fused(x, weight, batch.scored_targets, chunk_size=QUACK_CHUNK, reduction="mean"))
 
-    return _from_tokens("quack", version, tokens, 3)
+    def gemms(shape: Shape, op: str) -> float:
+        return {"forward": 1.0, "frozen": 2.0, "step": 3.0}[op]
+
+    return Implementation("quack", version, run, gemms, losses=("sft",))
+
+
+def unsloth() -> Implementation | Missing:
+    """unsloth-zoo's `fused_linear_logprobs`, run from where it is installed: frozen head in two GEMMs, trainable in
+    four with an fp32 dW. Its file is loaded alone: the package's own import patches torch and transformers for
+    everybody who is measured beside it."""
+    name = "unsloth-zoo"
+    spec = importlib.util.find_spec("unsloth_zoo")
+    if spec is None or not spec.submodule_search_locations:
+        return Missing(name, "not installed")
+    version = importlib.metadata.version("unsloth_zoo")
+    try:
+        path = Path(spec.submodule_search_locations[0], "fused_losses", "fused_linear.py")
+        logprobs = _module_at(path, "unsloth_zoo_fused_linear").fused_linear_logprobs
+    except (OSError, ImportError, AttributeError) as error:
+        return Missing(name, f"{version}: {error}")
+
+    def tokens(batch: Batch) -> Tensor:
+        cap = batch.shape.softcap or 0.0
+        return logprobs(batch.rows(), batch.weight, batch.scored_targets, logit_softcapping=cap)
+
+    def gemms(shape: Shape, op: str) -> float:
+        return {"forward": 1.0, "frozen": 2.0, "step": 4.0}[op]
+
+    return replace(_from_tokens(name, version, tokens, 4), gemms=gemms)
+
+
+def _module_at(path: Path, name: str) -> Any:
+    """Once a process: it registers its ops with torch."""
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, path)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        sys.modules[name] = module
+    return sys.modules[name]
 
 
 def peer(name: str, device: str) -> Implementation | Missing:
@@ -306,6 +351,7 @@ PEERS: dict[str, Callable[[str], Implementation | Missing]] = {
     "liger": liger,
     "cce": cce,
     "quack": quack,
+    "unsloth-zoo": lambda device: unsloth(),
 }
 
 

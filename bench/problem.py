@@ -239,7 +239,12 @@ def kto(logps: Tensor, batch: Batch) -> Tensor:
     return torch.sigmoid(torch.where(batch.desirable, -distance, distance)).mean()
 
 
-LOSSES: dict[str, Callable[[Tensor, Batch], Tensor]] = {"dpo": dpo, "rpo": rpo, "ipo": ipo, "kto": kto}
+def sft(logps: Tensor, batch: Batch) -> Tensor:
+    """Mean over tokens: all that cross-entropy kernels without a gradient per token can do."""
+    return -logps.sum() / batch.shape.rows
+
+
+LOSSES: dict[str, Callable[[Tensor, Batch], Tensor]] = {"dpo": dpo, "rpo": rpo, "ipo": ipo, "kto": kto, "sft": sft}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ from torch.distributed.tensor import DTensor, Shard, init_device_mesh
 
 import fastpref as fp
 
-from . import command, plots
+from . import command
 from .harness import (
     GRAD_TOLERANCE,
     LOGP_TOLERANCE,
@@ -308,7 +308,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 rows = measure(rows, shape, run)
                 run.results.add(rows)
                 run.screen.print(table(f"{dtype}, {shape} ({time.monotonic() - started:.0f} s)", rows))
-        command.finish(run, plots.of_results(run.results))
+        command.finish(run)
     return int(any(row.status in ("wrong", "error", "oom") for row in run.results.rows))
 
 

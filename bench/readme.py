@@ -12,6 +12,7 @@ import argparse
 import hashlib
 import json
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +35,12 @@ PLOTS = {
 TRAINING = """\
 DPO steps of the trainer on random weights and tokens with UltraFeedback's lengths, each in a process that may take no
 more than the card it stands for; peers on the same pairs may take the whole device (`fastpref bench train`)."""
+WAITING = " What is said of GPUs is arithmetic; `make gpu-check` measures it (`bench/README.md`, last section)."
 LEGEND = """\
 A DPO step of the head (log-probs, loss, gradients of hidden states and weight) over N scored rows. Times are ratios to
 the three bare GEMMs of the same shapes, interleaved in the same run; memory is the peak beyond inputs and gradients.
 Share of the limit: the GEMMs' time over fastpref's. Protocol: `bench/README.md`."""
+SETTING = ("device", "threads", "cell", "checkpointing")  # of `bench train`
 CELLS = (
     [("CPU", shape, dtype) for shape in CPU_SHAPES for dtype in ("fp32", "bf16")]
     + [("GPU", shape, "bf16") for shape in (MAIN, LARGE, *OTHERS)]
@@ -98,10 +101,10 @@ def _entry(row: dict[str, Any] | None) -> str:
 
 
 def trained(folder: Path = RESULTS) -> list[dict[str, Any]]:
-    """Rows of `bench train`, the newest of each cell and implementation."""
+    """Rows of `bench train`, the newest of each cell, checkpointing and implementation."""
     found: dict[Any, dict[str, Any]] = {}
     for row in (row for path in sorted(folder.glob("*.json")) for row in read(path) if row["benchmark"] == "train"):
-        key = not on_gpu(row), row["device"], row["threads"], row["cell"], row["impl"]
+        key = not on_gpu(row), *(row[name] for name in (*SETTING, "impl"))
         if row["cell"] != "quick" and row["status"] not in ("skipped", "missing"):
             if key not in found or found[key]["date"] < row["date"]:
                 found[key] = row
@@ -109,20 +112,23 @@ def trained(folder: Path = RESULTS) -> list[dict[str, Any]]:
 
 
 def training_table(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Markdown, a line per cell of fastpref's."""
+    """Markdown, a line per cell and checkpointing, which everybody in it had."""
     lines = ["| hardware | model, weights and optimiser | card | pairs/s | TRL's | naive loop's | MFU | peak (plan) |"]
     lines.append("|---|---|---|---|---|---|---|---|")
-    for ours in (row for row in rows if row["impl"] == "fastpref"):
-        place = ("device", "threads", "cell")
-        others = {row["impl"]: row for row in rows if all(row[name] == ours[name] for name in place)}
-        speeds = [_speed(others.get(name)) for name in ("fastpref", "trl", "naive")]
-        memory = "-" if ours["peak_mib"] is None else f"{ours['peak_mib'] / 1024:.1f} GiB"
-        memory += f" ({ours['plan_mib'] / 1024:.1f})" if ours["plan_mib"] else ""
-        mfu = f"{ours['mfu']:.0%}".replace("%", " %") if ours["mfu"] else "-"
-        card = f"{ours['card_gb']:g} GB" if ours["card_gb"] else "-"
-        what = f"{ours['model']}, {ours['recipe'].strip()}, checkpointing {ours['checkpointing']}"
-        entries = (_hardware(ours), what, card, f"**{speeds[0]}**", *speeds[1:], mfu, memory)
-        lines.append(f"| {' | '.join(entries)} |")
+    for _, group in groupby(rows, key=lambda row: [row[name] for name in SETTING]):
+        found = {row["impl"]: row for row in group}
+        one, ours = next(iter(found.values())), found.get("fastpref")
+        speeds = [_speed(found.get(name)) for name in ("fastpref", "trl", "naive")]
+        memory, mfu = "-", "-"
+        if ours and ours["peak_mib"] is not None:
+            memory = f"{ours['peak_mib'] / 1024:.1f} GiB"
+            memory += f" ({ours['plan_mib'] / 1024:.1f})" if ours["plan_mib"] else ""
+        if ours and ours["mfu"]:
+            mfu = f"{ours['mfu']:.0%}".replace("%", " %")
+        card = f"{one['card_gb']:g} GB" if one["card_gb"] else "-"
+        what = f"{one['model']}, {one['recipe'].strip()}, checkpointing {one['checkpointing']}"
+        first = f"**{speeds[0]}**" if ours else speeds[0]
+        lines.append(f"| {' | '.join((_hardware(one), what, card, first, *speeds[1:], mfu, memory))} |")
     return lines
 
 
@@ -178,7 +184,7 @@ def _unmeasured(rows: Sequence[dict[str, Any]]) -> str:
     lines = []
     for kind, shapes in left.items():
         if sum(map(len, shapes.values())) == sum(cell[0] == kind for cell in CELLS):
-            lines.append(f"{kind}: not measured yet.")
+            lines.append(f"{kind}: not measured yet." + (WAITING if kind == "GPU" else ""))
         elif shapes:
             cells = "; ".join(f"{shape} ({', '.join(dtypes)})" for shape, dtypes in shapes.items())
             lines.append(f"{kind}, not measured yet: {cells}.")

@@ -6,14 +6,12 @@ A file is a JSON list with one row per implementation and cell, a row a line; ea
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import json
 import math
 import os
 import platform
 import re
-import subprocess
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime, timezone
@@ -24,6 +22,8 @@ from typing import Any
 import torch
 
 import fastpref
+
+from .revision import output_of, revision
 
 SCHEMA = 2
 
@@ -137,6 +137,8 @@ class Results:
 
     def __init__(self, path: Path | None, device: torch.device, **conditions: object) -> None:
         self.path, self.environment, self.rows = path, environment(device) | conditions, list[Any]()
+        self.earlier = dict[int, dict[str, Any]]()  # id of a row that was read: its own environment
+        self.free = ("date", "clocks") + (("cpu", "threads", "driver") if device.type == "cuda" else ())
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
 
@@ -159,7 +161,8 @@ class Results:
             if rows and all(row["benchmark"] == benchmark and found.same_place(row) for row in rows):
                 found.path = path
                 found.rows = [kind(**{name: row[name] for name in row.keys() & known}) for row in rows]
-                found.environment |= {name: rows[0].get(name) for name in ("date", "clocks")}
+                places = ({name: row.get(name) for name in found.environment} for row in rows)
+                found.earlier = {id(one): place for one, place in zip(found.rows, places)}
                 return found
         date = str(found.environment["date"])[:10]
         names = (f"{date}-{name}{'' if number == 1 else f'-{number}'}.json" for number in count(1))
@@ -167,7 +170,8 @@ class Results:
         return found
 
     def same_place(self, row: dict[str, Any]) -> bool:
-        return all(row.get(name) == value for name, value in self.environment.items() if name not in ("date", "clocks"))
+        """A GPU's host and driver may be others: each row keeps its own."""
+        return all(row.get(name) == value for name, value in self.environment.items() if name not in self.free)
 
     def has(self, row: Row) -> bool:
         """Whether an earlier run has measured it, or found out that it cannot be."""
@@ -181,10 +185,13 @@ class Results:
         """Takes the place of what an earlier run had skipped."""
         new = list(rows)
         again = {identity(_plain(asdict(row))) for row in new}
-        self.rows = [row for row in self.rows if identity(_plain(asdict(row))) not in again] + new
+        kept = [row for row in self.rows if identity(_plain(asdict(row))) not in again]
+        self.earlier = {id(row): self.earlier[id(row)] for row in kept if id(row) in self.earlier}
+        self.rows = kept + new
         if self.path is not None:
             partial = self.path.with_suffix(self.path.suffix + ".partial")
-            partial.write_text(as_json([self.environment | asdict(row) for row in self.rows]))
+            places = (self.earlier.get(id(row), self.environment) for row in self.rows)
+            partial.write_text(as_json([place | asdict(row) for place, row in zip(places, self.rows)]))
             os.replace(partial, self.path)
 
 
@@ -224,7 +231,7 @@ def environment(device: torch.device) -> dict[str, object]:
         "torch": torch.__version__,
         "triton": _version("triton"),
         "fastpref": fastpref.__version__,
-        "revision": _revision(),
+        "revision": revision(),
         "clocks": _clocks(device),
     }
 
@@ -263,30 +270,12 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _output_of(*command: str) -> str | None:
-    try:
-        found = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return found.stdout.strip()
-
-
 def _smi(device: torch.device, field: str) -> str | None:
     # Its own numbering ignores CUDA_VISIBLE_DEVICES; a uuid does not. torch leaves the prefix out.
     uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)
     which = () if uuid is None else ("-i", f"GPU-{str(uuid).removeprefix('GPU-')}")
-    found = _output_of("nvidia-smi", *which, f"--query-gpu={field}", "--format=csv,noheader,nounits")
+    found = output_of("nvidia-smi", *which, f"--query-gpu={field}", "--format=csv,noheader,nounits")
     return found.splitlines()[0].strip() if found else None
-
-
-def _revision() -> str | None:
-    """Git revision of this checkout; where its code differs from that, "+" and the first digits of the diff's hash."""
-    git = ("git", "-C", str(Path(__file__).parent.parent))
-    revision = _output_of(*git, "rev-parse", "--short=12", "HEAD")
-    change = _output_of(*git, "diff", "HEAD", "--", "fastpref", "csrc", "bench/*.py", "setup.py", "CMakeLists.txt")
-    if revision and change:
-        revision += "+" + hashlib.sha256(change.encode()).hexdigest()[:8]
-    return revision
 
 
 def _cpu_model() -> str:

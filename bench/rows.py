@@ -23,7 +23,7 @@ import fastpref
 from fastpref import rows as row_kernels
 from fastpref.rows import FoldState, RowStats, Transform, fold_finish
 
-from . import command, plots
+from . import command
 from .harness import Contestant, all_right, clock_under, fill_times, l2_flush, time_interleaved, told
 from .presets import PRESETS, QUICK
 from .problem import DTYPES, IGNORE, LOGITS_STD, relative
@@ -279,7 +279,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 rows = measure(cell, backends, run)
                 run.screen.print(table(f"{cell} ({time.monotonic() - started:.1f} s)", rows))
             run.results.add(rows)
-        command.finish(run, plots.of_results(run.results))
+        command.finish(run)
     return int(not all_right(run.results.rows))
 
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import command, plots, smollm2
+from . import command, smollm2
 from .harness import (
     SLOW,
     Contestant,
@@ -242,5 +242,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for shape in command.resized(options, [preset.shape]):
                 run_group(Group(HeadCell(shape, dtype, "step", options.loss, "step"), peers, budgets), name, model, run)
             del model
-        command.finish(run, plots.of_results(run.results))
+        command.finish(run)
     return int(not all_right(run.results.rows))

@@ -17,7 +17,7 @@ from dataclasses import replace
 
 import torch
 
-from . import command, plots, ranks
+from . import command, ranks
 from .gates import Gate, over, show_gates
 from .harness import GEMM_BYTES, Cell, all_right, free_bytes
 from .head import Group, add_arguments, chosen_groups, run_groups
@@ -131,5 +131,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
         if found := gates(options.what, run.results.rows):
             show_gates(found, run.screen)
-        command.finish(run, plots.of_results(run.results))
+        command.finish(run)
     return int(not all_right(run.results.rows))

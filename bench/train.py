@@ -13,22 +13,24 @@ DPO on random weights and tokens, lengths like UltraFeedback's; every implementa
 
 On a CPU a model of 38M parameters on sequences half as long, in fp32.
 
-Recipe and checkpointing are what `fastpref plan --model` says fits, with 5 % to spare. The gradient norm of the first
-step is compared: it is the same for everybody. Protocol: bench/README.md.
+The recipe is one that `fastpref plan --model` says fits, with 5 % to spare. Beside peers everybody runs with
+activation checkpointing on (the inputs of every layer kept, TRL's default) and off; alone, the least that fits. The
+gradient norm of the first step is compared: it is the same for everybody. Protocol: bench/README.md.
 """
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import chain
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -40,10 +42,12 @@ from fastpref.train import memory
 from fastpref.train.memory import CONTEXT, KINDS, RECIPES, Terms
 
 from . import command, gates
+from .gates import same_setting
 from .peers import MIB, _version
 from .records import Row
+from .revision import ROOT
 from .step import model_config
-from .train_cell import Spec, preset_of, steps_of
+from .train_cell import Spec, config_of, preset_of, steps_of
 
 IMPLEMENTATIONS = ("fastpref", "trl", "naive")
 MARGIN = 0.05  # by which a plan may be off
@@ -51,6 +55,7 @@ MARGIN = 0.05  # by which a plan may be off
 TOLERANCE = {("naive", "fp32"): 1e-3, ("naive", "bf16"): 0.05, ("trl", "fp32"): 0.1, ("trl", "bf16"): 0.1}
 MOST_SPLITS = 8
 LEAST_SECONDS = 20  # in which a process can come to its first step
+PATIENCE = 3  # seconds between SIGINT and SIGKILL
 
 
 class Cell(NamedTuple):
@@ -62,10 +67,13 @@ class Cell(NamedTuple):
     card_gb: float | None = None  # decimal gigabytes, as on the box
     peers: bool = False
     shorter: int = 1
+    checkpointing: str | None = None  # "full", "none": for everybody; None: the least that fits
 
     def __str__(self) -> str:
         card = f", within {self.card_gb:g} GB" if self.card_gb else ""
-        return f"{self.name}: {self.preset}, {self.recipe}, {self.accumulation} x {self.max_tokens} tokens a step{card}"
+        kept = {"full": ", checkpointing on", "none": ", checkpointing off"}.get(self.checkpointing or "", "")
+        steps = f"{self.accumulation} x {self.max_tokens} tokens a step"
+        return f"{self.name}: {self.preset}, {self.recipe}, {steps}{card}{kept}"
 
 
 # In the order of what they tell.
@@ -104,27 +112,56 @@ class TrainRow(Row):
 # ---- what to run -----------------------------------------------------------------------------------------------------
 
 
+def settings(cell: Cell) -> list[Cell]:
+    """What is run of it: beside peers with checkpointing on, TRL's default, then off."""
+    return [cell._replace(checkpointing=kind) for kind in ("full", "none")] if cell.peers else [cell]
+
+
 def plan_of(cell: Cell) -> Terms | None:
-    """The recipe with the least checkpointing that fits the card by its plan; None where there is no card.
+    """The recipe with the cell's checkpointing, or the least that fits the card by its plan; None where there is no
+    card.
 
     Raises ValueError where nothing fits.
     """
     if cell.card_gb is None:
         return None
     sizes = memory.measure(model_config(preset_of(cell.preset)), cell.max_tokens)
-    (recipe,) = (recipe for recipe in RECIPES if recipe.label.strip() == cell.recipe)
+    recipe = recipe_of(cell)
     if recipe.lora and not sizes.lora:
         raise ValueError(f"{cell.name}: {sizes.no_lora}")
-    for kind in KINDS[:-1]:
+    for kind in [cell.checkpointing] if cell.checkpointing else KINDS[:-1]:
         found = memory.terms(sizes, recipe, kind)
         if (1 + MARGIN) * found.total <= cell.card_gb * 1e9:
             return found
     raise ValueError(f"{cell.name}: by its plan {cell.recipe} does not fit {cell.card_gb:g} GB")
 
 
-def spec_of(cell: Cell, impl: str, plan: Terms | None, run: command.Session) -> Spec:
-    (recipe,) = (recipe for recipe in RECIPES if recipe.label.strip() == cell.recipe)
-    keys = {key: yaml.safe_load(value) for key, value in (plan.keys if plan else recipe.keys).items()}
+def fitted(cell: Cell) -> tuple[Cell, Terms | None]:
+    """Where a setting does not fit at the cell's size: half the tokens, twice as many micro-batches, up to eight times.
+
+    Raises ValueError where nothing fits.
+    """
+    times = 1
+    while True:
+        smaller = cell._replace(max_tokens=cell.max_tokens // times, accumulation=cell.accumulation * times)
+        try:
+            return smaller, plan_of(smaller)
+        except ValueError:
+            if cell.checkpointing is None or times == MOST_SPLITS:
+                raise
+            times *= 2
+
+
+def recipe_of(cell: Cell) -> memory.Recipe:
+    (found,) = (recipe for recipe in RECIPES if recipe.label.strip() == cell.recipe)
+    return found
+
+
+def spec_of(cell: Cell, impl: str, plan: Terms | None, run: command.Session | DryRun) -> Spec:
+    given = plan.keys if plan else recipe_of(cell).keys
+    keys = {key: yaml.safe_load(value) for key, value in given.items()}
+    if cell.checkpointing:
+        keys["gradient_checkpointing"] = cell.checkpointing
     return Spec(
         impl, cell.preset, str(run.device), keys, cell.max_tokens, cell.accumulation, 1 + run.rounds,
         cell.card_gb if impl == "fastpref" else None, cell.shorter, threads=torch.get_num_threads(),
@@ -144,7 +181,6 @@ def row_of(cell: Cell, spec: Spec, plan: Terms | None) -> TrainRow:
     )
     if spec.impl != "fastpref":
         found.recipe = f"{dtype}, torch's AdamW"
-        found.checkpointing = "full" if spec.impl == "trl" or checkpointing != "none" else "none"
     elif plan:
         found.plan_mib = (plan.total - CONTEXT) / MIB
     return found
@@ -177,12 +213,25 @@ def measured(spec: Spec, run: command.Session) -> dict[str, Any]:
 
 
 def process(spec: Spec, seconds: float) -> subprocess.CompletedProcess[str]:
+    """Out of time or interrupted, it says where it was before it ends."""
     # what torch advises against fragmentation, for everybody
     environment = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", **os.environ}
-    return subprocess.run(
-        [sys.executable, "-m", "bench.train_cell", json.dumps(asdict(spec))], capture_output=True, text=True,
-        cwd=Path(__file__).parent.parent, env=environment, timeout=seconds if seconds < 1e9 else None,
+    command = [sys.executable, "-m", "bench.train_cell", json.dumps(asdict(spec))]
+    child = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment
     )
+    try:
+        out, err = child.communicate(timeout=seconds if seconds < 1e9 else None)
+    except (subprocess.TimeoutExpired, KeyboardInterrupt):
+        child.send_signal(signal.SIGINT)
+        try:
+            _, err = child.communicate(timeout=PATIENCE)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            _, err = child.communicate()
+        print(err, file=sys.stderr)
+        raise
+    return subprocess.CompletedProcess(command, child.returncode, out, err)
 
 
 def _once(spec: Spec, run: command.Session) -> dict[str, Any]:
@@ -205,7 +254,7 @@ def run_cell(cell: Cell, impls: Sequence[str], run: command.Session) -> None:
     """Measures what the results do not have yet."""
     started = time.monotonic()
     try:
-        plan = plan_of(cell)
+        cell, plan = fitted(cell)
     except ValueError as error:
         run.say(f"  left out: {error}")
         return
@@ -214,7 +263,7 @@ def run_cell(cell: Cell, impls: Sequence[str], run: command.Session) -> None:
         spec = spec_of(cell, impl, plan, run)
         row = row_of(cell, spec, plan)
         if run.results.has(row):
-            rows.append(next(one for one in run.results.rows if (one.impl, one.cell) == (impl, cell.name)))
+            rows.append(next(one for one in run.results.rows if same_setting(one, row) and one.impl == impl))
             continue
         if why := missing(cell, impl):
             row.status, row.note = "missing", why
@@ -258,6 +307,25 @@ def table(title: str, rows: Sequence[TrainRow]) -> Table:
     return found
 
 
+def show(cells: Sequence[Cell], options: argparse.Namespace) -> None:
+    """The first setting of each cell: its plan, its configuration and its steps."""
+    for cell, *others in map(settings, cells):
+        cell, plan = fitted(cell)
+        for impl in options.impl or IMPLEMENTATIONS[:2] if cell.peers else ("fastpref",):
+            spec = replace(spec_of(cell, impl, plan, DryRun(options.rounds or 3)), device="cuda")
+            config_of(spec)
+            row, why = row_of(cell, spec, plan), missing(cell, impl)
+            planned = "" if row.plan_mib is None else f", plan {row.plan_mib / 1024:.1f} GiB"
+            print(f"{cell}: {impl}, {row.pairs} pairs in a step{planned}{f'; MISSING: {why}' if why else ''}")
+        for each in others:
+            print(f"{each}: as far as it fits")
+
+
+class DryRun(NamedTuple):
+    rounds: int
+    device: torch.device = torch.device("cuda")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = command.parser("train", __doc__ or "")
     parser.add_argument("--cell", nargs="+", choices=CELLS, metavar="NAME", help=", ".join(CELLS))
@@ -265,7 +333,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--impl", nargs="+", choices=IMPLEMENTATIONS, metavar="NAME",
         help=f"of {', '.join(IMPLEMENTATIONS)}; default: all on a CPU; on a GPU naive only where TRL is not installed",
     )
+    parser.add_argument("--dry-run", action="store_true", help="what a GPU would run, and by which plan; needs none")
     options = parser.parse_args(arguments)
+    if options.dry_run:
+        show([CELLS[name] for name in options.cell or [cell.name for cell in GPU_CELLS]], options)
+        return 0
     cuda = torch.cuda.is_available() if options.device is None else options.device.startswith("cuda")
     names = ["quick"] if options.quick else options.cell or [cell.name for cell in (GPU_CELLS if cuda else CPU_CELLS)]
     if not cuda and (large := [name for name in names if CELLS[name].card_gb]):
@@ -275,12 +347,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ]
     options.rounds = options.rounds or (1 if options.quick else 3)
     with command.session(options, "train", TrainRow) as run:
-        for number, name in enumerate(names, 1):
-            run.progress(number, len(names), CELLS[name])
-            run_cell(CELLS[name], impls, run)
+        cells = [setting for name in names for setting in settings(CELLS[name])]
+        for number, cell in enumerate(cells, 1):
+            run.progress(number, len(cells), cell)
+            run_cell(cell, impls, run)
         gates.show_gates(gates.of_training(run.results.rows), run.screen)
-        command.finish(run, [])
-    return int(any(row.status in ("wrong", "error", "oom") for row in run.results.rows))
+        command.finish(run)
+    bad = ("wrong", "error")  # a peer that does not fit is a finding
+    return int(any(row.status in (*bad, "oom" if row.impl == "fastpref" else "") for row in run.results.rows))
 
 
 if __name__ == "__main__":

@@ -76,6 +76,10 @@ def dtype_of(spec: Spec) -> torch.dtype:
     return torch.bfloat16 if spec.keys.get("dtype") == "bfloat16" else torch.float32
 
 
+def checkpointed(spec: Spec) -> bool:
+    return spec.keys.get("gradient_checkpointing", "none") != "none"
+
+
 def config_of(spec: Spec) -> TrainConfig:
     """Model and data are made here: what a file would name them is never read."""
     return config_from_dict({
@@ -186,7 +190,7 @@ def naive(spec: Spec, device: torch.device) -> Seen:
     without a fused head does. Reference log-probs are computed before, like everybody's."""
     seen = Seen()
     model = make_model(preset_of(spec.preset), None, dtype_of(spec), device)
-    if spec.keys.get("gradient_checkpointing", "none") != "none":
+    if checkpointed(spec):
         enable_checkpointing(model, "full")
     parameters = list(model.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.0, fused=True)
@@ -219,7 +223,7 @@ def naive(spec: Spec, device: torch.device) -> Seen:
 
 
 def trl(spec: Spec, device: torch.device) -> Seen:
-    """TRL's DPOTrainer as it comes (gradient checkpointing, its chunked head, torch's fused AdamW), on these
+    """TRL's DPOTrainer as it comes (its chunked head, torch's fused AdamW; checkpointing as the cell says), on these
     micro-batches, its reference log-probs computed before. It gives micro-batches of one step equal weights."""
     from datasets import Dataset
     from transformers import TrainerCallback
@@ -258,8 +262,8 @@ def trl(spec: Spec, device: torch.device) -> Seen:
         arguments = DPOConfig(
             output_dir=folder, max_steps=len(every), gradient_accumulation_steps=len(every[0]), beta=BETA,
             learning_rate=LEARNING_RATE, per_device_train_batch_size=max(map(len, rows)), max_length=None,
-            logging_steps=1, seed=SEED,
-            save_strategy="no", report_to="none", disable_tqdm=True, precompute_ref_log_probs=True,
+            logging_steps=1, seed=SEED, gradient_checkpointing=checkpointed(spec), save_strategy="no",
+            report_to="none", disable_tqdm=True, precompute_ref_log_probs=True,
             use_cpu=device.type == "cpu", bf16=dtype_of(spec) == torch.bfloat16, dataloader_pin_memory=False,
         )
         trainer = Trainer(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import sys
+import types
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -35,6 +37,7 @@ ORACLE = {
     "rpo": (oracle.rpo, {"beta": problem.BETA, "eta": problem.ETA, "sft": "sum"}),
     "ipo": (oracle.ipo, {"beta": problem.BETA, "length_norm": "mean"}),
     "kto": (oracle.kto, {"beta": problem.BETA}),
+    "sft": (lambda logps, lengths, refs: oracle.sft(logps, lengths), {}),
 }
 
 
@@ -372,7 +375,7 @@ QUICK = ["--quick", "--device", "cpu", "--rounds", "1", "--threads", "1"]
 @pytest.fixture
 def undrawn(monkeypatch):
     """Plots take a second each and have tests of their own."""
-    monkeypatch.setattr(head.plots, "of_results", lambda results: [])
+    monkeypatch.setattr(command.plots, "of_results", lambda results: [])
 
 
 def test_head(tmp_path, capsys):
@@ -465,10 +468,101 @@ def test_every_cell_of_a_gpu_runs_on_a_cpu(tmp_path, capsys, monkeypatch):
     assert {row.op for row in rows} == set(peers.OPS) and {row.loss for row in rows} == set(LOSSES)
     assert {row.impl for row in rows if row.status == "missing"} >= {"cce", "quack", "naive_compiled"}
     assert harness.all_right(rows)
+    cells = [(group.cell.op, group.cell.shape, group.peers) for group in head.gpu_groups(CPU)]
+    assert [(op, shape) for op, shape, _ in cells[:6]] == [(op, s) for s in (head.MAIN, head.LARGE) for op in peers.OPS]
+    assert cells[0][2] == ("naive", "trl")  # nobody compiles before what is claimed is measured
     found = gates.on_gpu(rows)
     assert {gate.what.split(": ")[1] for gate in found} == {"memory off its plan"}  # the others are for fp32 logits
     gates.show_gates(found, run.screen)
     assert "gates pass" in capsys.readouterr().out
+
+
+def test_only_distinct_plans_are_run():
+    """On a GPU at N 8192 one tile is all rows with 1, 2 or 4 GiB; at 16384 it is not."""
+    cuda = torch.device("cuda")
+
+    def budgets(shape, *mib):
+        group = head.Group(Cell(shape, "bf16", "step", "dpo"), (), tuple(round(each * peers.MIB) for each in mib),
+                           ("triton", "cuda"))
+        return [(each.backend, each.logits_dtype(torch.bfloat16, "cuda"), each.budget // peers.MIB)
+                for each in group.contestants(cuda)]
+
+    every = [(backend, logits) for backend in ("triton", "cuda") for logits in ("fp32", "bf16")]
+    assert budgets(head.MAIN, 2048, 4096, 1024) == [(*each, 2048) for each in every]
+    large = budgets(head.LARGE, 1024, 4096)
+    assert len(large) == 8 and len(set(large)) == 8
+    for group in head.gpu_groups(cuda, ("triton",)):
+        cell = group.cell
+        ours = [each for each in group._replace(peers=()).contestants(cuda) if each.plan]
+        plans = [each.plan(cell.shape, cell.op, cell.loss, torch.bfloat16, "cuda") for each in ours]
+        logits = [each.logits_dtype(torch.bfloat16, "cuda") for each in ours]
+        plans = [(dtype, replace(plan, budget=0)) for dtype, plan in zip(logits, plans)]
+        assert len(set(plans)) == len(plans) >= 2, cell
+
+
+def test_dry_run_of_a_gpus_cells(capsys):
+    assert head.main(["--dry-run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(list(head.gpu_groups(torch.device("cuda"), ("triton",))))
+    where = "dpo step, bf16, N 8192, H 4096, V 128256"
+    assert lines[0].startswith(f"1. {where}: fastpref triton 2048 MiB, fp32 logits (plan ")
+    assert "; missing: " in lines[-2] and "cce" in lines[-2]
+
+
+def test_quack_is_its_fused_loss(monkeypatch):
+    """With a stand-in of its signature: a mean over tokens, checked by loss and gradients, without log-probs."""
+    asked = []
+
+    def fused(x, weight, target, chunk_size, ignore_index=-100, reduction="mean"):
+        asked.append((chunk_size, reduction))
+        return torch.nn.functional.cross_entropy(x @ weight.t(), target, reduction=reduction)
+
+    module = types.ModuleType("quack.linear_cross_entropy")
+    module.scaled_exp_linear_cross_entropy = fused
+    module.scaled_exp_lce_supported = lambda x, weight, chunk, reduction: weight.shape[0] == 331
+    package = types.ModuleType("quack")
+    package.linear_cross_entropy = module
+    monkeypatch.setitem(sys.modules, "quack", package)
+    version = peers.importlib.metadata.version
+    monkeypatch.setattr(peers.importlib.metadata, "version", lambda name: "9" if "quack" in name else version(name))
+    quack = peers.peer("quack", "cuda")
+    (row,) = measured(Cell(PADDED, "fp32", "step", "sft"), quack, rounds=1)
+    assert (row.status, row.version, row.gemms, row.logp_max_err) == ("ok", "9", 3, None)
+    assert max(row.loss_err, row.dx_rel_err, row.dw_rel_err) < 1e-5 and set(asked) == {(4096, "mean")}
+    (dpo,) = measured(Cell(PADDED, "fp32", "step", "dpo"), quack, rounds=1)
+    assert (dpo.status, dpo.note) == ("missing", "has no dpo")
+    (other,) = measured(Cell(replace(PADDED, vocab=100), "fp32", "step", "sft"), quack, rounds=1)
+    assert other.status == "missing" and "V a multiple of 128" in other.note
+    halved = replace(quack, run=lambda batch, loss: Result(quack.run(batch, loss).loss * 1.01))
+    assert measured(Cell(PADDED, "fp32", "step", "sft"), halved, rounds=1)[0].status == "wrong"
+
+
+UNSLOTH = """
+import torch
+def fused_linear_logprobs(hidden, weight, targets, *, logit_softcapping=0.0):
+    z = hidden @ weight.t()
+    z = logit_softcapping * torch.tanh(z / logit_softcapping) if logit_softcapping else z
+    return torch.log_softmax(z.float(), -1).gather(1, targets[:, None])[:, 0]
+"""
+
+
+def test_unsloth_runs_from_where_it_is_installed(monkeypatch, tmp_path):
+    """With a stand-in of its signature whose package cannot be imported: only the one file is loaded."""
+    folder = tmp_path / "unsloth_zoo" / "fused_losses"
+    folder.mkdir(parents=True)
+    (folder.parent / "__init__.py").write_text("raise ImportError('Please install Unsloth')")
+    (folder / "fused_linear.py").write_text(UNSLOTH)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "unsloth_zoo_fused_linear", raising=False)
+    version = peers.importlib.metadata.version
+    monkeypatch.setattr(peers.importlib.metadata, "version", lambda name: "7" if "unsloth" in name else version(name))
+    theirs = peers.peer("unsloth-zoo", "cpu")
+    assert (theirs.version, [theirs.gemms(SHAPE, op) for op in peers.OPS]) == ("7", [4, 2, 1])
+    (row,) = measured(Cell(replace(PADDED, softcap=5.0), "fp32", "step", "dpo"), theirs, rounds=1)
+    assert (row.status, row.note, row.logp_err_of) == ("ok", "", "token")
+    monkeypatch.delitem(sys.modules, "unsloth_zoo_fused_linear")
+    (folder / "fused_linear.py").write_text("")
+    assert "has no attribute" in peers.peer("unsloth-zoo", "cpu").why
 
 
 def test_bad_options(capsys):

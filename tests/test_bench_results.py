@@ -104,10 +104,34 @@ def test_a_run_goes_on_only_where_it_was(tmp_path, monkeypatch):
     assert len(again.rows) == 1
     other = opened(rounds_asked=4)
     assert not other.rows and other.path.name == first.path.name.replace("-head", "-head-2")
-    monkeypatch.setattr(records, "_revision", lambda: "another")
+    monkeypatch.setattr(records, "revision", lambda: "another")
     assert not opened(rounds_asked=3).rows
     assert Results.open(tmp_path, "loss", CPU).path.name.endswith("-loss.json")
     assert Results.open(None, "head", CPU).path is None
+
+
+def test_on_a_gpu_the_host_may_be_another(tmp_path, monkeypatch):
+    """A second call may get another machine with such a GPU: it goes on in the file, and each row says its own host."""
+    cuda = torch.device("cuda", 0)
+
+    def opened(cpu, device="NVIDIA H100", revision="abc"):
+        host = dict(cpu=cpu, threads=len(cpu), driver=cpu, date=cpu, clocks=cpu)
+        place = {"schema": 2, "device": device, "revision": revision, **host}
+        monkeypatch.setattr(records, "environment", lambda device: dict(place))
+        return Results.open(tmp_path, "head", cuda)
+
+    first = opened("one")
+    a, b, c = (replace(Cell(MAIN, "bf16", "step", loss).gap("fastpref", "ok", ""), version="1") for loss in "abc")
+    first.add([a, b])
+    second = opened("three")
+    assert second.path == first.path and second.has(a)
+    second.add([replace(b, ratio=1.5)])
+    second.add([c])
+    found = json.loads(second.path.read_text())
+    assert [(row["loss"], row["cpu"], row["threads"], row["driver"], row["date"]) for row in found] == [
+        ("a", "one", 3, "one", "one"), ("b", "three", 5, "three", "three"), ("c", "three", 5, "three", "three"),
+    ]
+    assert opened("one", revision="b").path != first.path and opened("one", device="NVIDIA H200").path != first.path
 
 
 def test_environment_says_where_rows_come_from():
@@ -316,4 +340,5 @@ def test_without_results_the_readme_says_so(pages, tmp_path):
     page, results = pages
     (results / "a.json").unlink()
     readme.write(page, results)
-    assert "GPU: not measured yet. CPU: not measured yet." in page.read_text() and "svg" not in page.read_text()
+    text = page.read_text()
+    assert f"GPU: not measured yet.{readme.WAITING} CPU: not measured yet." in text and "svg" not in text

@@ -86,18 +86,75 @@ def test_quick(tmp_path, capsys, monkeypatch, limits, apart):
     impls = ["fastpref", "naive", *(["trl"] if not train.missing(train.QUICK_CELL, "trl") else [])]
     arguments = [*QUICK, "--rounds", "1", "--impl", *impls, "--output", str(tmp_path)]
     assert train.main(arguments) == 0
-    found = {row["impl"]: row for row in results(tmp_path)}
-    assert list(found) == impls
+    found = {(row["impl"], row["checkpointing"]): row for row in results(tmp_path)}
+    assert list(found) == [(impl, kind) for kind in ("full", "none") for impl in impls]  # everybody with both
     truth = first_gradient_norm(SPEC)
-    for impl, row in found.items():
+    for (impl, _), row in found.items():
         assert (row["status"], row["cell"], row["rounds"], row["split"]) == ("ok", "quick", 1, 1)
         assert row["pairs_per_s"] == pytest.approx(1e3 * row["pairs"] / row["ms_median"], rel=1e-4)
         assert row["tokens_per_s"] > row["pairs_per_s"] and row["peak_mib"] > 50
         assert row["grad_norm"] == pytest.approx(truth, rel=0.1 if impl == "trl" else 1e-4)
-    assert found["naive"]["grad_norm_rel_err"] < 1e-4
-    assert "pairs/s / naive's" in capsys.readouterr().out
+    assert found["naive", "full"]["grad_norm_rel_err"] < 1e-4
+    shown = capsys.readouterr().out
+    assert "checkpointing full: pairs/s / naive's" in shown and "checkpointing none: pairs/s / naive's" in shown
     monkeypatch.setattr(train, "process", lambda *_: pytest.fail("measured twice"))
     assert train.main(arguments) == 0
+
+
+@pytest.mark.parametrize("keys", [{}, {"gradient_checkpointing": "none"}, {"gradient_checkpointing": "full"}])
+def test_trls_checkpointing_is_the_cells(monkeypatch, keys):
+    """As its own model sees it while it trains: TRL's default would be on."""
+    if train.missing(train.QUICK_CELL, "trl"):
+        pytest.skip("needs trl and datasets")
+    seen = []
+    make_model = train_cell.make_model
+
+    def made(*given):
+        model = make_model(*given)
+        model.model.layers[0].register_forward_hook(
+            lambda layer, *_: seen.append(bool(layer.gradient_checkpointing and layer.training))
+        )
+        return model
+
+    monkeypatch.setattr(train_cell, "make_model", made)
+    train_cell.measure(replace(SPEC, impl="trl", keys={"dtype": "float32", **keys}, steps=2, accumulation=1))
+    assert any(seen) == (keys.get("gradient_checkpointing") == "full")
+
+
+def test_a_setting_that_does_not_fit_takes_smaller_micro_batches(monkeypatch):
+    """Off keeps more: half the tokens, twice as many micro-batches, until its plan fits; on fits as it is."""
+    def plan_of(cell):
+        if cell.checkpointing == "none" and cell.max_tokens > 4096:
+            raise ValueError("too large")
+        return "plan"
+
+    monkeypatch.setattr(train, "plan_of", plan_of)
+    on, off = (train.fitted(cell)[0] for cell in train.settings(train.CELLS["80gb"]))
+    assert (on.checkpointing, on.max_tokens, on.accumulation) == ("full", 16384, 2)
+    assert (off.checkpointing, off.max_tokens, off.accumulation) == ("none", 4096, 8)
+    monkeypatch.setattr(train, "plan_of", lambda cell: (_ for _ in ()).throw(ValueError("never")))
+    with pytest.raises(ValueError, match="never"):
+        train.fitted(off)
+    assert train.settings(train.CELLS["48gb"]) == [train.CELLS["48gb"]]
+
+
+SLEEPER = """
+import time
+def deep():
+    print("begun", flush=True); time.sleep(60)
+deep()
+"""
+
+
+def test_a_process_out_of_time_says_where_it_was(monkeypatch, tmp_path, capsys):
+    (tmp_path / "bench").mkdir()
+    (tmp_path / "bench" / "train_cell.py").write_text(SLEEPER)
+    monkeypatch.setattr(train, "ROOT", tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(subprocess.TimeoutExpired):
+        train.process(SPEC, 2)
+    said = capsys.readouterr().err
+    assert "in deep" in said and "KeyboardInterrupt" in said
 
 
 @pytest.mark.slow
@@ -158,6 +215,7 @@ OOM = {"status": "oom", "note": "out of memory", "peak_mib": 90.0}
 def test_the_rest_goes_on(tmp_path, monkeypatch, ours, status, note, code):
     processes = Processes(ours, OOM, FINE | {"grad_norm": 2.0002})
     monkeypatch.setattr(train, "process", processes)
+    monkeypatch.setattr(train, "settings", lambda cell: [cell])
     assert train.main([*QUICK, "--impl", "fastpref", "naive", "--output", str(tmp_path)]) == code
     first, second = results(tmp_path)
     assert (first["status"], first["note"], first["pairs_per_s"]) == (status, note, None)
@@ -167,6 +225,7 @@ def test_the_rest_goes_on(tmp_path, monkeypatch, ours, status, note, code):
 
 def test_another_gradient_is_wrong(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "process", Processes(FINE, FINE | {"grad_norm": 2.01}))
+    monkeypatch.setattr(train, "settings", lambda cell: [cell])
     assert train.main([*QUICK, "--impl", "fastpref", "naive", "--output", str(tmp_path)]) == 1
     row = results(tmp_path)[1]
     assert row["status"] == "wrong" and row["note"] == "first gradient norm 2.01, fastpref's 2"
@@ -175,7 +234,7 @@ def test_another_gradient_is_wrong(tmp_path, monkeypatch):
 def test_no_time(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "process", Processes())
     assert train.main([*QUICK, "--impl", "fastpref", "--seconds", "5", "--output", str(tmp_path)]) == 0
-    assert [(row["status"], row["note"]) for row in results(tmp_path)] == [("skipped", "time budget")]
+    assert [(row["status"], row["note"]) for row in results(tmp_path)] == [("skipped", "time budget")] * 2
 
 
 # ---------------------------------------------------------------------------------------------- cards
@@ -211,7 +270,9 @@ def test_what_fits_is_what_runs(plan):
     assert (config.dtype, config.optimizer, config.max_tokens_per_batch) == ("bfloat16", "adamw_torch_8bit", 256)
     assert spec.card_gb == 0.9 and row.plan_mib == pytest.approx((plan.total - CONTEXT) / 2**20)
     peer, row = specs_of(SMALL, plan, "trl")
-    assert (peer.card_gb, row.plan_mib, row.checkpointing) == (None, None, "full") and steps_of(peer) == steps_of(spec)
+    assert (peer.card_gb, row.plan_mib, row.checkpointing) == (None, None, "none") and steps_of(peer) == steps_of(spec)
+    kept, row = specs_of(SMALL._replace(checkpointing="full"), plan)
+    assert train_cell.config_of(kept).gradient_checkpointing == row.checkpointing == "full"
 
 
 @pytest.mark.slow
@@ -279,12 +340,14 @@ def test_readme(tmp_path, plan):
                  revision="abc")
     rows = rows_of(plan, mfu=0.47)
     lines = [place | vars(row) for row in rows]
+    lines.append({**lines[1], "checkpointing": "full", "pairs_per_s": 1.2})  # which ours was not measured with
     (tmp_path / "a.json").write_text(records.as_json(lines))
     (tmp_path / "b.json").write_text(records.as_json([{**lines[0], "date": "2025", "pairs_per_s": 1.0}]))
     found = readme.trained(tmp_path)
-    assert [(row["impl"], row["pairs_per_s"]) for row in found] == [("fastpref", 3.0), ("trl", 1.9)]
+    assert [(row["impl"], row["pairs_per_s"]) for row in found] == [("trl", 1.2), ("fastpref", 3.0), ("trl", 1.9)]
     text = readme.block([], found)
     what = "quick, bf16, 8-bit AdamW, checkpointing none"
     assert f"| GPU: NVIDIA H200 | {what} | 0.9 GB | **3** | 1.9 | - | 47 % |" in text
+    assert "| quick, bf16, torch's AdamW, checkpointing full | 0.9 GB | - | 1.2 | - | - | - |" in text
     assert "Training steps" not in text and "fastpref bench train): not measured yet" not in text
     assert "not measured yet." in readme.block([], [])
