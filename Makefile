@@ -8,7 +8,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/pip --disable-pip-version-check install --quiet --constraint constraints.txt
 BUILD  := setup.py CMakeLists.txt pyproject.toml constraints.txt $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: quickstart smollm2 test test-slow gpu-check readme-bench lint docs clean
+.PHONY: quickstart smollm2 test test-slow gpu-check gpu-wheels readme-bench lint docs clean
 
 # Editable, so that a change of Python needs no second install. Without isolation: torch is no build requirement, and the
 # pinned cmake, ninja and pybind11 are the ones that build.
@@ -43,9 +43,15 @@ test: $(VENV)/installed-tests lint
 test-slow: $(VENV)/installed-tests
 	$(BIN)/python -m pytest -m slow
 
-# On a machine with an NVIDIA GPU, with the PyTorch that is there: GPU tests, sanitizers, benchmark; writes bench/results/.
+# On a machine with an NVIDIA GPU, with the PyTorch that is there: GPU tests, benchmarks, sanitizers in at most 8 minutes;
+# writes bench/results/, or $OUT. DRY=1: on any machine, the timetable and each step as far as it goes without a GPU.
 gpu-check:
-	PYTHON=$(PYTHON) bench/gpu_check.sh
+	$(PYTHON) -m bench.gpu_check $(if $(DRY),--dry)
+
+# What a GPU machine without a package index lacks, for its Python: wheels in build/gpu-wheels, and the extension.
+GPU_PYTHON ?= python3.12
+gpu-wheels:
+	$(GPU_PYTHON) -m bench.gpu_check --prepare
 
 # README.md's results, from the rows in bench/results.
 readme-bench: $(VENV)/installed-tests

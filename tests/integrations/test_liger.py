@@ -9,13 +9,14 @@ from __future__ import annotations
 import inspect
 import itertools
 
-import liger_kernel.chunked_loss as peer
 import pytest
 import torch
 import torch.nn.functional as F
-from liger_kernel.transformers import fused_linear_cross_entropy as peer_cross_entropy
 
 import fastpref.integrations.liger as ours
+
+peer = pytest.importorskip("liger_kernel.chunked_loss")
+peer_cross_entropy = pytest.importorskip("liger_kernel.transformers.fused_linear_cross_entropy")
 
 B, T, H, V = 3, 6, 16, 67  # pairs, tokens, hidden, vocab
 NAMES = ("DPO", "KTO", "ORPO", "CPO", "SimPO")

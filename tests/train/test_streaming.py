@@ -6,7 +6,6 @@ import os
 import signal
 from itertools import count, islice
 
-import datasets
 import pytest
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -17,6 +16,8 @@ from fastpref.errors import UserError
 from fastpref.train import loop, prepare, reference
 from fastpref.train.cache import cache_reference
 from fastpref.train.loop import Stopped, train
+
+datasets = pytest.importorskip("datasets")
 
 
 @pytest.fixture
