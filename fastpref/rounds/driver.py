@@ -63,6 +63,7 @@ from fastpref.train.model import (
 from fastpref.train.optim import check_optimizer
 from fastpref.train.prepare import Data, load_data
 from fastpref.train.report import write_report
+from fastpref.train.run_folder import refuse_removed
 from fastpref.train.sample import Engine, Sample, Sampling, sample
 from fastpref.train.scorer import Prompt, Scorer, load_scorer
 from fastpref.train.source import adapter_lines
@@ -156,11 +157,11 @@ def rounds(config: Config, *, resume: bool = False, display: Display | None = No
 def _may_begin(run_dir: Path, config: Config, resume: bool) -> bool:
     """Whether there is something to go on with. Raises UserError for a folder that is not to be written to."""
     there = run_dir / "config.yaml"
-    if not there.is_file():
+    if not there.is_file() or (config.train.overwrite_output_dir and not resume):
+        own = {"rounds.prompts": config.rounds.prompts, "rounds.scorer": config.rounds.scorer}
+        refuse_removed(run_dir, (*OURS, "round-[0-9]*"), config.train, **own)
         return False
     if not resume:
-        if config.train.overwrite_output_dir:
-            return False
         raise UserError(f"output_dir {run_dir} holds a run already: --resume goes on with it, "
                         "overwrite_output_dir=true starts over")
     saved = yaml.safe_load(there.read_text(encoding="utf-8"))

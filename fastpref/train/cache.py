@@ -19,9 +19,10 @@ from fastpref.files import FileLock, remove_partials
 from . import checkpoint, ranks, reference
 from .config import TrainConfig
 from .display import Display, duration
-from .model import Policy, fingerprint, load_policy, load_reference, load_tokenizer, pad_token
+from .model import Policy, fingerprint, load_policy, load_tokenizer, pad_token
 from .prepare import Data, Schedule, load_data
 from .reference import ReferenceLogps, Steps, Tick
+from .run_folder import file_of, reference_at_start
 
 WAIT = 0.5  # seconds between two looks at a lock that another run holds
 
@@ -36,11 +37,6 @@ class Split:
     steps: Steps | None  # KTO: the global batches, whose mismatched sequences are scored too
     path: Path
     stream: bool = False  # the examples are the first of a stream: the file may have others too
-
-
-def file_of(config: TrainConfig, run_dir: Path, index: int, stage: TrainConfig, split: str) -> Path:
-    folder = Path(config.reference_dir) if config.reference_dir else run_dir / "reference"
-    return folder / f"{index:02d}-{stage.name}-{split}.safetensors"
 
 
 def splits_of(
@@ -159,9 +155,7 @@ def cache_reference(config: TrainConfig, display: Display | None = None) -> list
                 display.say(f"{stage.name}: its reference is what the stage before ends with; cached when it begins")
                 continue
             schedule = Schedule(stage, data.train, config.seed + index)
-            source = policy
-            if stage.ref_model_name_or_path:
-                source = load_reference(stage, tokenizer, stage.ref_model_name_or_path)
+            source = reference_at_start(stage, tokenizer, policy)
             weights = fingerprint(source.model)
             for split in splits_of(config, run_dir, index, stage, data, schedule):
                 obtain(split, tokenizer, weights, policy, lambda source=source: source, display,  # type: ignore[misc]

@@ -92,7 +92,7 @@ def save(path: Path, write: Callable[[Path], None]) -> None:
             for name in files:
                 to_disk(Path(folder, name))
             to_disk(Path(folder))
-        if path.exists():
+        if os.path.lexists(path):
             remove(path)
         os.rename(partial, path)
         to_disk(path.parent)
@@ -167,7 +167,10 @@ def _copied(value: Any, done: dict[Any, Tensor]) -> Any:
 
 
 def remove(path: Path) -> None:
-    """Removes a folder; a kill in the middle leaves no half of it under its name."""
+    """Removes a folder, or a link to one; a kill in the middle leaves no half of it under its name."""
+    if path.is_symlink():
+        path.unlink()
+        return
     doomed = path.with_name(PARTIAL + "old-" + path.name)
     shutil.rmtree(doomed, ignore_errors=True)
     os.rename(path, doomed)

@@ -21,12 +21,13 @@ from fastpref.errors import UserError
 from . import memory
 from .config import TrainConfig
 from .display import Display
-from .loop import describe, refuse_used
+from .loop import describe
 from .memory import GIB, Terms
 from .metrics import check_report_to, device_name
 from .model import check_weights, load_tokenizer, pick_device, policy_on_meta
 from .optim import check_optimizer, learning_rate
 from .prepare import Schedule, load_data
+from .run_folder import LEFT, refuse_removed, refuse_used
 from .scorer import FUNCTION, load_scorer
 from .source import adapter_lines, source_of_run
 from .watch import check_prompts, decoded_prompts
@@ -41,6 +42,7 @@ def dry_run(config: TrainConfig, display: Display | None = None) -> dict[str, An
     for stage in stages:
         check_optimizer(stage, pick_device())
     refuse_used(Path(config.output_dir), config)
+    refuse_removed(Path(config.output_dir), LEFT, config)
     tokenizer = load_tokenizer(config)
     check_weights(config)
     data = load_data(stages, tokenizer, display)

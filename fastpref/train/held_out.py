@@ -8,14 +8,14 @@ from pathlib import Path
 from fastpref.data import eval_order
 from fastpref.errors import UserError
 
-from . import checkpoint, reference
-from .cache import file_of
+from . import reference
 from .checkpoint import seed_everything
-from .config import TrainConfig, load_config, load_config_of_run
+from .config import load_config, load_config_of_run
 from .display import Display, evaluation_table
 from .evaluate import evaluate, exact_match, generate
-from .model import Policy, load_policy, load_reference, load_tokenizer, pad_token
+from .model import load_policy, load_tokenizer, pad_token
 from .prepare import load_data
+from .run_folder import file_of, recorded_reference, reference_again, reference_at_start, weights_of_run
 
 
 def evaluate_run(
@@ -47,12 +47,15 @@ def evaluate_run(
     logps = None
     if loss.needs_reference:
         steps = [eval_order(examples, size)] if loss.needs_kl else None
-        header = reference.header_of(stage, tokenizer, policy.compute_dtype, "", examples, steps)
+        expected = recorded_reference(config, index, run_dir, weights) if run_dir and weights else None
+        header = reference.header_of(stage, tokenizer, policy.compute_dtype, expected or "", examples, steps)
         if run_dir:
-            cached = file_of(config, run_dir, index, stage, "eval")
-            logps = reference.read(cached, header, any_weights=True)
+            logps = reference.read(file_of(config, run_dir, index, stage, "eval"), header)
         if logps is None:
-            source_policy = reference_of(config, stage, index, run_dir, policy)
+            if run_dir:
+                source_policy = reference_again(config, index, run_dir, tokenizer, expected)
+            else:
+                source_policy = reference_at_start(stage, tokenizer, policy)
             with display.counting("reference log-probs") as show:
                 logps = reference.compute(source_policy, examples, stage.kind, size, pad, show, steps)
             del source_policy
@@ -66,29 +69,3 @@ def evaluate_run(
         values |= exact_match(data.questions, texts)
     display.console.print(evaluation_table(f"{weights or config.model_name_or_path}, {name}", {"": values}))
     return values
-
-
-def weights_of_run(run_dir: Path, stages: int) -> tuple[Path, int]:
-    """Its model/, or its newest checkpoint if it has not ended; and the place of the stage that these come from."""
-    if (run_dir / "model").is_dir():
-        return run_dir / "model", stages - 1
-    saved = checkpoint.checkpoints(run_dir)
-    if not saved:
-        raise UserError(f"{run_dir}: has neither a model nor a checkpoint yet")
-    return saved[-1], checkpoint.read_state(saved[-1])[0].stage
-
-
-def reference_of(config: TrainConfig, stage: TrainConfig, index: int, run_dir: Path | None, policy: Policy) -> Policy:
-    """The model that stage `index` of a run compares the policy with, loaded again; without a run, the policy."""
-    tokenizer = load_tokenizer(config)
-    if stage.ref_model_name_or_path:
-        return load_reference(stage, tokenizer, stage.ref_model_name_or_path)
-    if run_dir is None:
-        return policy
-    if index == 0:
-        seed_everything(config.seed)
-        return load_policy(config, tokenizer)
-    folder = run_dir / "checkpoints" / checkpoint.folder_name(index, stage.name or "", 0)
-    if not folder.is_dir():
-        raise UserError(f"{run_dir}: has no reference log-probs for these data, and {folder.name} is gone")
-    return load_policy(config, tokenizer, folder)

@@ -57,13 +57,11 @@ from .memory import check_fits
 from .metrics import MetricsLog, NoLog, check_report_to, device_name, peak_memory_mib
 from .mfu import model_flops, peak_flops
 from .model import (
-    BASE,
     Policy,
     check_weights,
     exchanged,
     fingerprint,
     keep_merged,
-    load_reference,
     load_tokenizer,
     load_weights,
     pad_token,
@@ -75,6 +73,7 @@ from .optim import Updater, check_optimizer, learning_rate
 from .prepare import Data, Schedule, load_data
 from .reference import ReferenceLogps
 from .report import write_report
+from .run_folder import LEFT, clear, reference_again, reference_at_start, refuse_removed, refuse_used
 from .scorer import Scorer, load_scorer
 from .source import adapter_lines, goes_on_with_adapter
 from .summary import show_summary, summarize
@@ -302,12 +301,13 @@ def _begins(run_dir: Path, config: TrainConfig, resume: bool) -> tuple[Path | No
         return found[-1], state
     if not resume:
         refuse_used(run_dir, config)
+    refuse_removed(run_dir, LEFT, config)
     return None, State()
 
 
 def _prepare(run_dir: Path, config: TrainConfig, resumed: Path | None, state: State) -> None:
     if not resumed:
-        _clear(run_dir)
+        clear(run_dir)
     elif (run_dir / "metrics.jsonl").stat().st_size < state.metrics_bytes:
         raise UserError(f"{run_dir}/metrics.jsonl is shorter than when {resumed.name} was saved")
     checkpoint.clean_up(run_dir)
@@ -322,24 +322,6 @@ def _already_complete(run_dir: Path, config: TrainConfig, display: Display) -> d
     display.say(f"{run_dir}: this run is complete")
     show_summary(display, run_dir, summary)
     return summary
-
-
-def refuse_used(run_dir: Path, config: TrainConfig) -> None:
-    used = [name for name in ("checkpoints", "metrics.jsonl", "model", "summary.json") if (run_dir / name).exists()]
-    if used and not config.overwrite_output_dir:
-        raise UserError(
-            f"output_dir {run_dir} holds a run already ({', '.join(used)}): --resume goes on with it, "
-            "overwrite_output_dir=true starts over"
-        )
-
-
-def _clear(run_dir: Path) -> None:
-    """Removes what an earlier run left; its reference log-probs stay, their headers tell whether they fit."""
-    for name in ("summary.json", "report.html", "metrics.jsonl"):
-        (run_dir / name).unlink(missing_ok=True)
-    for name in ("model", "checkpoints", "tensorboard", BASE):
-        if (run_dir / name).is_dir():
-            checkpoint.remove(run_dir / name)
 
 
 def describe(policy: Policy) -> str:
@@ -372,9 +354,7 @@ def _reference_logps(run: Run, index: int, schedule: Schedule) -> tuple[Referenc
     generators = checkpoint.random_state()
     source: Policy | None = None
     if state.step == 0 or run.given.reference:
-        source = run.policy
-        if stage.ref_model_name_or_path:
-            source = load_reference(stage, run.tokenizer, stage.ref_model_name_or_path)
+        source = reference_at_start(stage, run.tokenizer, run.policy)
         state.reference = fingerprint(source.model)
     found: dict[str, ReferenceLogps] = {}
 
@@ -397,20 +377,7 @@ def _reference_logps(run: Run, index: int, schedule: Schedule) -> tuple[Referenc
 
 def _starting_policy(run: Run, index: int) -> Policy:
     """The reference of a stage that has moved on since, made again because its cached log-probs are gone."""
-    stage = run.stages[index]
-    if stage.ref_model_name_or_path:
-        source = load_reference(stage, run.tokenizer, stage.ref_model_name_or_path)
-    elif index:
-        folder = run.dir / "checkpoints" / checkpoint.folder_name(index, stage.name or "", 0)
-        if not folder.is_dir():
-            raise UserError(f"stage {stage.name!r}: its reference log-probs and first weights are gone from {run.dir}")
-        source = sharding.load(run.config, run.tokenizer, folder)
-    else:
-        seed_everything(run.config.seed)
-        source = sharding.load(run.config, run.tokenizer)
-    if fingerprint(source.model) != run.state.reference:
-        raise UserError(f"stage {stage.name!r}: the reference model has other weights than when the stage began")
-    return source
+    return reference_again(run.config, index, run.dir, run.tokenizer, run.state.reference)
 
 
 # ---- one stage -------------------------------------------------------------------------------------------------------
@@ -448,6 +415,9 @@ def run_stage(run: Run, index: int) -> None:
             train_ref, eval_ref = reference_logps(run, index, schedule)
             examples = train_ref.attach(examples)
             held_out = eval_ref.attach(held_out) if eval_ref else held_out
+        elif state.step == 0:  # what an implicit reward compares with
+            state.reference = fingerprint(policy.model)
+        state.history[name]["reference"] = state.reference
         fresh = _fresh(run, index)
         with run.display.steps(name, state.step, steps) as bar:
             while True:
@@ -695,16 +665,13 @@ def _compared(run: Run, index: int) -> Callable[[], AbstractContextManager[Polic
     stage, state, policy = run.stages[index], run.state, run.policy
     weights = run.given.reference or run.given_weights
     if stage.ref_model_name_or_path:
-        source = _starting_policy(run, index) if state.step else load_reference(
-            stage, run.tokenizer, stage.ref_model_name_or_path
-        )
+        source = _starting_policy(run, index) if state.step else reference_at_start(stage, run.tokenizer, policy)
         return lambda: nullcontext(source)
     if weights is None and run.config.use_peft and index == 0 and not goes_on_with_adapter(run.config):
         return lambda: _without_adapter(policy)
     if weights is None and state.step:
         weights = checkpoint.snapshot(weights_of(_starting_policy(run, index)))
     elif weights is None:
-        state.reference = state.reference or fingerprint(policy.model)
         weights = checkpoint.snapshot(weights_of(policy))
     return lambda: _with_weights(policy, weights)
 

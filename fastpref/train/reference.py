@@ -155,21 +155,18 @@ def by_turns(policy: Policy, batches: Sequence[Batch]) -> list[Tensor]:
     return ranks.gathered(policy.sequence_logps(mine.to(policy.device)), [batch.num_sequences for batch in batches])
 
 
-def read(path: Path, header: dict[str, Any], *, any_weights: bool = False) -> ReferenceLogps | None:
+def read(path: Path, header: dict[str, Any]) -> ReferenceLogps | None:
     """The cached log-probs, or None: no such file, one that is damaged, or another header. As the first rank sees it.
-
-    any_weights: leave out the identity of the weights, for a file known to belong to the run in question.
     """
-    found = ranks.on_first(lambda: _read(path, header, any_weights))
+    found = ranks.on_first(lambda: _read(path, header))
     return None if found is None else ReferenceLogps(found["logps"], found["kl"], found["kl_offsets"])
 
 
-def _read(path: Path, header: dict[str, Any], any_weights: bool = False) -> dict[str, Tensor] | None:
+def _read(path: Path, header: dict[str, Any]) -> dict[str, Tensor] | None:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            saved = json.loads(metadata.get("header", "{}"))
-            if {**header, **({"weights": saved.get("weights")} if any_weights else {})} != saved:
+            if header != json.loads(metadata.get("header", "{}")):
                 return None
             found = {name: file.get_tensor(name) for name in ("logps", "kl", "kl_offsets", "hashes")}
     except (OSError, SafetensorError, ValueError):

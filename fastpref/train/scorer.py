@@ -37,8 +37,8 @@ from fastpref.errors import UserError, first_line
 
 from .checkpoint import random_state, read_state, restore_random_state
 from .config import load_config_of_run
-from .held_out import reference_of, weights_of_run
 from .model import Policy, load_policy, load_tokenizer, pad_token, pick_device
+from .run_folder import recorded_reference, reference_again, weights_of_run
 from .source import load_whole, put_adapter, source_of
 
 Prompt = str | list[dict[str, Any]]  # a text, or messages
@@ -392,7 +392,8 @@ class ImplicitReward(_ModelScorer):
         self.tokenizer = load_tokenizer(config)
         self.policy = load_policy(config, self.tokenizer, weights)
         before = random_state()
-        self.reference = reference_of(config, stage, index, run_dir, self.policy)  # seeds, for random weights
+        expected = recorded_reference(config, index, run_dir, weights)
+        self.reference = reference_again(config, index, run_dir, self.tokenizer, expected)
         restore_random_state(before)
         self.policy.model.eval()
         self.reference.model.eval()
