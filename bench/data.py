@@ -1,13 +1,14 @@
 """Reading and tokenising a data set: time, memory, bytes a token; a second start; an epoch's first batches from disk.
 
-    fastpref bench data [--records 100000 1000000] [--tokenizer FOLDER]
+    fastpref bench data [--records 100000] [--drawn 1000000] [--tokenizer FOLDER]
 
 Pairs of messages of 490 tokens or so, of the words of this repository's documentation as often as they come there, are
 written as JSON lines. Each start is a process of its own that does what `fastpref train` does before it loads a model:
 `first` reads, tokenises and keeps, `again` finds the file of the first, `stream` then collates the first batches of an
 epoch, wherever in the file they are. Memory is the process's high-water mark, its libraries (torch, transformers)
-included; of `stream` also what is not pages of a file. CPU seconds are those of all threads: on a machine that others
-use too they say more than the clock.
+included; what is not pages of a file stands beside it. CPU seconds are those of all processes of a start: on a machine
+that others use too they say more than the clock. `drawn`: so many examples of random tokens are written as a first
+start would, and planned and streamed: what a million take once they are tokenised.
 """
 
 from __future__ import annotations
@@ -16,16 +17,21 @@ import argparse
 import json
 import os
 import random
+import resource
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy
 import torch
 from rich.table import Table
+
+from fastpref.data import TokenizeReport, collate, stored
 
 from . import command
 from .harness import console, status_bytes
@@ -35,6 +41,7 @@ from .records import Results, Row
 ROOT = Path(__file__).parent.parent
 STEPS = 2000  # batches of 8 that `stream` makes
 PHASES = ("first", "again", "stream")
+DRAWN = ("draw", "drawn")
 
 
 @dataclass
@@ -46,7 +53,8 @@ class DataRow(Row):
     start_s: float | None = None  # Python, torch, transformers, tokenizer
     load_s: float | None = None  # until the examples are there
     plan_s: float | None = None  # the order of an epoch, and the content hash of all
-    cpu_s: float | None = None  # of load and plan
+    cpu_s: float | None = None  # of the whole process and its workers
+    worker_mib: float | None = None  # resident in the largest process that tokenises, pages shared with its parent too
     batches_s: float | None = None
     data_mib: float | None = None  # the JSON lines
     bytes_a_token: float | None = None  # in the cache
@@ -69,36 +77,68 @@ def write_data(path: Path, records: int) -> None:
             file.write(json.dumps(row) + "\n")
 
 
-def measure(phase: str, data: str, tokenizer: str) -> dict[str, float]:
+def draw(path: str, records: int) -> None:
+    """A file of examples as a start leaves it, of random tokens."""
+    rng = numpy.random.default_rng(0)
+
+    def ragged(lengths: Any, dtype: str, values: int = 49152) -> stored.Ragged:
+        offsets = numpy.cumsum([0, *lengths], dtype=numpy.int32)
+        return rng.integers(0, values, offsets[-1], dtype), offsets
+
+    def parts() -> Iterator[stored.Part]:
+        for first in range(0, records, stored.PART):
+            n = min(stored.PART, records - first)
+            part: stored.Part = {
+                "record_id": numpy.arange(first, first + n, dtype=numpy.int32),
+                "desirable": numpy.full(n, -1, numpy.int8), "margin": numpy.full(n, numpy.nan),
+                "partly": numpy.zeros(n, numpy.uint8), "hash": ragged([16] * n, "uint8", 256),
+                "source": ragged([24] * n, "uint8", 128), "prompt": ragged(rng.integers(90, 220, n), "int32"),
+            }
+            for side in range(2):
+                part[f"response_{side}"] = ragged(rng.integers(80, 255, n), "int32")
+                part[f"scored_{side}"] = ragged([0] * n, "int32")
+            yield part
+
+    stored._write(Path(path), parts(), TokenizeReport("pair"))
+
+
+def measure(phase: str, data: str, tokenizer: str, records: str) -> dict[str, float]:
     """What a start takes; in a process of its own."""
     begun = time.perf_counter()
-    from fastpref.data import collate
     from fastpref.train.config import TrainConfig
     from fastpref.train.display import Display
     from fastpref.train.model import load_tokenizer
     from fastpref.train.prepare import Schedule, load_data
     from fastpref.train.reference import identity
 
-    (config,) = TrainConfig(model_name_or_path=tokenizer, train_dataset=data, output_dir="unused").stage_configs()
+    config = TrainConfig(model_name_or_path=tokenizer, train_dataset=data, output_dir="unused")
     tokens = load_tokenizer(config)
     found = {"start_s": time.perf_counter() - begun, "start_mib": status_bytes("VmRSS") / MIB}
-    begun, cpu = time.perf_counter(), time.process_time()
+    begun = time.perf_counter()
+    if phase == "draw":
+        draw(data, int(records))
     display = Display()
     display.console.file = sys.stderr
-    (stage,) = load_data([config], tokens, display)
+    if phase in DRAWN:
+        examples = stored._read(Path(data))[0]
+    else:
+        examples = load_data(config.stage_configs(), tokens, display)[0].train
     found["load_s"] = time.perf_counter() - begun
     begun = time.perf_counter()
-    schedule = Schedule(config, stage.train, 0)
+    schedule = Schedule(config, examples, 0)
     schedule.of_step(0)
-    identity(stage.train)
-    found |= {"plan_s": time.perf_counter() - begun, "cpu_s": time.process_time() - cpu}
-    found["tokens"] = int(stage.train.tokens(share_prompts=True).sum())
-    if phase == "stream":
+    identity(examples)
+    found["plan_s"] = time.perf_counter() - begun
+    found["tokens"] = int(examples.tokens(share_prompts=True).sum())
+    if phase in ("stream", "drawn"):
         begun = time.perf_counter()
         for step in range(min(STEPS, schedule.steps)):
             for batch in schedule.of_step(step)[1]:
-                collate([stage.train[i] for i in batch], 0, layout="shared")
+                collate([examples[i] for i in batch], 0, layout="shared")
         found["batches_s"] = time.perf_counter() - begun
+    times = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    found["cpu_s"] = sum(t.ru_utime + t.ru_stime for t in times)
+    found["worker_mib"] = times[1].ru_maxrss * 1024 / MIB
     return found | {"peak_mib": status_bytes("VmHWM") / MIB, "anon_mib": status_bytes("RssAnon") / MIB}
 
 
@@ -106,22 +146,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="fastpref bench data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--records", nargs="+", type=command.positive, default=[100_000])
+    parser.add_argument("--drawn", nargs="*", type=command.positive, default=[1_000_000])
     parser.add_argument("--tokenizer", default=str(ROOT / "examples" / "model"), metavar="FOLDER",
                         help="default: examples/model, whose vocabulary of 512 makes three tokens of one")
     parser.add_argument("--output", type=Path, metavar="DIR", help="JSON goes there")
-    parser.add_argument("--quick", action="store_true", help="2,000 records: does it run, not how fast is it")
+    parser.add_argument("--quick", action="store_true", help="4,000 records: does it run, not how fast is it")
     options = parser.parse_args(arguments)
     results = Results.open(options.output, "data", torch.device("cpu"), DataRow)
     table = Table(*("records", "start", "tokens", "import s", "load s", "plan s", "CPU s", "records/s", "bytes/token",
-                    "peak MiB", "own MiB", "batches/s"), box=None)
-    for records in [2000] if options.quick else options.records:
+                    "peak MiB", "not files' MiB", "batches/s"), box=None)
+    wanted = [(records, PHASES) for records in options.records] + [(records, DRAWN) for records in options.drawn]
+    for records, phases in [(4000, PHASES), (4000, DRAWN)] if options.quick else wanted:
         with tempfile.TemporaryDirectory() as folder:
-            data = Path(folder, "pairs.jsonl")
-            write_data(data, records)
-            for phase in PHASES:
+            data = Path(folder, "cache", "drawn.arrow") if phases is DRAWN else Path(folder, "pairs.jsonl")
+            data.parent.mkdir(exist_ok=True)
+            if phases is PHASES:
+                write_data(data, records)
+            for phase in phases:
+                home = os.environ | {"HF_DATASETS_CACHE": str(Path(folder, "cache"))}
                 child = subprocess.run(
-                    [sys.executable, "-m", "bench.data", phase, str(data), options.tokenizer], cwd=ROOT, text=True,
-                    stdout=subprocess.PIPE, env=os.environ | {"HF_DATASETS_CACHE": str(Path(folder, "cache"))},
+                    [sys.executable, "-m", "bench.data", phase, str(data), options.tokenizer, str(records)], cwd=ROOT,
+                    text=True, stdout=subprocess.PIPE, env=home,
                 )
                 if child.returncode:
                     raise ValueError(f"{phase}: the process ended with code {child.returncode}")

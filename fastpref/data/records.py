@@ -60,6 +60,10 @@ class Invalid:
         if len(self.first) < 10:
             self.first.append(str(error))
 
+    def extend(self, other: Invalid) -> None:
+        self.count += other.count
+        self.first = (self.first + other.first)[:10]
+
 
 def load_records(source: Any, split: str | None = None, *, invalid: Invalid | None = None) -> list[Record]:
     """Reads preference, unpaired or supervised records.

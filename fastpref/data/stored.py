@@ -17,7 +17,13 @@ import functools
 import hashlib
 import importlib.metadata
 import json
+import multiprocessing
+import os
+import signal
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
@@ -28,7 +34,7 @@ from numpy import ndarray
 from fastpref.files import locked, remove_partials, replacing, write_text
 
 from .chat import Rendering, tells_the_date
-from .records import Invalid, stream_records
+from .records import Invalid, Record, stream_records
 from .sources import load_dataset, reader_of
 from .tokens import Example, Kind, TokenizeReport, tokenize_records, with_margins
 
@@ -208,23 +214,28 @@ def load_examples(
     drop_invalid: leave out and count what cannot be read or rendered. margins: the examples have their records' margin.
     tick: called with the records done so far, and how many there are where that is known.
     """
-    invalid = Invalid()
-    report = TokenizeReport(kind, invalid=invalid)
+    report = TokenizeReport(kind)
 
-    def parts() -> Iterator[Part]:
+    def work(item: tuple[int, list[Record]]) -> tuple[Part | None, TokenizeReport]:
+        first, part = item
+        counted = Invalid() if drop_invalid else None
+        examples, about = tokenize_records(part, tokenizer, kind, partial=True, invalid=counted, **options)
+        if margins:
+            examples = with_margins(examples, part, counted)
+        about.invalid = counted or about.invalid
+        sources = [part[e.record_id].source for e in examples]
+        examples = [dataclasses.replace(e, record_id=first + e.record_id) for e in examples]
+        return _columns(examples, sources) if examples else None, about
+
+    def parts(processes: int) -> Iterator[Part]:
         """Of one example at least."""
-        counted = invalid if drop_invalid else None
-        records, found = stream_records(source, streaming=False, invalid=counted), False
-        while part := list(islice(records, PART)):
-            examples, about = tokenize_records(part, tokenizer, kind, partial=True, invalid=counted, **options)
-            if margins:
-                examples = with_margins(examples, part, counted)
-            first = report.records
+        records, found = stream_records(source, streaming=False, invalid=report.invalid if drop_invalid else None), 0
+        items = ((i * PART, part) for i, part in enumerate(iter(lambda: list(islice(records, PART)), [])))
+        for columns, about in _in_order(work, items, processes):
             report.add(about)
-            if examples:
-                found = True
-                yield _columns([dataclasses.replace(e, record_id=first + e.record_id) for e in examples],
-                               [part[e.record_id].source for e in examples])
+            if columns:
+                found += 1
+                yield columns
             tick(report.records, None)
         if not found:
             raise ValueError(f"{source}: {report.none_usable()}")
@@ -235,7 +246,7 @@ def load_examples(
     path = _path_of(source, tokenizer, [kind, drop_invalid, margins, sorted(keyed.items())])
     if path and (found := _read(path)):
         return found
-    begun = list(islice(rest := parts(), 2))
+    begun = list(islice(rest := parts(_cores() if path else 1), 2))
     if path is None or len(begun) == 1:
         examples = Examples([*begun, *rest])
         report.count(examples)
@@ -247,6 +258,43 @@ def load_examples(
             found = _read(path)
     assert found
     return found
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if "fork" in multiprocessing.get_all_start_methods() else 1
+
+
+_work: Callable[[Any], Any]  # of a process of the pool, which has it from its parent
+
+
+def _begin(work: Callable[[Any], Any]) -> None:
+    global _work
+    _work = work
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes have the cores
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _call(item: Any) -> Any:
+    return _work(item)
+
+
+def _in_order(work: Callable[[Any], Any], items: Iterator[Any], processes: int) -> Iterator[Any]:
+    """`work` of each, in their order: the first two here, the others, if there are any, in so many processes. Templates
+    are Python: threads would take turns."""
+    yield from map(work, islice(items, 2 if processes > 1 else None))
+    if not (ahead := list(islice(items, 2 * processes))):
+        return
+    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("fork"), _begin, (work,))
+    try:
+        waiting = deque(pool.submit(_call, item) for item in ahead)
+        while waiting:
+            yield waiting.popleft().result()
+            waiting.extend(pool.submit(_call, item) for item in islice(items, 1))
+    except BrokenProcessPool:
+        raise ValueError("a process that tokenises was ended from outside (out of memory?)") from None
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
 
 
 # ---- the file --------------------------------------------------------------------------------------------------------

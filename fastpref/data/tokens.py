@@ -126,6 +126,7 @@ class TokenizeReport:
                 setattr(self, name, value + getattr(other, name))
         for reason, where in other.dropped.items():
             self.dropped.setdefault(reason, []).extend(where)
+        self.invalid.extend(other.invalid)
 
     def none_usable(self) -> str:
         why = "; ".join(f"{len(where)} {reason}" for reason, where in self.dropped.items()) or "all are invalid"
