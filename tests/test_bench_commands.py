@@ -7,9 +7,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from test_data import CHATML, chars
 
 from bench import __main__ as bench
-from bench import head, loss, plots, presets, rows, step, sweep
+from bench import data, head, loss, plots, presets, rows, step, sweep
 from bench.harness import Cell
 from bench.problem import LOGITS
 from fastpref import cli
@@ -280,3 +281,17 @@ def test_fastpref_bench(capsys, monkeypatch, tmp_path):
     assert cli.main(["bench", "head"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "the benchmarks come with the source" in line
+
+
+def test_drawn_examples_are_such_as_a_start_leaves(tmp_path):
+    """4.2 bytes a token, planned without a token, read where they are asked for."""
+    path = tmp_path / "drawn.arrow"
+    data.draw(str(path), 3000)
+    examples, report = data.stored._read(path)
+    assert len(examples) == report.examples == 3000 and examples[2999].record_id == 2999
+    tokens = int(examples.tokens(share_prompts=True).sum())
+    assert tokens == sum(e.tokens(True) for e in examples) and 470 < tokens / 3000 < 500
+    assert 4 < path.stat().st_size / tokens < 4.3
+    data.write_data(tmp_path / "a.jsonl", 3)
+    assert len(data.stored.load_examples(str(tmp_path / "a.jsonl"), chars(chat_template=CHATML), "pair",
+                                         max_length=4096)[0]) == 3

@@ -185,6 +185,40 @@ def test_an_end_in_the_middle_leaves_nothing_that_is_read(data, monkeypatch):
         load(data, template="{% if m %}{% endif %}")
 
 
+def test_as_many_processes_as_cores_give_the_same(data, monkeypatch):
+    """The first two parts are made here, to see whether there are more; the others wherever there is a core."""
+    reports = []
+    for cores in (1, 2, 3):
+        monkeypatch.setattr(stored, "_cores", lambda cores=cores: cores)
+        monkeypatch.setattr(stored, "_code_key", lambda cores=cores: [str(cores)])
+        found, report = load(data, margins=True)
+        reports.append((list(found), report))
+    assert reports[0] == reports[1] == reports[2] and len(files(data)) == 3
+
+
+def test_a_process_that_dies_or_finds_an_error_ends_the_start(data, monkeypatch):
+    monkeypatch.setattr(stored, "_cores", lambda: 2)
+    tokenize, here = tokenize_records, os.getpid()
+
+    def dies(*args, **options):
+        if os.getpid() != here:
+            os._exit(1)
+        return tokenize(*args, **options)
+
+    monkeypatch.setattr(stored, "tokenize_records", dies)
+    with pytest.raises(ValueError, match="a process that tokenises was ended from outside"):
+        load(data)
+    monkeypatch.setattr(stored, "tokenize_records", tokenize)
+    (data / "a.jsonl").write_text((data / "a.jsonl").read_text().replace('"q30"', '"no"'))
+    with pytest.raises(ValueError, match="^[^\n]*a.jsonl:10: the chat template refuses the messages .never.$"):
+        load(data, drop_invalid=False)
+    lines = (data / "a.jsonl").read_text().splitlines()
+    (data / "a.jsonl").write_text("\n".join(lines[:9] + lines[10:40]))
+    with pytest.raises(ValueError, match="^[^\n]*a.jsonl:30: the chat template refuses the messages .never.$"):
+        load(data, drop_invalid=False)
+    assert files(data) == []
+
+
 def _one_of_two(folder, made):
     import datasets
 

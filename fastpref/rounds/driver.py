@@ -36,7 +36,7 @@ import torch
 import yaml
 from transformers import PreTrainedTokenizerBase
 
-from fastpref.data import Example, Examples, load_records
+from fastpref.data import Example, Examples, Invalid, load_records
 from fastpref.errors import UserError
 from fastpref.files import replacing, write_text
 from fastpref.train import checkpoint
@@ -214,7 +214,9 @@ def _open(run_dir: Path, config: Config, display: Display, stop: StopFlag, score
         held_out = read_prompts(stage.eval_dataset, tokenizer, room, stage.truncation_mode, "held-out prompts", display)
         held_out = held_out.take(range(len(held_out.ids))[: settings.eval_prompts])
     (data,) = load_data([stage], tokenizer, display, held_out_only=not settings.offline_ratio)
-    offline = [record.prompt for record in load_records(stage.train_dataset)] if settings.offline_ratio else []
+    invalid = Invalid() if stage.invalid_records == "drop" else None
+    records = load_records(stage.train_dataset, invalid=invalid) if settings.offline_ratio else []
+    offline = [record.prompt for record in records]
     _check_budget(config, prompts)
 
     folders = [run_dir / "start" / "model"]

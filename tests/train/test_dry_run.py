@@ -13,6 +13,7 @@ from tiny import make, make_config, make_tokenizer, read_metrics, settings
 
 from fastpref import cli
 from fastpref.errors import UserError
+from fastpref.train import display
 from fastpref.train.display import Display
 from fastpref.train.dry_run import dry_run
 from fastpref.train.loop import train
@@ -149,3 +150,16 @@ def test_invalid_records_are_named_and_left_out(world, tmp_path):
         assert [line for line in text.splitlines() if "dropped: " in line][1].endswith(
             "broken.jsonl:3: not valid JSON (Expecting property name enclosed in double quotes at column 2)")
     assert found["stages"]["dpo"]["examples"] > 8
+
+
+def test_a_pass_over_data_says_how_far_it_is_in_a_pipe_too(monkeypatch):
+    now = iter([0.0, 1.0, 4.9, 5.1, 6.0, 10.3, 1000.0, 1030.0, 1053.0])
+    monkeypatch.setattr(display.time, "monotonic", lambda: next(now))
+    shown = io.StringIO()
+    with Display(Console(file=shown)).counting("read") as tick:
+        for done in (1, 2, 3, 4, 5):
+            tick(1000 * done, None)
+        for done in (6, 7, 8):
+            tick(1000 * done, 9000)
+    assert shown.getvalue().splitlines() == ["read: 3,000 in 0:05", "read: 5,000 in 0:10",
+                                             "read: 6,000 of 9,000 in 16:40", "read: 8,000 of 9,000 in 17:33"]
