@@ -87,7 +87,9 @@ class Chat:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, rendering: Rendering) -> None:
         self.tokenizer, self.rendering = tokenizer, rendering
         self.name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
-        special = {*tokenizer.all_special_tokens, *map(str, tokenizer.convert_ids_to_tokens(sorted(rendering.stops)))}
+        # What is no control token ends no turn, whatever a configuration's default says (Llama's: token 2)
+        self.stops = sorted(rendering.stops & tokenizer.added_tokens_decoder.keys())
+        special = {*tokenizer.all_special_tokens, *map(str, tokenizer.convert_ids_to_tokens(self.stops))}
         special |= {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
         self.control = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or "(?!)")
         self._templates: dict[bool, str] = {}
@@ -185,7 +187,7 @@ class Chat:
 
     def _find_ends(self, record: Record) -> re.Pattern[str]:
         """What closes a turn: EOS, or the control token that the template writes after one."""
-        ends = {str(self.tokenizer.eos_token), *self.tokenizer.convert_ids_to_tokens(sorted(self.rendering.stops))}
+        ends = {str(self.tokenizer.eos_token), *self.tokenizer.convert_ids_to_tokens(self.stops)}
         for role in ("assistant", "user"):  # the last turn may be closed by another than those before it
             messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
             messages[role == "assistant"]["content"] = _OTHER

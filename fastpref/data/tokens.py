@@ -373,7 +373,7 @@ class _Encoder:
         if tokenizer.eos_token_id is None:
             raise ValueError(f"tokenizer {self.chat.name}: has no EOS token to end responses with; set its eos_token")
         self.eos: int = tokenizer.eos_token_id
-        self.stops = rendering.stops | {self.eos}
+        self.stops = {self.eos, *self.chat.stops}
         self._blank: dict[int, bool] = {}
         self._joins: dict[tuple[str, str], bool] = {}
         bare, full = self._ids(["a"])[0], tokenizer("a", add_special_tokens=True)["input_ids"]

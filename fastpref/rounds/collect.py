@@ -24,7 +24,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from fastpref.data import load_prompts, tokenize_prompts
+from fastpref.data import Rendering, load_prompts, tokenize_prompts
 from fastpref.errors import SaveError, UserError
 from fastpref.train.display import Display
 from fastpref.train.loop import spent
@@ -50,11 +50,12 @@ class Prompts:
 
 
 def read_prompts(
-    source: Any, tokenizer: PreTrainedTokenizerBase, max_length: int, truncation_mode: Any, what: str, display: Display
+    source: Any, tokenizer: PreTrainedTokenizerBase, max_length: int, truncation_mode: Any,
+    rendering: Rendering, what: str, display: Display,
 ) -> Prompts:
     """Each prompt once, in the order of the data; says how many there are and what was cut."""
     records = load_prompts(source)
-    every, cut = tokenize_prompts(records, tokenizer, max_length, truncation_mode)
+    every, cut = tokenize_prompts(records, tokenizer, max_length, truncation_mode, rendering)
     first = {tuple(ids): i for i, ids in reversed(list(enumerate(every)))}
     kept = sorted(first.values())
     parts = [f"{len(records):,} records -> {len(kept):,} prompts", f"longest {max(map(len, every)):,} tokens"]

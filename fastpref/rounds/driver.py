@@ -62,6 +62,7 @@ from fastpref.train.model import (
 )
 from fastpref.train.optim import check_optimizer
 from fastpref.train.prepare import Data, load_data
+from fastpref.train.rendering import dated, keep_date, rendering_of
 from fastpref.train.report import write_report
 from fastpref.train.run_folder import refuse_removed
 from fastpref.train.sample import Engine, Sample, Sampling, sample
@@ -199,19 +200,22 @@ def _prepare(session: Session, goes_on: bool) -> None:
 def _open(run_dir: Path, config: Config, display: Display, stop: StopFlag, scorer: Scorer, vllm: bool,
           goes_on: bool) -> Session:
     """Reads the data, loads the policy once, with the newest weights there are."""
-    settings, stage = config.rounds, config.stage
     checkpoint.seed_everything(config.train.seed)  # as train does: random weights are the same there and here
     tokenizer = load_tokenizer(config.train)
     check_weights(config.train)
+    config = replace(config, train=dated(config.train, tokenizer))
+    keep_date(config.train)
+    settings, stage = config.rounds, config.stage
     room = stage.max_length - settings.max_new_tokens
     room = min(room, stage.max_prompt_length or room)
     source = stage.train_dataset if settings.prompts is None else settings.prompts
-    prompts = read_prompts(source, tokenizer, room, stage.truncation_mode, "prompts", display)
+    how = stage.truncation_mode, rendering_of(stage)
+    prompts = read_prompts(source, tokenizer, room, *how, "prompts", display)
     if settings.prompts_per_round is not None and settings.prompts_per_round > len(prompts.ids):
         raise UserError(f"rounds.prompts_per_round is {settings.prompts_per_round}, but there are {len(prompts.ids)}")
     held_out = None
     if stage.eval_dataset is not None and settings.eval_prompts != 0:
-        held_out = read_prompts(stage.eval_dataset, tokenizer, room, stage.truncation_mode, "held-out prompts", display)
+        held_out = read_prompts(stage.eval_dataset, tokenizer, room, *how, "held-out prompts", display)
         held_out = held_out.take(range(len(held_out.ids))[: settings.eval_prompts])
     (data,) = load_data([stage], tokenizer, display, held_out_only=not settings.offline_ratio)
     invalid = Invalid() if stage.invalid_records == "drop" else None

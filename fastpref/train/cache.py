@@ -22,6 +22,7 @@ from .display import Display, duration
 from .model import Policy, fingerprint, load_policy, load_tokenizer, pad_token
 from .prepare import Data, Schedule, load_data
 from .reference import ReferenceLogps, Steps, Tick
+from .rendering import dated, keep_date
 from .run_folder import file_of, reference_at_start
 
 WAIT = 0.5  # seconds between two looks at a lock that another run holds
@@ -147,6 +148,9 @@ def cache_reference(config: TrainConfig, display: Display | None = None) -> list
     with checkpoint.lock(run_dir):
         checkpoint.seed_everything(config.seed)  # as `train` does: random weights are the same there and here
         tokenizer = load_tokenizer(config)
+        config = dated(config, tokenizer)
+        keep_date(config)
+        stages = config.stage_configs()
         every = load_data(stages, tokenizer, display)
         policy = load_policy(config, tokenizer)
         for index in wanted:

@@ -12,8 +12,11 @@ A run is one stage or several, one after the other, each starting from the weigh
 
 from __future__ import annotations
 
+import collections.abc
 import dataclasses
+import datetime
 import difflib
+import json
 import math
 import types
 from collections.abc import Mapping, Sequence
@@ -41,6 +44,7 @@ class TrainConfig:
     model_revision: str = "main"  # of a hub id: branch, tag or commit
     tokenizer_name_or_path: str | None = None  # None: the model's
     init_from_config: bool = False  # random weights from the folder's config.json instead of its weights
+    chat_template: str | None = None  # a file, or chatml; None: the tokenizer's
     trust_remote_code: bool = False  # run Python code that comes with the model
     use_peft: bool = False  # train a LoRA adapter; the weights stay as they are
     merge_adapter: bool = False  # where model_name_or_path is an adapter: add it to its model first, and train that
@@ -78,6 +82,11 @@ class TrainConfig:
     max_prompt_length: int | None = None
     truncation_mode: Literal["keep_start", "keep_end"] = "keep_end"  # of a prompt that is too long
     overlong_response: Literal["error", "drop", "truncate"] = "error"
+    train_on: Literal["assistant", "all"] = "assistant"  # of a response: the model's turns alone, or every token
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)  # for every record that does not set its own
+    chat_template_date: str | None = None  # what strftime_now in a template tells; None: the day the run began
+    # Control tokens that stand in what users and tools say (<|im_end|>) are text like any other; false: tokens
+    sanitize_control_tokens: bool = False
     # Of a record that cannot be read, or that the chat template refuses: drop counts them and names the first ten
     invalid_records: Literal["error", "drop"] = "error"
 
@@ -146,6 +155,12 @@ class TrainConfig:
         ):
             if not ok:
                 raise UserError(f"{key} is {value!r}; it takes {takes}")
+        if self.chat_template_date is not None:
+            try:
+                datetime.date.fromisoformat(self.chat_template_date)
+            except ValueError:
+                raise UserError(f"chat_template_date is {self.chat_template_date!r}; it takes a date as 2026-01-31"
+                                ) from None
         for target in self.report_to:
             if target not in ("tensorboard", "wandb"):
                 raise UserError(f"report_to is {target!r}; it takes tensorboard, wandb or none")
@@ -252,7 +267,8 @@ _NONE_OR_POSITIVE = ("sample_time_share", "scorer_timeout", "kl_budget")
 
 # What a stage cannot have for itself: there is one model and one output folder.
 _RUN_KEYS = (
-    "model_name_or_path", "model_revision", "tokenizer_name_or_path", "init_from_config", "trust_remote_code",
+    "model_name_or_path", "model_revision", "tokenizer_name_or_path", "chat_template", "init_from_config",
+    "trust_remote_code", "chat_template_date",
     "use_peft", "merge_adapter", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "dtype", "bf16",
     "gradient_checkpointing", "use_liger_kernel", "packing", "prefix_sharing", "fsdp", "dp_replicate",
     "output_dir", "overwrite_output_dir", "reference_dir", "seed", "report_to", "save_total_limit", "invalid_records",
@@ -264,7 +280,8 @@ MAY_DIFFER = (
     "save_total_limit",
     "eval_dataset", "eval_steps", "per_device_eval_batch_size", "eval_generate", "eval_max_new_tokens",
     "eval_generate_samples", "sample_steps", "sample_prompts", "sample_max_new_tokens", "sample_time_share", "scorer",
-    "scorer_timeout", "kl_budget", "kl_budget_action", "memory_budget", "max_skipped_steps", "fsdp", "dp_replicate",
+    "chat_template_date", "scorer_timeout", "kl_budget",
+    "kl_budget_action", "memory_budget", "max_skipped_steps", "fsdp", "dp_replicate",
 )
 
 _FIELDS = {f.name: f for f in fields(TrainConfig) if f.name != "loss_options"}
@@ -450,6 +467,10 @@ def _checked(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     options = {key: kind for loss in _loss_classes() for key, kind in _options_of(loss).items()}
     found = {}
     for key, value in values.items():
+        if key == "assistant_only_loss":  # TRL's
+            if "train_on" in values:
+                raise UserError(f"{prefix}{key} and {prefix}train_on say the same: set one of them")
+            key, value = "train_on", "assistant" if convert(f"{prefix}{key}", value, bool) else "all"
         if key in _FIELDS:
             kind = _TYPES[key]
         elif key in options:
@@ -487,6 +508,17 @@ def convert(key: str, value: Any, kind: Any) -> Any:
         if not isinstance(items, Sequence) or not all(isinstance(item, str) for item in items):
             raise UserError(f"{key} is {value!r}; it takes a name or a list of names")
         return tuple(items)
+    if origin is collections.abc.Mapping:
+        if isinstance(value, str):
+            try:
+                value = json.loads(value)
+            except json.JSONDecodeError as error:
+                raise UserError(f"{key} is {value!r}, which is not valid JSON ({error.msg})") from None
+        if not isinstance(value, Mapping):
+            raise UserError(f"{key} is {value!r}; it takes keys and values")
+        return dict(value)
+    if kind is str and isinstance(value, datetime.date):  # as YAML reads 2026-01-31
+        return value.isoformat()
     if kind is bool and isinstance(value, bool):
         return value
     if kind is str and isinstance(value, str):

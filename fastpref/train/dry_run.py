@@ -27,6 +27,7 @@ from .metrics import check_report_to, device_name
 from .model import check_weights, load_tokenizer, pick_device, policy_on_meta
 from .optim import check_optimizer, learning_rate
 from .prepare import Schedule, load_data
+from .rendering import dated
 from .run_folder import LEFT, refuse_removed, refuse_used
 from .scorer import FUNCTION, load_scorer
 from .source import adapter_lines, source_of_run
@@ -45,6 +46,7 @@ def dry_run(config: TrainConfig, display: Display | None = None) -> dict[str, An
     refuse_removed(Path(config.output_dir), LEFT, config)
     tokenizer = load_tokenizer(config)
     check_weights(config)
+    stages = dated(config, tokenizer).stage_configs()
     data = load_data(stages, tokenizer, display)
     policy = policy_on_meta(config, tokenizer)
     display.say(f"{describe(policy)} on {device_name(policy.device)}")

@@ -15,6 +15,7 @@ from .display import Display, evaluation_table
 from .evaluate import evaluate, exact_match, generate
 from .model import load_policy, load_tokenizer, pad_token
 from .prepare import load_data
+from .rendering import dated
 from .run_folder import file_of, recorded_reference, reference_again, reference_at_start, weights_of_run
 
 
@@ -41,6 +42,7 @@ def evaluate_run(
         raise UserError("eval_dataset is missing: there is nothing to evaluate on")
     seed_everything(config.seed)
     tokenizer = load_tokenizer(config)
+    stage = dated(config, tokenizer).stage_configs()[index]
     data = load_data([stage], tokenizer, display, held_out_only=True)[0]
     policy = load_policy(config, tokenizer, weights)
     examples, size, pad, loss = data.eval, stage.per_device_eval_batch_size, pad_token(tokenizer), stage.loss_fn

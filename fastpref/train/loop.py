@@ -72,6 +72,7 @@ from .model import (
 from .optim import Updater, check_optimizer, learning_rate
 from .prepare import Data, Schedule, load_data
 from .reference import ReferenceLogps
+from .rendering import dated, keep_date
 from .report import write_report
 from .run_folder import LEFT, clear, reference_again, reference_at_start, refuse_removed, refuse_used
 from .scorer import Scorer, load_scorer
@@ -229,6 +230,9 @@ def _train(config: TrainConfig, resume: bool, display: Display, given: Given | N
         tokenizer = given.tokenizer if given else load_tokenizer(config)
         if given is None:
             check_weights(config)
+        config = ranks.on_first(lambda: dated(config, tokenizer))
+        ranks.on_first(lambda: keep_date(config))
+        stages = config.stage_configs()
         data = given.data if given and given.data else load_data(stages, tokenizer, display)
         if resumed and state.step and state.data != reference.identity(data[state.stage].train):
             raise UserError(f"{resumed}: train_dataset has other examples now than when it was saved")

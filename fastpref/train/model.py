@@ -36,6 +36,7 @@ from fastpref.trunk import take_apart as find_parts
 from .checkpoint import SHARDED, save
 from .config import TrainConfig
 from .kernels import use_liger_kernels
+from .rendering import set_template
 from .shards import load_sharded_weights
 from .source import Source, check_whole, load_whole, need_peft, put_adapter, some, source_of, source_of_run
 
@@ -190,6 +191,7 @@ def load_tokenizer(config: TrainConfig) -> PreTrainedTokenizerBase:
         raise UserError(f"{name}: no tokenizer that loads ({first_line(error)})") from error
     if tokenizer.eos_token_id is None:
         raise UserError(f"{name}: the tokenizer has no EOS token to end responses with; set its eos_token")
+    set_template(tokenizer, config)
     if config.reward_model:
         _pad_otherwise_than_eos(tokenizer, name)
     return tokenizer

@@ -32,6 +32,7 @@ from fastpref.errors import UserError
 from .config import TrainConfig
 from .display import Display
 from .evaluate import Question, questions
+from .rendering import rendering_of
 from .watch import FreshPrompt, fresh_prompts
 
 
@@ -77,6 +78,7 @@ def load_data(
             "max_prompt_length": stage.max_prompt_length,
             "truncation_mode": stage.truncation_mode,
             "overlong_response": stage.overlong_response,
+            "rendering": rendering_of(stage),
         }
         streamed = what == "train" and stage.dataset_streaming
         key = repr((source, stage.kind, options, _needs(stage) if streamed else None))

@@ -32,12 +32,13 @@ from typing import Any
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
 
-from fastpref.data import Example, collate, eval_order, records_from_rows, tokenize_records
+from fastpref.data import Example, Rendering, collate, eval_order, records_from_rows, tokenize_records
 from fastpref.errors import UserError, first_line
 
 from .checkpoint import random_state, read_state, restore_random_state
 from .config import load_config_of_run
 from .model import Policy, load_policy, load_tokenizer, pad_token, pick_device
+from .rendering import ends_of_generation, rendering_of
 from .run_folder import recorded_reference, reference_again, weights_of_run
 from .source import load_whole, put_adapter, source_of
 
@@ -278,6 +279,7 @@ class _ModelScorer(Scorer):
     """What has a tokenizer, and scores tokenised responses in batches."""
 
     tokenizer: PreTrainedTokenizerBase
+    rendering: Rendering
     batch_size: int
     max_length: int
 
@@ -297,7 +299,7 @@ class _ModelScorer(Scorer):
             if rows:
                 examples, _ = tokenize_records(
                     records_from_rows(rows, self.name), self.tokenizer, "sft",
-                    max_length=self.max_length, overlong_response="truncate",
+                    max_length=self.max_length, overlong_response="truncate", rendering=self.rendering,
                 )
         except ValueError as error:  # no chat template, a prompt that is not one
             for _ in there:
@@ -322,7 +324,9 @@ class RewardModel(_ModelScorer):
         super().__init__(name)
         self.batch_size = batch_size
         source = Path(name)
+        self.rendering = Rendering(stops=ends_of_generation(name))
         if (source / "config.yaml").is_file() and (source / "model").is_dir():  # a run of ours
+            self.rendering = rendering_of(load_config_of_run(source).stage_configs()[-1])
             source = source / "model"
         try:
             self.model = _classifier(str(source))
@@ -388,7 +392,7 @@ class ImplicitReward(_ModelScorer):
         loss = stage.loss_fn
         beta = getattr(loss, "beta", None) if loss.needs_reference else None
         self.beta = float(beta) if beta else 1.0
-        self.max_length = stage.max_length
+        self.max_length, self.rendering = stage.max_length, rendering_of(stage)
         self.tokenizer = load_tokenizer(config)
         self.policy = load_policy(config, self.tokenizer, weights)
         before = random_state()

@@ -16,7 +16,7 @@ from tiny import make_config, make_pairs, make_tokenizer, write_rows
 from transformers import LlamaForCausalLM
 
 from fastpref import cli
-from fastpref.data import load_prompts, load_records, tokenize_prompts, tokenize_records
+from fastpref.data import Rendering, load_prompts, load_records, tokenize_prompts, tokenize_records
 from fastpref.errors import UserError
 from fastpref.rounds import driver
 from fastpref.rounds.collect import Prompts, collect, read_prompts
@@ -164,7 +164,9 @@ def test_messages_as_prompts(tmp_path):
     )
     rows = [{"prompt": [{"role": "user", "content": text}]} for text in ("hi", "ho", "hi")]
     path = write_rows(tmp_path / "chat.jsonl", rows)
-    prompts = read_prompts(str(path), tokenizer, 40, "keep_end", "prompts", Display(Console(file=io.StringIO())))
+    prompts = read_prompts(
+        str(path), tokenizer, 40, "keep_end", Rendering(), "prompts", Display(Console(file=io.StringIO()))
+    )
     assert [tokenizer.decode(ids) for ids in prompts.ids] == ["<user>hi<assistant>", "<user>ho<assistant>"]
     assert prompts.shown == [rows[0]["prompt"], rows[1]["prompt"]]
 
