@@ -49,6 +49,8 @@ from fastpref.train.metrics import check_report_to, device_name, versions
 from fastpref.train.model import (
     BASE,
     Policy,
+    check_ids,
+    check_saves,
     check_weights,
     exchanged,
     keep_merged,
@@ -203,6 +205,7 @@ def _open(run_dir: Path, config: Config, display: Display, stop: StopFlag, score
     checkpoint.seed_everything(config.train.seed)  # as train does: random weights are the same there and here
     tokenizer = load_tokenizer(config.train)
     check_weights(config.train)
+    check_saves(config.train, tokenizer)
     config = replace(config, train=dated(config.train, tokenizer))
     keep_date(config.train)
     settings, stage = config.rounds, config.stage
@@ -217,6 +220,7 @@ def _open(run_dir: Path, config: Config, display: Display, stop: StopFlag, score
     if stage.eval_dataset is not None and settings.eval_prompts != 0:
         held_out = read_prompts(stage.eval_dataset, tokenizer, room, *how, "held-out prompts", display)
         held_out = held_out.take(range(len(held_out.ids))[: settings.eval_prompts])
+    check_ids(config.train, tokenizer, [*prompts.ids, *(held_out.ids if held_out else ())])
     (data,) = load_data([stage], tokenizer, display, held_out_only=not settings.offline_ratio)
     invalid = Invalid() if stage.invalid_records == "drop" else None
     records = load_records(stage.train_dataset, invalid=invalid) if settings.offline_ratio else []

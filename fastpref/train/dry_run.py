@@ -24,7 +24,7 @@ from .display import Display
 from .loop import describe
 from .memory import GIB, Terms
 from .metrics import check_report_to, device_name
-from .model import check_weights, load_tokenizer, pick_device, policy_on_meta
+from .model import check_saves, check_weights, load_tokenizer, pick_device, policy_on_meta
 from .optim import check_optimizer, learning_rate
 from .prepare import Schedule, load_data
 from .rendering import dated
@@ -46,6 +46,7 @@ def dry_run(config: TrainConfig, display: Display | None = None) -> dict[str, An
     refuse_removed(Path(config.output_dir), LEFT, config)
     tokenizer = load_tokenizer(config)
     check_weights(config)
+    check_saves(config, tokenizer)
     stages = dated(config, tokenizer).stage_configs()
     data = load_data(stages, tokenizer, display)
     policy = policy_on_meta(config, tokenizer)

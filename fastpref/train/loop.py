@@ -58,6 +58,7 @@ from .metrics import MetricsLog, NoLog, check_report_to, device_name, peak_memor
 from .mfu import model_flops, peak_flops
 from .model import (
     Policy,
+    check_saves,
     check_weights,
     exchanged,
     fingerprint,
@@ -230,6 +231,7 @@ def _train(config: TrainConfig, resume: bool, display: Display, given: Given | N
         tokenizer = given.tokenizer if given else load_tokenizer(config)
         if given is None:
             check_weights(config)
+            check_saves(config, tokenizer)
         config = ranks.on_first(lambda: dated(config, tokenizer))
         ranks.on_first(lambda: keep_date(config))
         stages = config.stage_configs()

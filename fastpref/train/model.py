@@ -4,7 +4,9 @@ reward model, whose head is a score layer."""
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,6 +24,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedTokenizerBase,
 )
 
@@ -30,7 +33,7 @@ from fastpref.data import Batch, Layout
 from fastpref.errors import UserError, first_line
 from fastpref.head import PreferenceOutput, linear_logps, linear_preference_loss
 from fastpref.losses import SFT, Totals
-from fastpref.trunk import Head, check_vocabulary, take_score_apart, unwrap
+from fastpref.trunk import Head, take_score_apart, unwrap
 from fastpref.trunk import take_apart as find_parts
 
 from .checkpoint import SHARDED, save
@@ -189,20 +192,26 @@ def load_tokenizer(config: TrainConfig) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=config.trust_remote_code, revision=revision)
     except Exception as error:  # missing files, the hub, the network, a broken tokenizer.json: each its own kind
         raise UserError(f"{name}: no tokenizer that loads ({first_line(error)})") from error
+    if not hasattr(tokenizer, "chat_template"):  # MistralCommonBackend
+        raise UserError(f"{name}: its tokenizer, a {type(tokenizer).__name__}, has no chat_template, nor the rest of "
+                        "what transformers' own have: set tokenizer_name_or_path to one with a tokenizer.json")
     if tokenizer.eos_token_id is None:
         raise UserError(f"{name}: the tokenizer has no EOS token to end responses with; set its eos_token")
     set_template(tokenizer, config)
     if config.reward_model:
-        _pad_otherwise_than_eos(tokenizer, name)
+        _pad_otherwise_than_eos(tokenizer, name, _vocabulary(config, source))
     return tokenizer
 
 
-def _pad_otherwise_than_eos(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-    """transformers reads a reward from the last token that is not padding: were EOS padding, from the one before it."""
-    if tokenizer.pad_token_id not in (None, tokenizer.eos_token_id):
+def _pad_otherwise_than_eos(tokenizer: PreTrainedTokenizerBase, name: str, size: int) -> None:
+    """transformers reads a reward from the last token that is not padding: were EOS padding, from the one before it.
+    size: of the model's vocabulary, which may end before a padding token that was added."""
+    eos = tokenizer.eos_token_id
+    if tokenizer.pad_token_id not in (None, eos) and tokenizer.pad_token_id < size:
         return
-    others = [token for token in (tokenizer.unk_token, tokenizer.bos_token, *tokenizer.all_special_tokens)
-              if token not in (None, tokenizer.eos_token)]
+    tokens = (tokenizer.unk_token, tokenizer.bos_token, *tokenizer.all_special_tokens)
+    ids = {str(token): int(tokenizer.convert_tokens_to_ids(str(token))) for token in tokens if token is not None}  # type: ignore[arg-type]
+    others = [token for token, number in ids.items() if number != eos and number < size]
     if not others:
         raise UserError(f"{name}: the tokenizer has no special token but EOS, which ends every response, to fill rows "
                         "of a reward model up with; set its pad_token")
@@ -210,9 +219,54 @@ def _pad_otherwise_than_eos(tokenizer: PreTrainedTokenizerBase, name: str) -> No
 
 
 def pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
-    """What fills rows up; never read by a model nor scored, so any token will do where there is none for it."""
-    pad = tokenizer.pad_token_id
-    return int(tokenizer.eos_token_id if pad is None else pad)
+    """What fills rows up: never read by a model nor scored, so any token will do, and EOS has a row in every model."""
+    return int(tokenizer.eos_token_id)
+
+
+def check_ids(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, rows: Iterable[Sequence[int]]) -> None:
+    """Raises UserError where a token of `rows` is beyond the vocabulary of the model, or of a reference."""
+    names = {stage.ref_model_name_or_path for stage in config.stage_configs()}
+    sources = [source_of_run(config), *(source_of(name) for name in sorted(filter(None, names)))]
+    sizes = {source.model: _vocabulary(config, source) for source in sources}
+    name, size = min(sizes.items(), key=lambda item: item[1])
+    if size >= len(tokenizer):
+        return
+    highest = max((max(ids) for ids in rows if len(ids)), default=0)
+    if (found := max(int(highest), tokenizer.eos_token_id)) >= size:
+        raise UserError(f"{name}: its vocabulary of {size} is smaller than the tokenizer's {len(tokenizer)}, and the "
+                        f"token {tokenizer.convert_ids_to_tokens(found)!r} (id {found}) occurs in the data: the model "
+                        "has no embedding for it")
+
+
+def _vocabulary(config: TrainConfig, source: Source) -> int:
+    """As config.json has it; without end where it says nothing, or where who loads the model tells what is wrong."""
+    try:
+        settings = AutoConfig.from_pretrained(
+            source.model, revision=source.revision, trust_remote_code=config.trust_remote_code
+        )
+        return int(settings.get_text_config().vocab_size)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return sys.maxsize
+
+
+def check_saves(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises UserError for settings that would be refused when the trained model is saved, hours later."""
+    source = source_of_run(config)
+    with tempfile.TemporaryDirectory() as folder:
+        for what, settings in (("generation_config.json", GenerationConfig), ("config.json", AutoConfig)):
+            try:
+                found = settings.from_pretrained(source.model, revision=source.revision)
+            except (OSError, ValueError, KeyError):  # there is none; or who loads the model says what is wrong with it
+                continue
+            try:
+                found.save_pretrained(folder)
+            except Exception as error:
+                raise UserError(f"{source.model}: its {what} is one that transformers does not save "
+                                f"({first_line(error)}): correct it there") from error
+        try:
+            tokenizer.save_pretrained(folder)
+        except Exception as error:
+            raise UserError(f"{tokenizer.name_or_path}: its tokenizer cannot be saved ({first_line(error)})") from error
 
 
 def load_policy(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, weights: str | Path | None = None) -> Policy:
@@ -430,9 +484,8 @@ def _with_lora(config: TrainConfig, model: Any) -> Any:
 
 
 def take_apart(model: Any, config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> Policy:
-    """Finds trunk and head (see `fastpref.trunk`), and checks that the vocabulary holds the tokenizer's ids."""
+    """Finds trunk and head (see `fastpref.trunk`)."""
     try:
-        check_vocabulary(model, tokenizer)
         parts = take_score_apart(model) if config.reward_model else find_parts(model)
     except ValueError as error:
         raise UserError(str(error)) from None

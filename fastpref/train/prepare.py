@@ -32,6 +32,7 @@ from fastpref.errors import UserError
 from .config import TrainConfig
 from .display import Display
 from .evaluate import Question, questions
+from .model import check_ids
 from .rendering import rendering_of
 from .watch import FreshPrompt, fresh_prompts
 
@@ -119,6 +120,8 @@ def load_data(
             data.prompts = fresh_prompts(read(source), data.eval or data.train, stage.sample_prompts)
         if stage.kind == "kto" and data.train:
             _check_labelled(stage, data.train, stage.seed + index, display)
+        examples = (example for part in (data.train, data.eval) for example in part)
+        check_ids(stage, tokenizer, (ids for e in examples for ids in (e.prompt_ids, *e.responses)))
         found.append(data)
     return found
 

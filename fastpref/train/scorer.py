@@ -282,6 +282,7 @@ class _ModelScorer(Scorer):
     rendering: Rendering
     batch_size: int
     max_length: int
+    vocab: int  # rows of the embedding
 
     def _rewards(self, examples: list[Example]) -> list[float]:
         """Of one batch."""
@@ -307,6 +308,10 @@ class _ModelScorer(Scorer):
             return scores
         for _ in range(len(there) - len(examples)):
             self.failed("empty response", "no tokens")
+        known = [e for e in examples if max(*e.prompt_ids, *e.responses[0]) < self.vocab]
+        for _ in range(len(examples) - len(known)):
+            self.failed("raised", f"a token beyond the model's vocabulary of {self.vocab}")
+        examples = known
         order = eval_order(examples, self.batch_size)
         for batch in order if examples else []:
             for example, reward in zip((examples[i] for i in batch), self._rewards([examples[i] for i in batch])):
@@ -340,12 +345,13 @@ class RewardModel(_ModelScorer):
         if self.tokenizer.eos_token_id is None:
             raise UserError(f"scorer {name!r}: its tokenizer has no EOS token to end responses with")
         self.model.to(pick_device()).eval()
+        self.vocab = self.model.get_input_embeddings().num_embeddings
         eos = self.tokenizer.eos_token_id
         text = self.model.config.get_text_config()
         self.pad = text.pad_token_id
         if self.pad is None:
             # The score is read at the last token that is not this one: with EOS, it would not be the last of all.
-            self.pad = next(i for i in (self.tokenizer.pad_token_id, 0, 1) if i is not None and i != eos)
+            self.pad = next(i for i in (self.tokenizer.pad_token_id, 0, 1) if i not in (None, eos) and i < self.vocab)
             text.pad_token_id = self.model.config.pad_token_id = self.pad
         self.max_length = getattr(text, "max_position_embeddings", None) or 1 << 20
 
@@ -395,6 +401,7 @@ class ImplicitReward(_ModelScorer):
         self.max_length, self.rendering = stage.max_length, rendering_of(stage)
         self.tokenizer = load_tokenizer(config)
         self.policy = load_policy(config, self.tokenizer, weights)
+        self.vocab = self.policy.model.get_input_embeddings().num_embeddings
         before = random_state()
         expected = recorded_reference(config, index, run_dir, weights)
         self.reference = reference_again(config, index, run_dir, self.tokenizer, expected)

@@ -169,8 +169,6 @@ def test_what_is_no_reward_model_is_refused(world, tmp_path):
     roberta = transformers.RobertaConfig(**SIZES, intermediate_size=48, pad_token_id=1)
     with pytest.raises(UserError, match=r"no score layer, .* \(found classifier \(RobertaClassificationHead\)\)"):
         take_apart(classifier(roberta), config, tokenizer)
-    with pytest.raises(UserError, match="vocabulary of 40 is smaller than the tokenizer's"):
-        take_apart(classifier(make_config(vocab_size=40)), config, tokenizer)
     folder = tmp_path / "two"
     classifier(make_config(), num_labels=2).save_pretrained(folder)
     tokenizer.save_pretrained(folder)

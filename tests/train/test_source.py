@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import make, make_config, make_pairs, make_tokenizer, read_metrics, settings
-from transformers import LlamaForCausalLM, LlamaForSequenceClassification
+from tiny import make, make_config, make_pairs, make_tokenizer, read_metrics, settings, write_rows
+from transformers import GenerationConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 from fastpref.errors import UserError
 from fastpref.train.cache import cache_reference
@@ -353,3 +353,84 @@ def test_what_does_not_go_with_an_adapter(world, tmp_path, quiet, adapter):
     both = shutil.copytree(world / "pretrained", tmp_path / "both")
     shutil.copytree(adapter, both, dirs_exist_ok=True)
     refused("both: has an adapter and a whole model", name=str(both), use_peft=True)
+
+
+# ---- tokenizers and settings -----------------------------------------------------------------------------------------
+
+
+def with_pad_beyond(world, folder, name="pretrained") -> Path:
+    """[PAD] was added to the tokenizer and the model was not resized: its id is the vocabulary's size."""
+    shutil.copytree(world / name, folder)
+    tokenizer = make_tokenizer()
+    while len(tokenizer) < 261:
+        tokenizer.add_tokens(f"<more{len(tokenizer)}>")
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    assert tokenizer.pad_token_id == 261 == len(tokenizer) - 1
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_a_padding_token_beyond_the_head(world, tmp_path, quiet):
+    """Nothing depends on it: the run is the one with a padding token within, down to its last bit."""
+    folder = with_pad_beyond(world, tmp_path / "beyond")
+    for name, model in (("a", world / "pretrained"), ("b", folder)):
+        config = make(world, tmp_path / name, model_name_or_path=str(model), eval_generate=True)
+        train(config, display=quiet)
+    a, b = (load_file(tmp_path / name / "model" / "model.safetensors") for name in "ab")
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    assert make_tokenizer().__class__.from_pretrained(tmp_path / "b" / "model").pad_token == "[PAD]"  # as it was
+
+
+def test_a_reward_model_pads_with_a_token_that_it_has(world, tmp_path, quiet):
+    folder = with_pad_beyond(world, tmp_path / "beyond")
+    config = make(world, tmp_path / "run", model_name_or_path=str(folder), loss="bradley_terry", max_steps=1)
+    summary = train(config, display=quiet)
+    saved = LlamaForSequenceClassification.from_pretrained(tmp_path / "run" / "model")
+    assert saved.config.pad_token_id == 1 and load_tokenizer(config).pad_token_id == 1  # BOS
+    with load_scorer(str(tmp_path / "run" / "model")) as scorer:
+        rewards = scorer.score([row["prompt"] for row in HELD_OUT], [row["chosen"] for row in HELD_OUT])
+        assert scorer.score(["<more259>[PAD]"], ["a"]) == [None]
+        assert "a token beyond the model's vocabulary of 261" in scorer.first["raised"]
+    assert summary["after"]["rewards/chosen"] == pytest.approx(sum(rewards) / len(rewards), abs=1e-4)
+
+
+@pytest.mark.parametrize("key", ["model_name_or_path", "ref_model_name_or_path"])
+def test_a_token_beyond_the_head_that_occurs(key, world, tmp_path, quiet, monkeypatch):
+    folder = with_pad_beyond(world, tmp_path / "beyond")
+    rows = make_pairs(8, seed=3)
+    rows[5]["rejected"] += " [PAD]"
+    changes = {key: str(folder), "tokenizer_name_or_path": str(folder), "eval_dataset": None}
+    config = make(world, tmp_path / "run", train_dataset=str(write_rows(tmp_path / "rows.jsonl", rows)), **changes)
+    monkeypatch.setattr("fastpref.train.sharding.load_policy", None)
+    for run in (dry_run, train):
+        with pytest.raises(UserError, match=r"vocabulary of 261 is smaller than the tokenizer's 262, and the token "
+                                            r"'\[PAD\]' \(id 261\) occurs"):
+            run(config, display=quiet)
+
+
+def test_a_tokenizer_that_is_not_of_transformers(world, tmp_path, quiet, monkeypatch):
+    class MistralCommonBackend:
+        eos_token_id = 2
+
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda *_, **__: MistralCommonBackend())
+    for run in (dry_run, train):
+        with pytest.raises(UserError, match="its tokenizer, a MistralCommonBackend, has no chat_template, .*: set "
+                                            "tokenizer_name_or_path"):
+            run(make(world, tmp_path / "run"), display=quiet)
+
+
+def test_settings_that_would_not_be_saved(world, tmp_path, quiet, monkeypatch):
+    """What transformers before 5 refuses to save of what it has read without a word."""
+    folder = shutil.copytree(world / "pretrained", tmp_path / "model")
+    (folder / "generation_config.json").write_text('{"temperature": 0.6, "top_p": 0.9, "eos_token_id": 2}')
+    monkeypatch.setattr("fastpref.train.loop.load_data", None)
+    monkeypatch.setattr("fastpref.train.dry_run.load_data", None)
+
+    def save(self, folder):
+        self.validate(strict=True)
+
+    monkeypatch.setattr(GenerationConfig, "save_pretrained", save)
+    for run in (dry_run, train):
+        with pytest.raises(UserError, match="model: its generation_config.json is one that transformers does not save "
+                                            ".*: correct it there"):
+            run(make(world, tmp_path / "run", model_name_or_path=str(folder)), display=quiet)
