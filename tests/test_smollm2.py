@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from examples.smollm2 import convert, make_prompts, peer, report, verifier
 from fastpref.data import load_prompts
+from fastpref.errors import UserError
 from fastpref.rounds.config import config_from
 from fastpref.train.sample import Sample
 
@@ -244,6 +245,53 @@ def test_the_same_loss_curve_as_trl(checkpointing, monkeypatch, tmp_path):
     assert len(seconds) == len(other) == len(ours) == len(theirs) == 6
     assert ours == pytest.approx(theirs, abs=2e-6)
     assert ours[0] == pytest.approx(0.693147, abs=1e-6) and ours[-1] < 0.68
+
+
+# ---- DPO and RPO from the same pairs ----
+
+
+def test_study(monkeypatch, tmp_path):
+    """Of a tiny model: curves that begin at 0, and the change of held-out chosen log-probs as transformers has it."""
+    monkeypatch.syspath_prepend(ROOT / "examples" / "studies")
+    import smollm2 as module
+
+    model, tokenizer = tiny_model(tmp_path / "model")
+    values = yaml.safe_load(module.SETTINGS.read_text()) | {"model_name_or_path": str(tmp_path / "model")}
+    values |= {"learning_rate": 1e-3, "per_device_train_batch_size": 4}
+    values["rounds"] |= {"max_new_tokens": 4}
+    (tmp_path / "rounds.yaml").write_text(yaml.safe_dump(values))
+    pairs = [{"prompt": make_prompts.chat(f"Is it {i}?"), "chosen": f"It is {i} + {i}.", "rejected": f"No, {i}!"}
+             for i in range(10)]
+    (tmp_path / "pairs.jsonl").write_text(make_prompts.lines(pairs))
+    monkeypatch.setattr(module, "SETTINGS", tmp_path / "rounds.yaml")
+    monkeypatch.setattr(module, "PAIRS", tmp_path / "pairs.jsonl")
+    monkeypatch.setattr(report, "GREEDY_TOKENS", 4)
+    settings = module.settings(quick=True)
+    assert len(settings["pairs_sha256"]) == 64
+    result = module.one_seed(3, settings | {"num_train_epochs": 1}, tmp_path / "seed", lambda text: None)
+    methods = result["methods"]
+    assert list(methods) == ["0", "0.2"] and methods["0"]["step"] == methods["0.2"]["step"] == [0, 1, 2]
+    trained = AutoModelForCausalLM.from_pretrained(tmp_path / "seed" / "DPO" / "model")
+    change = 0.0
+    for i in (0, 5):
+        answer = {"role": "assistant", "content": pairs[i]["chosen"]}
+        prompt, whole = (tokenizer.apply_chat_template(chat, return_dict=True)["input_ids"]
+                         for chat in (pairs[i]["prompt"], [*pairs[i]["prompt"], answer]))
+        ids = whole[len(prompt) :]
+        for which, sign in ((trained, 1), (model, -1)):
+            with torch.no_grad():
+                logps = which(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1].double().log_softmax(-1)
+            change += sign * float(logps.gather(1, torch.tensor(ids)[:, None]).sum()) / 2
+    assert methods["0"]["chosen"][0] == 0 and methods["0"]["chosen"][-1] == pytest.approx(change, rel=2e-3)
+    assert methods["0.2"]["chosen"][-1] > methods["0"]["chosen"][-1]  # eta holds them up
+    results = {"3": result, "4": result}
+    record = {"results": results, "summary": module.summarize(results), "device": "cpu, 2 threads", "seeds": [3, 4],
+              "date": "2026-01-01T00:00:00+00:00", "seconds": 2.0, "versions": {"torch": "2", "fastpref": "0"}}
+    assert "| RPO η 0.2 | " in module.table(record)
+    assert module.draw(record)["smollm2"].axes[2].get_title() == "Constraints kept"
+    monkeypatch.setattr(module, "PAIRS", tmp_path / "none")
+    with pytest.raises(UserError, match="no such file; `make smollm2` makes it"):
+        module.settings(quick=False)
 
 
 @pytest.mark.slow

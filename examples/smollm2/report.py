@@ -124,14 +124,17 @@ def perplexity(logps: Sequence[float], samples: Sequence[Sample]) -> float:
 # ---- the run ----
 
 
-def measure(config: Config, model: Path, most: int | None = None, questions: int | None = None) -> dict[str, Any]:
+def measure(
+    config: Config, model: Path, most: int | None = None, questions: int | None = None, seed: int = SEED
+) -> dict[str, Any]:
+    """Of the model of `config` and what it became; at most so many prompts a kind, and questions."""
     train = replace(config.train, init_from_config=False)
     tokenizer = load_tokenizer(train)
     held_out, asked = read("heldout", most), read("questions")[:questions]
     ids, asked_ids = prompt_ids(tokenizer, held_out), prompt_ids(tokenizer, asked)
     rounds = config.rounds
     drawn = Sampling(temperature=rounds.temperature, top_p=rounds.top_p, max_new_tokens=rounds.max_new_tokens,
-                     batch_size=rounds.generation_batch_size, seed=SEED)
+                     batch_size=rounds.generation_batch_size, seed=seed)
     greedy = replace(drawn, temperature=0.0, top_p=1.0, max_new_tokens=GREEDY_TOKENS)
     after_policy = load_policy(train, tokenizer, model)
     after, greedy_after = (answers(after_policy, tokenizer, *part) for part in ((ids, drawn), (asked_ids, greedy)))

@@ -41,7 +41,7 @@ from fastpref.train.metrics import device_name, versions  # noqa: E402
 
 Say = Callable[[str], None]
 SCHEMA = 1
-SEEDS = 5  # at least so many; a smoke run has 1
+SEEDS = 5  # at least so many, or the study's own; a smoke run has 1
 
 
 class Failed(Exception):
@@ -54,7 +54,7 @@ def run(study: ModuleType, arguments: Sequence[str] | None = None) -> int:
     output = options.output or (SMOKE if options.quick else RESULTS)
     part = output / f"{study.NAME}.part"
     try:
-        seeds = _seeds(options.seeds, SEEDS if not options.quick else 1)
+        seeds = _seeds(options.seeds, 1 if options.quick else getattr(study, "SEEDS", SEEDS))
         jobs = options.jobs or (1 if options.quick else min(2, os.cpu_count() or 1))
         if jobs < 0:
             raise UserError(f"--jobs is {jobs}; it takes at least 1")
@@ -92,7 +92,8 @@ def run(study: ModuleType, arguments: Sequence[str] | None = None) -> int:
 def _parser(study: ModuleType) -> argparse.ArgumentParser:
     first = (study.__doc__ or "").splitlines()[0]
     parser = argparse.ArgumentParser(prog=study.NAME, description=first)
-    parser.add_argument("--seeds", default=None, help=f"how many (at least 1; default {SEEDS}), or which: 3,5,8")
+    default = getattr(study, "SEEDS", SEEDS)
+    parser.add_argument("--seeds", default=None, help=f"how many (at least 1; default {default}), or which: 3,5,8")
     parser.add_argument("--output", type=Path, help=f"folder of the JSON and the figures (default {_short(RESULTS)})")
     parser.add_argument("--jobs", type=int, default=0, help="seeds side by side, a thread each (default 2)")
     parser.add_argument("--quick", action="store_true", help="a smoke run of seconds: it shows nothing")
