@@ -8,14 +8,15 @@ import secrets
 import shutil
 import socket
 import time
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
 from safetensors import SafetensorError
 
-from .errors import SaveError, first_line
+from .errors import SaveError, UserError, first_line
 
 PARTIAL = ".partial-"  # before the name of a folder or file that is being written, or removed
 
@@ -40,6 +41,39 @@ def replacing(path: Path) -> Iterator[Path]:
 def write_text(path: Path, text: str) -> None:
     with replacing(path) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+CHECKSUMS = "checksums.txt"  # in a folder: a line "crc32  name" for every file, and one for the lines before it
+
+
+def crc32_of(path: Path) -> str:
+    """About 1.5 GB/s of one core (blake2b 0.4, SHA-256 0.7), and other threads go on: it tells damage, not forgery."""
+    found, buffer = 0, memoryview(bytearray(1 << 20))
+    with path.open("rb", buffering=0) as file:
+        while size := file.readinto(buffer):
+            found = zlib.crc32(buffer[:size], found)
+    return f"{found:08x}"
+
+
+def write_checksums(folder: Path, known: Mapping[str, str]) -> None:
+    """Of all files in it. known: those that another process has computed."""
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    lines = "".join(f"{known.get(name) or crc32_of(folder / name)}  {name}\n" for name in names)
+    (folder / CHECKSUMS).write_text(f"{lines}{zlib.crc32(lines.encode()):08x}  {CHECKSUMS}\n", encoding="utf-8")
+
+
+def read_checksums(folder: Path) -> dict[str, str]:
+    """Name -> crc32; empty where there are none. Raises UserError for a damaged list."""
+    try:
+        *lines, own = (folder / CHECKSUMS).read_bytes().splitlines(keepends=True)
+    except FileNotFoundError:
+        return {}
+    except ValueError:
+        lines, own = [], b""
+    if own != f"{zlib.crc32(b''.join(lines)):08x}  {CHECKSUMS}\n".encode():
+        raise UserError(f"{folder / CHECKSUMS}: is damaged")
+    pairs = (line.decode().rstrip("\n").split("  ", 1) for line in lines)
+    return {name: crc for crc, name in pairs}
 
 
 def to_disk(path: Path) -> None:

@@ -38,7 +38,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fastpref.data import Example, Examples, Invalid, load_records
 from fastpref.errors import UserError
-from fastpref.files import replacing, write_text
+from fastpref.files import crc32_of, replacing, write_text
 from fastpref.train import checkpoint
 from fastpref.train.best_of_n import best_of_n
 from fastpref.train.checkpoint import snapshot
@@ -308,7 +308,11 @@ def _went_on(session: Session, number: int) -> None:
     folder = session.folder(number) / "train"
     session.exact_match[number] = _exact_match(folder, session.stage)
     if session.config.rounds.one_schedule:
-        session.optimizer = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
+        path, crc = folder / "optimizer.pt", folder / "optimizer.crc32"
+        if crc.is_file() and crc.read_text(encoding="utf-8").strip() != crc32_of(path):
+            raise UserError(f"{path}: is not what was saved (its checksum differs); delete {folder} to train that "
+                            "round again")
+        session.optimizer = torch.load(path, map_location="cpu", weights_only=True)
 
 
 def _exact_match(folder: Path, stage: TrainConfig, when: str = "after") -> tuple[dict[str, float], list[str]]:
@@ -562,6 +566,7 @@ def _train(session: Session, number: int, examples: list[Example], seconds: dict
 def _save_optimizer(path: Path, states: dict[str, Any] | None) -> None:
     with replacing(path) as partial:
         torch.save(states, partial)
+        write_text(path.with_suffix(".crc32"), crc32_of(partial) + "\n")  # first: without optimizer.pt it says nothing
 
 
 def _tidy(session: Session, number: int) -> None:

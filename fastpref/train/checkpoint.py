@@ -4,6 +4,7 @@
         config.json, model.safetensors, tokenizer files     what from_pretrained loads (the adapter's with LoRA)
         optimizer.pt                     optimiser state and random number generators; torch.load(weights_only=True)
         state.json                       where the run stands
+        checksums.txt                    crc32 of every file, compared before one is read
         sharded/                         of a run on several GPUs: weights and optimiser state, in place of theirs above
 
 A folder with such a name is complete: it was written beside, forced to the disk, and only then renamed. The one with
@@ -21,7 +22,7 @@ import re
 import shutil
 import threading
 import warnings
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,7 +35,18 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fastpref.errors import SaveError, UserError, first_line
-from fastpref.files import PARTIAL, FileLock, reason, to_disk
+from fastpref.files import (
+    CHECKSUMS,
+    PARTIAL,
+    FileLock,
+    crc32_of,
+    read_checksums,
+    reason,
+    to_disk,
+    write_checksums,
+)
+
+from . import ranks
 
 NAME = re.compile(r"(\d+)-([\w.-]+)-(\d{8})")
 SHARDED = "sharded"  # in a checkpoint: what several ranks wrote, see sharding.py
@@ -78,8 +90,9 @@ def _place(path: Path) -> tuple[int, int]:
     return int(stage), int(step)
 
 
-def save(path: Path, write: Callable[[Path], None]) -> None:
-    """Makes the folder `path` with what `write(folder)` puts there: at every instant it is absent or complete.
+def save(path: Path, write: Callable[[Path], None], known: Mapping[str, str] | None = None) -> None:
+    """Makes the folder `path` with what `write(folder)` puts there, and checksums of it: at every instant it is absent
+    or complete. known: checksums that other ranks have computed.
 
     Raises SaveError if writing fails; nothing of the attempt stays. An existing folder is replaced.
     """
@@ -88,6 +101,7 @@ def save(path: Path, write: Callable[[Path], None]) -> None:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         write(partial)
+        write_checksums(partial, known or {})
         for folder, _, files in os.walk(partial):
             for name in files:
                 to_disk(Path(folder, name))
@@ -102,6 +116,43 @@ def save(path: Path, write: Callable[[Path], None]) -> None:
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+_sound: dict[Path, list[tuple[str, int, int]]] = {}  # folders that were found as they were saved: names, sizes, times
+
+
+def verify(folder: Path, say: Callable[[str], None] | None = None, *, together: bool = False) -> None:
+    """Compares the files of a folder that `save` made with their checksums; any other folder is as good as it is.
+
+    say: is told of a checkpoint that has none. together: the ranks share the files, and all of them have to ask.
+    Raises UserError naming the file that is not what was saved.
+    """
+    wanted = read_checksums(folder)
+    if not wanted and say and (folder / "state.json").is_file():
+        say(f"{folder}: has no checksums (an older version wrote it), so it is taken as it is")
+    there = [(name, *_size_and_time(folder / name)) for name in wanted]
+    sound = not wanted or _sound.get(folder.absolute()) == there
+    if all(ranks.told(sound)) if together else sound:
+        return
+    mine = list(wanted)[ranks.rank() :: ranks.size()] if together else list(wanted)
+    bad = [name for name in mine if not _has(folder / name, wanted[name])]
+    bad = [name for part in ranks.told(bad) for name in part] if together else bad
+    if bad:
+        raise UserError(f"{folder / bad[0]}: is not what was saved (its checksum differs); put it back, or delete "
+                        f"{folder} to go on without it; if the change is yours, delete its {CHECKSUMS}")
+    _sound[folder.absolute()] = there
+
+
+def _size_and_time(path: Path) -> tuple[int, int]:
+    found = path.stat() if path.is_file() else None
+    return (found.st_size, found.st_mtime_ns) if found else (-1, -1)
+
+
+def _has(path: Path, crc: str) -> bool:
+    try:
+        return crc32_of(path) == crc
+    except OSError:  # it is gone, or its disk does not give it back
+        return False
 
 
 class Saver:
@@ -204,7 +255,9 @@ def write_state(folder: Path, state: dict[str, Any], config: dict[str, Any], ten
 
 
 def read_state(folder: Path) -> tuple[State, dict[str, Any]]:
-    """State and the configuration it was written under. Raises UserError for a checkpoint that is not one of ours."""
+    """State and the configuration it was written under. Raises UserError for a checkpoint that is not one of ours, or
+    is damaged."""
+    verify(folder)
     try:
         content = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         config = content.pop("config")

@@ -9,7 +9,7 @@ from fastpref.data import eval_order
 from fastpref.errors import UserError
 
 from . import reference
-from .checkpoint import seed_everything
+from .checkpoint import seed_everything, verify
 from .config import load_config, load_config_of_run
 from .display import Display, evaluation_table
 from .evaluate import evaluate, exact_match, generate
@@ -37,6 +37,7 @@ def evaluate_run(
     index, weights = len(stages) - 1, None
     if run_dir:
         weights, index = weights_of_run(run_dir, len(stages))
+        verify(weights, display.say)
     stage, name = stages[index], stages[index].name or ""
     if stage.eval_dataset is None:
         raise UserError("eval_dataset is missing: there is nothing to evaluate on")

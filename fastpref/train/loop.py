@@ -226,6 +226,9 @@ def _train(config: TrainConfig, resume: bool, display: Display, given: Given | N
     stop = StopFlag()
     with ExitStack() as held, stop.listening(display):
         ranks.on_first(lambda: held.enter_context(checkpoint.lock(run_dir)) and None)
+        newest = ranks.on_first(lambda: checkpoint.checkpoints(run_dir)[-1:]) if resume else []
+        for folder in newest:
+            checkpoint.verify(folder, display.say, together=True)
         resumed, state = ranks.on_first(lambda: _begins(run_dir, config, resume))
         seed_everything(config.seed)
         tokenizer = given.tokenizer if given else load_tokenizer(config)
@@ -608,7 +611,7 @@ def _save_sharded(run: Run, path: Path, optimizer: torch.optim.Optimizer | None)
     """All ranks write their parts beside; then the first one makes the checkpoint of them."""
     parts = path.with_name(f"{PARTIAL}{checkpoint.SHARDED}-{path.name}")
     ranks.on_first(lambda: parts.mkdir(parents=True, exist_ok=True))
-    sharding.save(run.policy, optimizer, parts)
+    known = sharding.save(run.policy, optimizer, parts)
     content, keep = asdict(run.state), _kept(run.state)
 
     def write(folder: Path) -> None:
@@ -619,7 +622,7 @@ def _save_sharded(run: Run, path: Path, optimizer: torch.optim.Optimizer | None)
         checkpoint.write_state(folder, content, run.config.to_dict(), tensors)
 
     def save() -> None:
-        checkpoint.save(path, write)
+        checkpoint.save(path, write, known)
         checkpoint.remove_old(run.dir, run.config.save_total_limit, keep)
 
     ranks.on_first(save)

@@ -36,7 +36,7 @@ from fastpref.losses import SFT, Totals
 from fastpref.trunk import Head, take_score_apart, unwrap
 from fastpref.trunk import take_apart as find_parts
 
-from .checkpoint import SHARDED, save
+from .checkpoint import SHARDED, save, verify
 from .config import TrainConfig
 from .kernels import use_liger_kernels
 from .rendering import set_template
@@ -279,6 +279,7 @@ def load_policy(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, weights
     Raises UserError for a model that cannot be loaded, is not a causal LM, or computes its logits in a way that the
     fused head does not (found by comparing the two on a few tokens).
     """
+    verify(Path(weights or config.model_name_or_path))
     sharded = Path(weights, SHARDED) if weights and Path(weights, SHARDED).is_dir() else None
     model = _load_model(config, weights if weights and not config.use_peft and not sharded else None)
     if sharded:
@@ -342,6 +343,7 @@ def prepared(
 
 def load_reference(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, name: str | Path) -> Policy:
     """A frozen model from a folder or the hub, an adapter among them, to be used for log-probs and let go."""
+    verify(Path(name))
     source = source_of(str(name))
     with _reading(config, source.model):
         model = _from_pretrained(config, source.model, source.revision).to(pick_device())
@@ -576,8 +578,9 @@ def set_weights(policy: Policy, weights: dict[str, Tensor]) -> None:
 def load_weights(policy: Policy, folder: Path) -> None:
     """Copies what `save_model` wrote into the policy, in place, tensor by tensor: no second model is built.
 
-    Raises UserError for the weights of another model.
+    Raises UserError for the weights of another model, and for damaged ones.
     """
+    verify(folder)
     if hasattr(policy.model, "peft_config"):
         peft = need_peft()
         wanted = peft.get_peft_model_state_dict(policy.model, save_embedding_layers=False)

@@ -116,6 +116,14 @@ def on_first(work: Callable[[], T]) -> T:
     return box[0]  # type: ignore[no-any-return]
 
 
+def told(mine: T) -> list[T]:
+    """What every rank has, by rank, on all of them."""
+    found: list[Any] = [mine] * size()
+    if size() > 1:
+        dist.all_gather_object(found, mine)
+    return found
+
+
 def in_turns(work: Callable[[], T]) -> T:
     """What `work` returns here; the ranks of a host do it one after another, so that what it takes of the host's memory
     for a while (a model on its way to the GPU) is there once. It must not need the other ranks."""

@@ -35,7 +35,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 from fastpref.data import Example, Rendering, collate, eval_order, records_from_rows, tokenize_records
 from fastpref.errors import UserError, first_line
 
-from .checkpoint import random_state, read_state, restore_random_state
+from .checkpoint import random_state, read_state, restore_random_state, verify
 from .config import load_config_of_run
 from .model import Policy, load_policy, load_tokenizer, pad_token, pick_device
 from .rendering import ends_of_generation, rendering_of
@@ -331,8 +331,10 @@ class RewardModel(_ModelScorer):
         source = Path(name)
         self.rendering = Rendering(stops=ends_of_generation(name))
         if (source / "config.yaml").is_file() and (source / "model").is_dir():  # a run of ours
-            self.rendering = rendering_of(load_config_of_run(source).stage_configs()[-1])
+            config = load_config_of_run(source, trust_remote_code=True)  # read, and nothing of it run
+            self.rendering = rendering_of(config.stage_configs()[-1])
             source = source / "model"
+        verify(source)
         try:
             self.model = _classifier(str(source))
             tokenizer, revision = source_of(str(source)).tokenizer

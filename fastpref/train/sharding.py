@@ -23,10 +23,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from fastpref.errors import SaveError, UserError
+from fastpref.files import crc32_of
 from fastpref.trunk import unwrap
 
 from . import ranks
-from .checkpoint import SHARDED
+from .checkpoint import SHARDED, verify
 from .config import TrainConfig
 from .model import Policy, load_policy
 from .optim import check_shards
@@ -36,6 +37,7 @@ from .shards import last_line, read_sharded, sharded_metadata
 def load(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, weights: str | Path | None = None) -> Policy:
     """`load_policy`, sharded. The ranks of a host load one after another: its memory holds one model on its way to the
     GPUs, not as many as there are."""
+    verify(Path(weights or config.model_name_or_path), together=True)
     return shard(ranks.in_turns(lambda: load_policy(config, tokenizer, weights)), config)
 
 
@@ -126,16 +128,18 @@ def whole_weights(policy: Policy) -> dict[str, Tensor]:
 # ---- checkpoints -----------------------------------------------------------------------------------------------------
 
 
-def save(policy: Policy, optimizer: torch.optim.Optimizer | None, folder: Path) -> None:
-    """All ranks write what they hold. Raises SaveError on all of them if one cannot."""
+def save(policy: Policy, optimizer: torch.optim.Optimizer | None, folder: Path) -> dict[str, str]:
+    """All ranks write what they hold, and the checksums of that. Raises SaveError on all of them if one cannot."""
     content: dict[str, Any] = {f"model.{name}": tensor for name, tensor in policy.model.state_dict().items()}
     for name, p in policy.trainable().items() if optimizer is not None else ():
         state = optimizer.state.get(p, {}) if optimizer is not None else {}
         content |= {f"optimizer.{name}.{key}": value for key, value in state.items()}
     try:
         dcp.save(content, checkpoint_id=folder)
+        mine = {f"{SHARDED}/{path.name}": crc32_of(path) for path in folder.glob(f"__{ranks.rank()}_*")}
     except (Exception, dcp.api.CheckpointException) as error:
         raise SaveError(f"could not save {folder.parent}: {last_line(error)}") from error
+    return {name: crc for part in ranks.told(mine) for name, crc in part.items()}
 
 
 def load_optimizer(

@@ -11,6 +11,7 @@ from tiny import make, read_metrics, settings
 from transformers import LlamaForCausalLM
 
 from fastpref.errors import UserError
+from fastpref.files import CHECKSUMS
 from fastpref.rounds.config import config_from
 from fastpref.rounds.driver import rounds
 from fastpref.train import checkpoint
@@ -26,6 +27,7 @@ def change_a_bit(path):
     found = load_file(path)
     found["model.norm.weight"][3] += 1e-6
     save_file(found, path, metadata={"format": "pt"})
+    path.with_name(CHECKSUMS).unlink(missing_ok=True)  # on purpose
 
 
 def agree(values, after):
