@@ -46,7 +46,7 @@ test-slow: $(VENV)/installed-tests
 # On a machine with an NVIDIA GPU, with the PyTorch that is there: GPU tests, benchmarks, sanitizers in at most 8 minutes;
 # writes bench/results/, or $OUT. DRY=1: on any machine, the timetable and each step as far as it goes without a GPU.
 gpu-check:
-	$(PYTHON) -m bench.gpu_check $(if $(DRY),--dry) $(if $(GPU_SECONDS),--seconds $(GPU_SECONDS))
+	$(PYTHON) -m bench.gpu_check $(if $(DRY),--dry)
 
 # What a GPU machine without a package index lacks, for its Python: wheels in build/gpu-wheels, and the extension.
 GPU_PYTHON ?= python3.12

@@ -129,8 +129,7 @@ def run_groups(
     """
     for number, group in enumerate(groups, 1):
         cell, started = group.cell, time.monotonic()
-        # Out of time peers are not even imported: that takes seconds.
-        given = list((group._replace(peers=()) if run.out_of_time else group).contestants(run.device))
+        given = list(group.contestants(run.device))
         missing = [cell.gap(each.name, "missing", each.why) for each in given if isinstance(each, Missing)]
         running = [each for each in given if isinstance(each, Implementation)]
         running = [each for each in running if not run.results.has(cell.row(each, run.device.type))]

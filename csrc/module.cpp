@@ -51,6 +51,11 @@ Given make_given(Address lse, Address entropy, Address grad_logps, Address grad_
   return {at<const float>(lse), at<const float>(entropy), at<const float>(grad_logps), at<const float>(grad_entropy)};
 }
 
+Residuals make_residuals(Address data, const std::string& dtype, int64_t row_stride, int64_t rows, int64_t cols,
+                         Address scale) {
+  return {at<const void>(data), dtype_of(dtype), row_stride, rows, cols, at<const float>(scale)};
+}
+
 FoldState make_fold_state(Address maximum, Address sum_exp, Address target) {
   return {at<float>(maximum), at<float>(sum_exp), at<float>(target)};
 }
@@ -67,6 +72,7 @@ PYBIND11_MODULE(_native, m) {
   py::class_<Out>(m, "Out").def(py::init(&make_out));
   py::class_<Stats>(m, "Stats").def(py::init(&make_stats));
   py::class_<Given>(m, "Given").def(py::init(&make_given));
+  py::class_<Residuals>(m, "Residuals").def(py::init(&make_residuals));
   py::class_<FoldState>(m, "FoldState").def(py::init(&make_fold_state));
 
   m.def("residual", &cpu::residual, py::arg("tile"), py::arg("out"), py::arg("stats"), py::arg("threads"), no_gil());
@@ -75,6 +81,28 @@ PYBIND11_MODULE(_native, m) {
         py::arg("threads"), no_gil());
   m.def("gradient_given_lse", &cpu::gradient_given_lse, py::arg("tile"), py::arg("given"), py::arg("out"),
         py::arg("threads"), no_gil());
+
+  m.def(
+      "peaks",
+      [](const Residuals& r, Address peak, Address total, Address squares, int threads) {
+        cpu::peaks(r, {at<float>(peak), at<float>(total), at<float>(squares)}, threads);
+      },
+      py::arg("residuals"), py::arg("peak"), py::arg("total"), py::arg("squares"),
+      py::arg("threads"), no_gil());
+  m.def(
+      "split",
+      [](const Residuals& r, Address columns, int64_t count, const Out& out, Address rest, int threads) {
+        cpu::split(r, at<const int32_t>(columns), count, out, at<float>(rest), threads);
+      },
+      py::arg("residuals"), py::arg("columns"), py::arg("count"), py::arg("out"), py::arg("rest"), py::arg("threads"),
+      no_gil());
+  m.def(
+      "add_rows",
+      [](Address total, const Out& part, Address columns, int64_t count, int64_t width, int threads) {
+        cpu::add_rows(at<float>(total), part, at<const int32_t>(columns), count, width, threads);
+      },
+      py::arg("total"), py::arg("part"), py::arg("columns"), py::arg("count"), py::arg("width"), py::arg("threads"),
+      no_gil());
 
   m.def("isas", &cpu::isas, "Instruction sets that this machine runs, fastest first.");
   m.def("isa", [] { return std::string(cpu::kernels().name); }, "The one in use; FASTPREF_ISA names another.");

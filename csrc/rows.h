@@ -53,6 +53,29 @@ struct Given {
   const float* grad_entropy;
 };
 
+// Residuals in a stash: U = scale * S.
+struct Residuals {
+  const void* data;
+  DType dtype;
+  int64_t row_stride;
+  int64_t rows;
+  int64_t cols;
+  const float* scale;  // [rows]
+};
+
+struct Peaks {  // each [cols]: over the rows
+  float* peak;     // largest |U|
+  float* total;    // sum of U
+  float* squares;  // sum of U^2
+};
+
+// Active columns, in rising order, and as bits: column c is bit c % 16 of mask[c / 16].
+struct Active {
+  const int32_t* columns;
+  int64_t count;
+  const uint16_t* mask;
+};
+
 struct FoldState {  // each [rows] fp32, updated in place
   float* maximum;
   float* sum_exp;

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .losses import Loss, Totals
 from .rows import EXTRAS
+from .tail import EPS
 from .walk import Options, fp32_gemms
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -38,6 +39,8 @@ def options_of(
     hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, ignore_index: int, softcap: float | None,
     logit_scale: float, temperature: float, memory_budget: int | None, backend: str | None,
     logits_dtype: str | None,
+    tail: str = "exact",
+    tail_eps: float | None = None,
 ) -> Options:
     """Checks what both functions take, and settles the compute dtype."""
     for name, x in (("hidden", hidden), ("weight", weight), ("targets", targets)):
@@ -67,6 +70,10 @@ def options_of(
     require(isinstance(ignore_index, int), "ignore_index", repr(ignore_index), "an integer", TypeError)
     require(memory_budget is None or (isinstance(memory_budget, int) and memory_budget > 0), "memory_budget",
              repr(memory_budget), "a positive number of bytes, or None")
+    require(tail in ("exact", "rank1"), "tail", repr(tail), "'exact' or 'rank1'")
+    require(tail == "exact" or device == "cpu", "tail", f"'rank1' on {device}", "'exact' there, as yet")
+    fits = tail_eps is None or (tail == "rank1" and isinstance(tail_eps, int | float) and 0 < tail_eps < 1)
+    require(fits, "tail_eps", f"{tail_eps!r} with tail={tail!r}", "a number between 0 and 1 beside 'rank1', or None")
     recording = torch.is_grad_enabled()
     needs = (
         recording and hidden.requires_grad,
@@ -83,6 +90,7 @@ def options_of(
         compute,
         _logits_dtype(logits_dtype, compute, hidden.device),
         needs,
+        tail_eps=float(tail_eps or EPS) if tail == "rank1" else None,
     )
 
 

@@ -1,8 +1,9 @@
 """The LM head fused with log-softmax and a preference loss: the `[N, V]` logits never exist.
 
-The public functions, their autograd, and the custom ops that torch.compile sees. The work is done in walk.py, which
-walks a `Plan` (plan.py): tiles are multiplied with the head, the rows (rows/) turn logits into log-probs and residuals,
-the loss (losses/) turns sequence log-probs into one scalar a sequence, and two more GEMMs make the gradients.
+The public functions. Their autograd and the custom ops that torch.compile sees are in ops.py; the work is done in
+walk.py, which walks a `Plan` (plan.py): tiles are multiplied with the head, the rows (rows/) turn logits into log-probs
+and residuals, the loss (losses/) turns sequence log-probs into one scalar a sequence, and two more GEMMs make the
+gradients.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, library
+from torch import Tensor
 
 from . import losses, rows, sharded
 from .arguments import (
@@ -28,392 +29,12 @@ from .arguments import (
     require,
 )
 from .losses import Loss, LossFunction, SequenceLogps, Totals
-from .plan import Plan, plan
+from .ops import PreferenceLossFunction, TokenStatsFunction
 from .walk import (
-    Head,
-    HiddenGrad,
     Options,
-    Scored,
-    Walk,
-    WeightGrad,
-    check_targets,
-    debugging,
-    fp32_gemms,
-    gradients,
-    head_of,
     on_device,
-    problem_of,
     segment_sum,
-    step,
 )
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Custom ops: what torch.compile sees. A loss travels as its name and options.
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def _three(needs: Sequence[bool]) -> tuple[bool, bool, bool]:
-    """A custom op gets its booleans as a list."""
-    return bool(needs[0]), bool(needs[1]), bool(needs[2])
-
-
-def _present(x: Tensor | None, like: Tensor) -> Tensor:
-    return like.new_empty(0) if x is None else x
-
-
-def _preference_step(
-    loss: str,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    cu_seqlens: Sequence[int] | None,
-    ref_logps: Tensor | None,
-    ref_hidden: Tensor | None,
-    ref_weight: Tensor | None,
-    ref_bias: Tensor | None,
-    desirable: Tensor | None,
-    kl: Tensor | None,
-    token_weights: Tensor | None,
-    totals: Tensor | None,
-    ignore_index: int,
-    softcap: float | None,
-    logit_scale: float,
-    temperature: float,
-    memory_budget: int | None,
-    backend: str,
-    compute_dtype: torch.dtype,
-    logits_dtype: torch.dtype,
-    needs: Sequence[bool],
-    extras: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss, logps, ref_logps, lengths, extras, dX, dW, db); what there is none of is empty."""
-    reference = ref_logps if ref_hidden is None or ref_weight is None else (ref_hidden, ref_weight, ref_bias)
-    value, logps, ref, lengths, sums, dx, dw, db = step(
-        losses.from_spec(loss), hidden, weight, bias, targets, cu_seqlens, reference, desirable, kl, token_weights,
-        None if totals is None else Totals(*totals.unbind()),
-        Options(
-            ignore_index, softcap, logit_scale, temperature, memory_budget, backend, compute_dtype, logits_dtype,
-            _three(needs), extras,
-        ),
-    )
-    ref = None if ref is ref_logps else ref  # an op may not return its input
-    ref, dx, dw, db = (_present(x, logps) for x in (ref, dx, dw, db))
-    return value, logps, ref, lengths, sums, dx, dw, db
-
-
-def _preference_step_fake(
-    loss, hidden, weight, bias, targets, cu_seqlens, ref_logps, ref_hidden, ref_weight, ref_bias, desirable, kl,
-    token_weights, totals, ignore_index, softcap, logit_scale, temperature, memory_budget, backend, compute_dtype,
-    logits_dtype, needs, extras,
-):
-    stats = rows.stats_dtype(compute_dtype)
-    sequences = targets.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
-    logps = hidden.new_empty(sequences, dtype=stats)
-    return (
-        logps.new_empty(()),
-        logps,
-        logps.new_empty(sequences if ref_hidden is not None else 0),
-        logps.new_empty(sequences, dtype=torch.int64),
-        logps.new_empty(len(extras.split()), sequences),
-        torch.empty_like(hidden, memory_format=torch.contiguous_format) if needs[0] else logps.new_empty(0),
-        torch.empty_like(weight, memory_format=torch.contiguous_format) if needs[1] else logps.new_empty(0),
-        torch.empty_like(bias) if needs[2] else logps.new_empty(0),
-    )
-
-
-# Padded, the counts are read on the host: a CUDA graph cannot hold that, and torch.compile has to know.
-for _name, _tags in (("preference_step", ()), ("padded_preference_step", (torch.Tag.cudagraph_unsafe,))):
-    library.custom_op(f"fastpref::{_name}", _preference_step, mutates_args=(), tags=_tags).register_fake(
-        _preference_step_fake
-    )
-
-
-class _Late(NamedTuple):
-    """A call whose scalars arrive in backward: one sequence of compact rows."""
-
-    scored: Scored
-    head: Head
-    schedule: Plan
-
-    @classmethod
-    def new(
-        cls,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        targets: Tensor,
-        index: Tensor | None,
-        options: Options,
-    ) -> _Late:
-        count = targets.shape[0]
-        scored = Scored(hidden, index, targets, (count,), targets, None)
-        return cls(scored, head_of(weight, bias, options), _late_plan(hidden, weight, targets, index, options))
-
-
-def _late_plan(hidden: Tensor, weight: Tensor, targets: Tensor, index: Tensor | None, options: Options) -> Plan:
-    problem = problem_of((targets.shape[0],), hidden, weight, index, "batch", options, late=True)
-    return plan(problem, options.memory_budget)
-
-
-@library.custom_op("fastpref::token_stats", mutates_args=())
-def _token_stats_op(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    index: Tensor | None,
-    ignore_index: int,
-    softcap: float | None,
-    logit_scale: float,
-    temperature: float,
-    memory_budget: int | None,
-    backend: str,
-    compute_dtype: torch.dtype,
-    logits_dtype: torch.dtype,
-    needs: Sequence[bool],
-    extras: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(logps, entropy, top1, mean_logit, log_sum_p2, lse, scale, kept), [N] each; an extra not asked for is empty.
-
-    kept: the stash, or with a frozen head dX before its row scale.
-    """
-    options = Options(
-        ignore_index,
-        softcap,
-        logit_scale,
-        temperature,
-        memory_budget,
-        backend,
-        compute_dtype,
-        logits_dtype,
-        _three(needs),
-        extras,
-    )
-    check_targets(targets, weight.shape[0], ignore_index)
-    scored, head, schedule = _Late.new(hidden, weight, bias, targets, index, options)
-    walk = Walk(scored, head, schedule)
-    if schedule.scheme == "frozen":
-        dx, _, _ = gradients(walk, weight, bias, options.needs, late=True)
-        assert dx is not None
-        walk.frozen(dx)
-        kept = dx.grad
-    else:
-        if schedule.scheme == "forward":
-            walk.forward_only()
-        else:
-            walk.forward(schedule.problem.whole, walk.stash)
-        kept = walk.stash
-    entropy, top1, mean_logit, log_sum_p2 = (_present(walk.extras.get(name), walk.logps) for name in rows.EXTRAS)
-    return walk.logps, entropy, top1, mean_logit, log_sum_p2, walk.lse, walk.scale, kept
-
-
-@_token_stats_op.register_fake
-def _(
-    hidden, weight, bias, targets, index, ignore_index, softcap, logit_scale, temperature, memory_budget, backend,
-    compute_dtype, logits_dtype, needs, extras,
-):
-    options = Options(
-        ignore_index, softcap, logit_scale, temperature, memory_budget, backend, compute_dtype, logits_dtype, needs,
-        extras,
-    )
-    schedule = _late_plan(hidden, weight, targets, index, options)
-    stats = hidden.new_empty(targets.shape, dtype=rows.stats_dtype(compute_dtype))
-    if schedule.scheme == "frozen":
-        wide = fp32_gemms(hidden.device) and compute_dtype.itemsize < 4
-        kept = torch.empty_like(hidden, memory_format=torch.contiguous_format, dtype=torch.float32 if wide else None)
-    else:
-        kept = hidden.new_empty(schedule.stash_rows, weight.shape[0], dtype=compute_dtype)
-    asked = (torch.empty_like(stats) if name in extras.split() else stats.new_empty(0) for name in rows.EXTRAS)
-    return stats, *asked, torch.empty_like(stats), torch.empty_like(stats), kept
-
-
-@library.custom_op("fastpref::token_stats_backward", mutates_args=())
-def _token_stats_backward(
-    grad: Tensor,
-    grad_entropy: Tensor | None,
-    entropy: Tensor,
-    lse: Tensor,
-    scale: Tensor,
-    kept: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    index: Tensor | None,
-    ignore_index: int,
-    softcap: float | None,
-    logit_scale: float,
-    temperature: float,
-    memory_budget: int | None,
-    backend: str,
-    compute_dtype: torch.dtype,
-    logits_dtype: torch.dtype,
-    needs: Sequence[bool],
-    extras: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(dX, dW, db) for dL/dlogps = grad, [N], and dL/dentropy; what is not needed is empty."""
-    options = Options(
-        ignore_index,
-        softcap,
-        logit_scale,
-        temperature,
-        memory_budget,
-        backend,
-        compute_dtype,
-        logits_dtype,
-        _three(needs),
-        extras,
-    )
-    scored, head, schedule = _Late.new(hidden, weight, bias, targets, index, options)
-    ga = grad.to(lse.dtype)
-    if grad_entropy is not None:
-        walk = Walk(scored, head, schedule, None if schedule.scheme == "frozen" else kept)
-        dx, dw, db = gradients(walk, weight, bias, options.needs)
-        walk.lse, walk.extras = lse, {"entropy": entropy}
-        gh = grad_entropy.to(lse.dtype)
-        if schedule.scheme == "frozen":
-            assert dx is not None
-            walk.frozen_again(ga, gh, dx)
-        else:
-            walk.recompute(ga, ga, dx, dw, db, gh)
-        return _made(dx, dw, db, bias, grad)
-    if schedule.scheme == "frozen":
-        w = ga * scale
-        if index is not None:
-            w = w.new_zeros(hidden.shape[0]).index_copy_(0, index, w)
-        return torch.mul(kept, w[:, None], out=torch.empty_like(hidden)), grad.new_empty(0), grad.new_empty(0)
-    walk = Walk(scored, head, schedule, kept)
-    walk.lse = lse
-    dx, dw, db = gradients(walk, weight, bias, options.needs)
-    if schedule.scheme == "groups":
-        walk.backward(schedule.problem.whole, ga * scale, dx, dw, db)
-    else:
-        walk.recompute(ga * scale, ga, dx, dw, db)
-    return _made(dx, dw, db, bias, grad)
-
-
-def _made(
-    dx: HiddenGrad | None, dw: WeightGrad | None, db: Tensor | None, bias: Tensor | None, like: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    return (
-        _present(None if dx is None else dx.grad, like),
-        _present(None if dw is None else dw.finish(), like),
-        _present(None if db is None or bias is None else db.to(bias.dtype), like),
-    )
-
-
-@_token_stats_backward.register_fake
-def _(
-    grad, grad_entropy, entropy, lse, scale, kept, hidden, weight, bias, targets, index, ignore_index, softcap,
-    logit_scale, temperature, memory_budget, backend, compute_dtype, logits_dtype, needs, extras,
-):
-    return tuple(
-        torch.empty_like(x, memory_format=torch.contiguous_format) if need else grad.new_empty(0)
-        for x, need in zip((hidden, weight, bias), needs)
-    )
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Autograd
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-class _TokenStats(torch.autograd.Function):
-    """Log-probs and `rows.EXTRAS`; log-probs and entropy have gradients."""
-
-    @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, index, options):
-        *stats, lse, scale, kept = torch.ops.fastpref.token_stats(hidden, weight, bias, targets, index, *options)
-        logps, entropy, *others = stats
-        ctx.save_for_backward(entropy, lse, scale, kept, hidden, weight, bias, targets, index)
-        ctx.options, ctx.entropy = options, "entropy" in options.extras
-        ctx.mark_non_differentiable(*(others if ctx.entropy else (entropy, *others)))
-        if not torch.compiler.is_compiling():  # which knows no such method
-            ctx.set_materialize_grads(False)  # None, not zeros, for an entropy that is only logged
-        return tuple(stats)
-
-    @staticmethod
-    def backward(ctx, grad, grad_entropy, *_):
-        entropy, lse, *others = ctx.saved_tensors
-        grad = torch.zeros_like(lse) if grad is None else grad
-        grads = torch.ops.fastpref.token_stats_backward(
-            grad, grad_entropy if ctx.entropy else None, entropy, lse, *others, *ctx.options
-        )
-        dx, dw, db = (x if need else None for x, need in zip(grads, ctx.options.needs))
-        return dx, dw, db, None, None, None
-
-
-class _PreferenceLoss(torch.autograd.Function):
-    """The gradients are made in forward; backward multiplies them with the upstream gradient."""
-
-    @staticmethod
-    def forward(ctx, hidden, weight, bias, loss, options, accumulate_into, *inputs):
-        value, logps, ref_logps, lengths, sums, *grads = _preference_step_of(
-            loss, hidden, weight, bias, inputs, options, accumulate_into
-        )
-        ctx.mark_non_differentiable(logps, ref_logps, lengths, sums)
-        ctx.needs, ctx.others, ctx.accumulates = options.needs, len(inputs) + 3, accumulate_into is not None
-        if torch.compiler.is_compiling():
-            ctx.save_for_backward(*grads)
-        else:
-            # Not as saved tensors: those stay alive while autograd takes a gradient over, and it would copy them.
-            ctx.grads = [grad if need else None for grad, need in zip(grads, options.needs)]
-        return value, logps, ref_logps, lengths, sums
-
-    @staticmethod
-    def backward(ctx, upstream, *_):
-        nothing = (None,) * ctx.others
-        if torch.compiler.is_compiling():
-            scaled = ((g.to(upstream.dtype) * upstream).to(g.dtype) for g in ctx.saved_tensors)
-            return *(g if need else None for g, need in zip(scaled, ctx.needs)), *nothing
-        if ctx.grads is None:
-            raise RuntimeError("second backward through linear_preference_loss: give the first retain_graph=True")
-        grads = ctx.grads
-        if ctx.accumulates:
-            _check_upstream(upstream)
-            grads[1] = None
-        if torch._C._autograd._get_current_graph_task_keep_graph():
-            grads = [None if g is None else g.clone() for g in grads]
-        else:
-            ctx.grads = None
-        for grad in grads:
-            if grad is not None:
-                rows.scale_unless_one_(grad, upstream)
-        return *grads, *nothing
-
-
-def _preference_step_of(
-    loss: Loss,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    inputs: tuple,
-    options: Options,
-    accumulate_into: Tensor | None,
-) -> tuple[Tensor, ...]:
-    """Losses of ours through the custom op; directly what no op carries: a class or a buffer of the user's."""
-    if loss.spec is not None and accumulate_into is None:
-        ops = torch.ops.fastpref
-        op = ops.padded_preference_step if inputs[1] is None else ops.preference_step
-        return op(loss.spec, hidden, weight, bias, *inputs, *options)
-    targets, cu_seqlens, ref_logps, ref_hidden, ref_weight, ref_bias, desirable, kl, token_weights, totals = inputs
-    reference = ref_logps if ref_hidden is None else (ref_hidden, ref_weight, ref_bias)
-    value, logps, ref, *rest = step(
-        loss, hidden, weight, bias, targets, cu_seqlens, reference, desirable, kl, token_weights,
-        None if totals is None else Totals(*totals.unbind()), options, accumulate_into,
-    )
-    return value, logps, *(_present(x, logps) for x in (None if ref is ref_logps else ref, *rest))
-
-
-def _check_upstream(upstream: Tensor) -> None:
-    """What was added to `accumulate_into` in forward cannot be scaled any more."""
-    if (upstream.device.type == "cpu" or debugging()) and upstream.item() != 1.0:
-        raise RuntimeError(
-            f"the gradient of the loss is {upstream.item()}; accumulate_into takes only 1: give `totals` instead of "
-            "scaling the loss"
-        )
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The public functions
@@ -455,6 +76,8 @@ def linear_logps(
     memory_budget: int | None = None,
     backend: str | None = None,
     logits_dtype: str | None = None,
+    tail: str = "exact",
+    tail_eps: float | None = None,
 ) -> Tensor:
     """Token log-probs of a language-model head without its logits, differentiable:
 
@@ -478,6 +101,11 @@ def linear_logps(
         logits_dtype: "fp32" or the compute dtype ("bf16", "fp16"), what the first GEMM writes. None: fp32 on CUDA; the
             compute dtype on the CPU, whose GEMMs write nothing else. bf16 logits save about 1.5 % of a step on an
             H200 and cost 1e-2 nat a token (0.26 nat over 512 tokens) in the log-probs.
+        tail: "exact", or "rank1": the gradients of vocabulary columns whose residuals |U| are below `tail_eps` in all
+            rows of a block are made from a rank-one matrix that keeps their row and column sums (docs/
+            below-three-gemms.md). Log-probs and loss stay exact. Where the columns' residuals are not small after all
+            (near-uniform logits), or too few columns would be spared, the product is the exact one.
+        tail_eps: None: 2^-13, which on real logits costs less than rounding the gradient to bf16.
 
     Returns:
         The shape of `targets`, nats; fp32 (fp64 for fp64 inputs); 0 where ignored.
@@ -491,7 +119,7 @@ def linear_logps(
     """
     options = options_of(
         hidden, weight, targets, bias, ignore_index, softcap, logit_scale, temperature, memory_budget, backend,
-        logits_dtype,
+        logits_dtype, tail, tail_eps,
     )
     return _token_stats(hidden, weight, bias, targets, options, pick=True).logps
 
@@ -510,6 +138,8 @@ def linear_token_stats(
     memory_budget: int | None = None,
     backend: str | None = None,
     logits_dtype: str | None = None,
+    tail: str = "exact",
+    tail_eps: float | None = None,
 ) -> TokenStats:
     """Token log-probs and what else one sweep over the logits can tell, without building them. With z as in
     `linear_logps` and p = softmax(z), for each token:
@@ -538,7 +168,7 @@ def linear_token_stats(
     """
     options = options_of(
         hidden, weight, targets, bias, ignore_index, softcap, logit_scale, temperature, memory_budget, backend,
-        logits_dtype,
+        logits_dtype, tail, tail_eps,
     )
     options = options._replace(extras=extras_of("outputs", outputs))
     return _token_stats(hidden, weight, bias, targets, options, pick=True)
@@ -570,6 +200,8 @@ def linear_preference_loss(
     logits_dtype: str | None = None,
     accumulate_into: Tensor | None = None,
     extras: Sequence[str] = (),
+    tail: str = "exact",
+    tail_eps: float | None = None,
 ) -> PreferenceOutput:
     """A preference loss of a language-model head and its gradients, in one pass of three GEMMs (two if `weight` is
     frozen, one without gradients) and without the logits:
@@ -593,7 +225,8 @@ def linear_preference_loss(
         desirable: bool [S]; kl_logps, ref_kl_logps: [K] sequence log-probs of the mismatched pairs (KTO).
         token_weights: the shape of targets; multiplies token log-probs (1 by default).
         totals: what the means divide by, where this call is a part of a larger batch (see `Totals`).
-        ignore_index, softcap, logit_scale, temperature, memory_budget, backend, logits_dtype: as in `linear_logps`.
+        ignore_index, softcap, logit_scale, temperature, memory_budget, backend, logits_dtype, tail, tail_eps: as in
+            `linear_logps`.
         accumulate_into: fp32 [V, H], to which the weight's gradient is added in forward (a "main grad"); autograd then
             brings none for `weight`. For an upstream gradient of 1: normalise with `totals`, not by scaling the loss.
         extras: names of `linear_token_stats` outputs to add up over the scored tokens of each sequence, each counting
@@ -617,7 +250,7 @@ def linear_preference_loss(
         raise TypeError(f"loss is a {type(loss).__name__}; it takes a name, an object of fastpref.losses or a callable")
     options = options_of(
         hidden, weight, targets, bias, ignore_index, softcap, logit_scale, temperature, memory_budget, backend,
-        logits_dtype,
+        logits_dtype, tail, tail_eps,
     )
     needed = tuple(getattr(loss, "needs_extras", ()))
     options = options._replace(extras=extras_of("extras", (*extras_of("extras", extras).split(), *needed)))
@@ -650,7 +283,7 @@ def linear_preference_loss(
             targets, cu_seqlens, ref_logps, ref_hidden, ref_weight, ref_bias, desirable, kl,
             None if token_weights is None else token_weights.detach(), _totals_tensor(totals, hidden.device, stats),
         )
-        value, logps, computed_ref, lengths, sums = _PreferenceLoss.apply(
+        value, logps, computed_ref, lengths, sums, tail_sums = PreferenceLossFunction.apply(
             hidden, weight, bias, loss, options, accumulate_into, *inputs
         )
         ref_logps = computed_ref if ref_hidden is not None else ref_logps
@@ -661,7 +294,12 @@ def linear_preference_loss(
             loss, hidden, weight, bias, targets, cu_seqlens, ref_logps, (ref_hidden, ref_weight, ref_bias), desirable,
             kl, token_weights, totals, options,
         )
-    return PreferenceOutput(value, seq.logps, seq.ref_logps, seq.lengths.long(), losses.metrics(loss, seq), found)
+    metrics = losses.metrics(loss, seq)
+    if declared and options.tail_eps is not None:
+        left_out, squares, active = tail_sums.unbind()
+        metrics["tail/error"] = (left_out / squares.clamp(min=1e-30)).sqrt()
+        metrics["tail/active"] = active / seq.lengths.sum().clamp(min=1)
+    return PreferenceOutput(value, seq.logps, seq.ref_logps, seq.lengths.long(), metrics, found)
 
 
 def _free_loss(
@@ -732,7 +370,7 @@ def _token_stats(
         require(not options.extras, "extras", repr(options.extras), "nothing where weight is sharded over ranks")
         picked = flat_hidden if index is None else flat_hidden.index_select(0, index)
         return TokenStats(placed(sharded.token_logps(picked, weight, bias, flat, options)))
-    logps, *others = _TokenStats.apply(flat_hidden, weight, bias, flat, index, options)
+    logps, *others = TokenStatsFunction.apply(flat_hidden, weight, bias, flat, index, options)
     asked = options.extras.split()
     return TokenStats(placed(logps), **{name: placed(x) for name, x in zip(rows.EXTRAS, others) if name in asked})
 

@@ -43,6 +43,9 @@ LEAST_STASH_ROWS = {"cpu": 128, "cuda": 768}
 # CPU: a low-precision dW GEMM reaches its fp32 sum through a buffer of this size (bf16, 1024 rows, H 1024, V 32768: the
 # GEMM alone 166 ms, with 16 MiB 231 ms, 4 MiB 174 ms, 2 MiB 184 ms).
 WEIGHT_SLICE_BYTES = 4 * MIB
+# Rows of a block of tail.py. Fewer have fewer active columns (SmolLM2's own answers, V 49152, eps 2^-12: 12.8 % at 256
+# rows, 19.3 at 512, 28.1 at 1024), but each block reads its rows of W and adds to those of dW once more.
+TAIL_BLOCK_ROWS = 512
 SLICE_COLS = 64  # vocabulary slices are multiples of this
 
 
@@ -64,6 +67,7 @@ class Problem:
     entropy_grad: bool = False  # late: the gradient of the token entropies may arrive as well
     cast_weight: bool = False  # the weight has another dtype than the GEMMs (autocast)
     gathered: bool = False  # scored rows are picked out of a padded input
+    tail: bool = False  # the softmax's tail as a rank-one matrix (tail.py): dX and dW by the active columns only
     device: str = "cpu"
 
     @property
@@ -114,6 +118,7 @@ class Plan:
     weight_slice: int  # rows of dW that pass through a buffer at a time; 0: the GEMM adds to the sum itself
     tile_bytes: int
     accumulator_bytes: int
+    tail_columns: int = 0  # active columns gathered at a time
 
     @property
     def order(self) -> tuple[tuple[int, int], ...] | None:
@@ -212,7 +217,28 @@ class _Planner:
         """Stash row, and one of the operands: gathered x, then dX before it is scattered, then scaled x for dW. On CUDA
         dX is made in fp32, half of its rows at a time: beside a gathered x that is an operand more."""
         operands = 1 + (self.wide and self.p.gathered and self.p.needs_hidden_grad)
-        return self.p.itemsize * (self.p.vocab + self.p.hidden * operands)
+        each = self.p.itemsize * (self.p.vocab + self.p.hidden * operands)
+        return each + self.tail_row_bytes()
+
+    def tail_row_bytes(self) -> int:
+        """dX before it is rounded, and the row's part of its block's."""
+        return self.p.tail * self.p.hidden * max(4, self.p.itemsize) + self.tail_block_bytes() // TAIL_BLOCK_ROWS
+
+    def tail_column_bytes(self) -> int:
+        """An active column: of a block's residuals, its row of W, and of the product for dW."""
+        return self.p.itemsize * (TAIL_BLOCK_ROWS + (1 + self.p.needs_weight_grad) * self.p.hidden)
+
+    def tail_columns(self) -> int:
+        """Gathered at a time, in an eighth of the budget."""
+        most = max(SLICE_COLS, self.budget // 8 // max(1, self.tail_column_bytes()))
+        return min(self.p.vocab, most) if self.p.tail else 0
+
+    def tail_block_bytes(self) -> int:
+        """What is known of each column of a block: its peak, sum, squares, whether it is active, and its share."""
+        return self.p.tail * self.p.vocab * (3 * max(4, self.p.itemsize) + 1 + self.p.itemsize)
+
+    def tail_bytes(self) -> int:
+        return self.tail_columns() * self.tail_column_bytes() + self.tail_block_bytes()
 
     def logits_bytes(self, rows: int) -> int:
         return rows * self.p.vocab * self.scratch_itemsize
@@ -232,8 +258,8 @@ class _Planner:
         scratch = scratches * p.vocab * p.hidden * max(4, p.itemsize)
         if scratches and self.direct:
             return scratch
-        if scratches:
-            stashes = max(stashes, 2)
+        if scratches or p.tail:
+            stashes = max(stashes, 2)  # rows of dW are added to, in fp32
         total = p.cast_weight * p.vocab * p.hidden * p.itemsize
         if p.needs_weight_grad and not self.direct:
             if p.grad_itemsize < 4 and stashes > 1:
@@ -279,7 +305,8 @@ class _Planner:
             tile = self.max_tile_rows
         each = p.itemsize * (p.vocab + p.hidden * p.gathered) if frozen else p.vocab * p.logits_itemsize
         each += 0 if frozen else p.gathered * p.hidden * p.itemsize
-        fixed = self.scratch_bytes(tile) if frozen else 0
+        each += frozen * self.tail_row_bytes()
+        fixed = self.scratch_bytes(tile) + self.tail_bytes() if frozen else 0
         rows = min((self.budget - fixed) // each, 4 * tile if frozen else tile, max(p.rows, 1))
         if rows < 1:
             return None
@@ -287,19 +314,20 @@ class _Planner:
         blocks = tuple(Group((0, 0), (), ((a, min(a + rows, p.rows)),)) for a in range(0, p.rows, rows))
         return Plan(
             scheme, p, self.budget, blocks, tile, rows if frozen else 0, 0, 0,
-            rows * each + (self.scratch_bytes(tile) if frozen else 0),
+            rows * each + (self.scratch_bytes(tile) + self.tail_bytes() if frozen else 0),
             self.accumulator_bytes(0) + frozen * self.wide * 4 * p.rows * p.hidden,  # dX until it is scaled
+            self.tail_columns() if frozen else 0,
         )
 
     def stash_capacity(self) -> int:
         """Rows of residuals that fit beside the logits' scratch, which gets up to a quarter of the budget."""
         most = min(self.max_tile_rows, self.p.rows)
         scratch = max(self.logits_bytes(1), min(self.logits_bytes(most), self.budget // 4))
-        return max(0, (self.budget - scratch) // self.per_stash_row())
+        return max(0, (self.budget - scratch - self.tail_bytes()) // self.per_stash_row())
 
     def tile_rows_beside(self, stash: int) -> int:
         """Rows of logits at a time in what a stash leaves of the budget."""
-        free = (self.budget - stash * self.per_stash_row()) // max(1, self.logits_bytes(1))
+        free = (self.budget - self.tail_bytes() - stash * self.per_stash_row()) // max(1, self.logits_bytes(1))
         return max(1, min(self.max_tile_rows, stash, free))
 
     def groups(self, capacity: int) -> tuple[Group, ...] | None:
@@ -345,8 +373,8 @@ class _Planner:
         tile = self.tile_rows_beside(stash)
         return Plan(
             "groups", self.p, self.budget, groups, tile, stash, 0, 0 if self.direct else self.weight_slice,
-            stash * self.per_stash_row() + self.logits_bytes(tile),
-            self.accumulator_bytes(len(groups), self.p.scratches if long else 0),
+            stash * self.per_stash_row() + self.logits_bytes(tile) + self.tail_bytes(),
+            self.accumulator_bytes(len(groups), self.p.scratches if long else 0), self.tail_columns(),
         )
 
     def one_group_if_smaller(self, several: Plan) -> Plan:
@@ -354,7 +382,7 @@ class _Planner:
         p = self.p
         if len(several.groups) == 1 and not several.groups[0].long:
             return several
-        tile_bytes = p.rows * self.per_stash_row() + self.logits_bytes(several.tile_rows)
+        tile_bytes = p.rows * self.per_stash_row() + self.logits_bytes(several.tile_rows) + self.tail_bytes()
         whole = replace(
             several,
             groups=(p.whole,),

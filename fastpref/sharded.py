@@ -280,7 +280,8 @@ class _ShardWalk(Walk):
         _, dw, db = gradients(self, weight, bias, (False, *needs[1:]))
         # in fp32, for it is added up over ranks before it is rounded
         dx = HiddenGrad(self.scored, self.head.weight.dtype, dtype=self.lse.dtype) if needs[0] else None
-        w = g * factor * self.mass
+        self.scale = self.mass * factor
+        w = g * self.scale
         if self.plan.scheme == "groups":
             self.backward(self.plan.problem.whole, w, dx, dw, db)
         else:

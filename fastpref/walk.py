@@ -10,9 +10,11 @@ Shape suffixes: N scored rows, H hidden size, V vocabulary, S sequences, C rows 
 
 from __future__ import annotations
 
+import ast
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import accumulate
 from threading import Lock
 from types import ModuleType
@@ -21,7 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import losses, rows
+from . import losses, rows, tail
 from .losses import Loss, SequenceLogps, Totals
 from .plan import MIB, Group, Plan, Problem, add_rows, plan
 from .rows import native
@@ -85,7 +87,7 @@ class Scored:
 
 
 class Options(NamedTuple):
-    """What every op takes at its end, in this order."""
+    """What a call asks for."""
 
     ignore_index: int
     softcap: float | None
@@ -97,6 +99,23 @@ class Options(NamedTuple):
     logits_dtype: torch.dtype  # what the first GEMM writes
     needs: tuple[bool, bool, bool]  # gradients wanted: hidden, weight, bias
     extras: str = ""  # names of `rows.EXTRAS`, with spaces between: no op takes a list of strings
+    tail_eps: float | None = None  # of tail.py; None: exact
+
+    @property
+    def spec(self) -> str:
+        """In one string, which a custom op carries."""
+        dtypes = tuple([str(dtype).removeprefix("torch.") for dtype in self[6:8]])
+        return repr((*self[:6], *dtypes, *self[8:]))
+
+    @classmethod
+    def of(cls, spec: str) -> Options:
+        return _options_of(spec)
+
+
+@lru_cache(maxsize=256)
+def _options_of(spec: str) -> Options:
+    values = ast.literal_eval(spec)
+    return Options(*values[:6], *(getattr(torch, name) for name in values[6:8]), *values[8:])
 
 
 class Head(NamedTuple):
@@ -109,6 +128,7 @@ class Head(NamedTuple):
     ignore_index: int
     logits_dtype: torch.dtype
     extras: tuple[str, ...]  # beside log-probs and residuals
+    tail_eps: float | None
 
     def residual(self, logits: Tensor, targets: Tensor, out: Tensor | None) -> rows.RowStats:
         return self.kernels.residual(
@@ -282,6 +302,12 @@ class _Sum:
     def __init__(self, total: Tensor, compute_dtype: torch.dtype, slice_rows: int, *, begun: bool = False) -> None:
         self.total, self.compute_dtype, self.slice_rows, self.begun = total, compute_dtype, slice_rows, begun
 
+    def begin(self) -> None:
+        """Zeros, for what is added to some of its rows only."""
+        if not self.begun:
+            self.total.zero_()
+        self.begun = True
+
     def add(self, residuals_CV: Tensor, scaled_CH: Tensor) -> None:
         if fp32_gemms(self.total.device) or self.compute_dtype == self.total.dtype:
             _add_mm(self.total, residuals_CV.t(), scaled_CH, self.begun, None)
@@ -314,7 +340,7 @@ class WeightGrad(_Sum):
             into if into is not None else _fresh(torch.empty_like(weight, memory_format=torch.contiguous_format))
         )
         self.wide = torch.promote_types(self.grad.dtype, torch.float32)
-        several = len(schedule.groups) > 1 or any(group.long for group in schedule.groups)
+        several = len(schedule.groups) > 1 or any(group.long for group in schedule.groups) or schedule.problem.tail
         apart = several and self.wide != self.grad.dtype
         total = _fresh(torch.empty_like(self.grad, dtype=self.wide)) if apart else self.grad
         super().__init__(total, compute_dtype, schedule.weight_slice, begun=self.into)
@@ -439,6 +465,7 @@ class Walk:
         most = max(schedule.tile_rows, schedule.stash_rows) if schedule.scheme == "groups" else schedule.tile_rows
         self.x_buffer = self.empty(most, p.hidden) if p.gathered else None
         self.scratch: Tensor | None = None
+        self.tail = self.logps.new_zeros(3)  # squares left out of U and all of U's; active columns of all rows, as rows
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return _fresh(self.head.weight.new_empty(shape, dtype=dtype))
@@ -522,7 +549,7 @@ class Walk:
         """No weight gradient wanted: U W at once; the rows of dX are scaled when the scalars are known."""
         for block in self.plan.groups:
             self.forward(block, self.stash)
-            dx.put(block.segments[0][0], self.stash[: block.rows], self.head.weight, None)
+            self.multiply(block.segments[0][0], self.stash[: block.rows], None, dx, None)
 
     def frozen_again(self, ga: Tensor, gh: Tensor, dx: HiddenGrad) -> None:
         """dX for gradients of log-probs and entropies, which `frozen` did not know."""
@@ -542,12 +569,37 @@ class Walk:
             return
         start, end = group.span
         stash, w = self.stash[: group.rows], w[start:end]
-        if dx is not None:
-            dx.put(start, stash, self.head.weight, w)
-        if dw is not None:
-            dw.add(stash, self.scaled_rows(start, end, w, self.operand(group.rows)))
+        self.multiply(start, stash, w, dx, dw)
         if db is not None:
             _add_mv(db, stash, w)
+
+    def multiply(
+        self, start: int, stash: Tensor, w: Tensor | None, dx: HiddenGrad | None, dw: _Sum | None
+    ) -> None:
+        """dX = diag(w) (U W) and dW += U^T (diag(w) X) of rows in the stash; without w, dX waits for its row scale."""
+        head, count = self.head, stash.shape[0]
+        scale = self.scale[start : start + count]
+        found = None if head.tail_eps is None else tail.find(head.kernels, stash, scale, head.tail_eps)
+        if found is not None and found.is_worth_it:
+            product = None if dx is None else self.empty(count, self.plan.problem.hidden, dtype=self.logps.dtype)
+            scaled = None
+            if dw is not None and w is not None:
+                scaled = self.scaled_rows(start, start + count, w, self.operand(count))
+                dw.begin()
+            left_out = tail.multiply(
+                head.kernels, found, stash, head.weight, scale, product, scaled, None if dw is None else dw.total,
+                self.plan.tail_columns,
+            )
+            if dx is not None and product is not None:
+                dx.put_rows(start, product, w, None)
+            self.tail += torch.stack((left_out, found.squares, found.active_BV.float().mean() * count))
+            return
+        if found is not None:
+            self.tail += torch.stack((0 * found.squares, found.squares, torch.full_like(found.squares, count)))
+        if dx is not None:
+            dx.put(start, stash, head.weight, w)
+        if dw is not None and w is not None:
+            dw.add(stash, self.scaled_rows(start, start + count, w, self.operand(count)))
 
     def backward_long(
         self,
@@ -569,11 +621,7 @@ class Walk:
                 stash = self.stash[: end - first]
                 w = self.scale[first:end] * coefficients[i]
                 w = w if weights is None else w * weights[first:end]
-                if dx is not None:
-                    dx.put(first, stash, self.head.weight, w)
-                if scratches:
-                    scaled = self.operand(end - first)
-                    scratches[min(i, len(scratches) - 1)].add(stash, self.scaled_rows(first, end, w, scaled))
+                self.multiply(first, stash, w, dx, scratches[min(i, len(scratches) - 1)] if scratches else None)
                 if db:
                     _add_mv(db[min(i, len(db) - 1)], stash, w)
 
@@ -644,7 +692,7 @@ def head_of(weight: Tensor, bias: Tensor | None, options: Options) -> Head:
     transform = rows.Transform(options.logit_scale, options.softcap, options.temperature)
     compute = weight.to(options.compute_dtype).contiguous()
     extras = tuple(options.extras.split())
-    return Head(compute, bias, transform, kernels, options.ignore_index, options.logits_dtype, extras)
+    return Head(compute, bias, transform, kernels, options.ignore_index, options.logits_dtype, extras, options.tail_eps)
 
 
 def problem_of(
@@ -659,6 +707,7 @@ def problem_of(
         scratches=scratches, late=late, entropy_grad=late and "entropy" in options.extras,
         cast_weight=weight.dtype != compute,
         gathered=index is not None or hidden.dtype != compute,
+        tail=options.tail_eps is not None,
         device="cuda" if fp32_gemms(weight.device) else "cpu",
     )
 
@@ -703,8 +752,10 @@ def step(
     totals: Totals | None,
     options: Options,
     accumulate_into: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """(loss, logps, ref_logps, lengths, extras [K, S] in the order of options.extras, dX, dW, db)."""
+) -> tuple[
+    Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None
+]:
+    """(loss, logps, ref_logps, lengths, extras [K, S] in the order of options.extras, `Walk.tail`, dX, dW, db)."""
     check_targets(targets, weight.shape[0], options.ignore_index)
     scored = score(hidden, targets, cu_seqlens, options.ignore_index, token_weights)
     head = head_of(weight, bias, options)
@@ -806,7 +857,7 @@ def step(
         elif schedule.scheme == "recompute":
             walk.recompute(ga * walk.scale, ga, dx, dw, db)
     return (
-        total, logps, ref_logps, scored.lengths, extras,
+        total, logps, ref_logps, scored.lengths, extras, walk.tail,
         None if dx is None else dx.grad.view(hidden.shape),
         None if dw is None else dw.finish(),
         None if db is None or bias is None else db.to(bias.dtype),

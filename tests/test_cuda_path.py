@@ -13,7 +13,7 @@ import fastpref as fp
 from fastpref import plan as make_plan
 from fastpref import rows
 from fastpref.arguments import options_of
-from fastpref.head import _Late
+from fastpref.ops import _Late
 from fastpref.plan import MIB
 from fastpref.rows import RowStats
 from fastpref.walk import HiddenGrad, Scored, Walk, _add_mv, full_sums, gradients, on_device

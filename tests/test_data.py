@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 
 from fastpref.data import (
@@ -25,7 +25,6 @@ from fastpref.data import (
     records_from_rows,
     tokenize_records,
 )
-from fastpref.data.encode import Texts
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 PAD, BOS, EOS = 0, 1, 2
@@ -164,29 +163,6 @@ def test_ids_spell_the_text(prompt, chosen, rejected):
     for ids, text in zip(example.responses, (chosen, rejected), strict=True):
         assert ids[-1] == EOS
         assert tokenizer.decode(example.prompt_ids[1:] + ids[:-1]) == prompt + text
-
-
-@settings(max_examples=100, deadline=None)
-@given(parts=st.lists(
-    st.sampled_from(["<s>", "</s>", "<pad>", "<|x|>", "<|x|>y", "<|w|>", "<|z|>", " ", "a", "A:7", "\n", "<", ">"])
-    | st.text(max_size=3), max_size=8,
-))
-def test_stretches_between_control_tokens_give_the_tokenizers_own_ids(parts):
-    """Where a control token overlaps another, strips what is beside it, or a place tells, it does not split."""
-    texts = ["".join(parts), "".join(parts[::-1]), "".join(parts[:3])]
-    for make, apart in ((bpe, {"<pad>", "<s>", "</s>"}), (with_more, {"<pad>", "<s>", "</s>", "<|z|>"}),
-                        (sentencepiece, set())):
-        tokenizer = cached(make)
-        encode = Texts(tokenizer)
-        assert set(encode.control) == apart
-        assert encode(texts) == tokenizer(texts, add_special_tokens=False).input_ids
-
-
-def with_more() -> PreTrainedTokenizerFast:
-    tokenizer = bpe()
-    tokenizer.add_tokens([AddedToken("<|x|>", special=True, normalized=False), AddedToken("<|x|>y", special=True),
-                          AddedToken("<|w|>", special=True, rstrip=True), AddedToken("<|z|>", special=True)], True)
-    return tokenizer
 
 
 # ---- messages --------------------------------------------------------------------------------------------------------

@@ -75,18 +75,24 @@ void on_threads(int64_t threads, Work& work) {
   for (std::thread& t : others) t.join();
 }
 
+// `count` rows or columns of `each` numbers, shared out.
 template <class Work>
-void over_rows(const Tile& tile, int threads, const Work& rows) {
-  // A thread takes rows worth 64k logits at a time, some 15 us: so one that the system holds up delays nobody, and a
+void over(int64_t count, int64_t each, int threads, const Work& some) {
+  // A thread takes 64k numbers at a time, some 15 us of a sweep: so one that the system holds up delays nobody, and a
   // tile too small to share stays on this thread.
-  const int64_t grain = std::max<int64_t>(1, (int64_t(1) << 16) / std::max<int64_t>(1, tile.cols));
-  const int64_t chunks = (tile.rows + grain - 1) / grain;
+  const int64_t grain = std::max<int64_t>(1, (int64_t(1) << 16) / std::max<int64_t>(1, each));
+  const int64_t chunks = (count + grain - 1) / grain;
   std::atomic<int64_t> next{0};
   auto work = [&] {
     for (int64_t c; (c = next.fetch_add(1, std::memory_order_relaxed)) < chunks;)
-      rows(c * grain, std::min(tile.rows, (c + 1) * grain));
+      some(c * grain, std::min(count, (c + 1) * grain));
   };
   on_threads(chunks > 1 ? threads : 1, work);
+}
+
+template <class Work>
+void over_rows(const Tile& tile, int threads, const Work& rows) {
+  over(tile.rows, tile.cols, threads, rows);
 }
 
 }  // namespace
@@ -127,6 +133,27 @@ void residual_given_lse(const Tile& tile, const Given& given, const Out& out, in
 void gradient_given_lse(const Tile& tile, const Given& given, const Out& out, int threads) {
   const Kernels& k = kernels();
   over_rows(tile, threads, [&](int64_t begin, int64_t end) { k.gradient_given_lse(tile, given, out, begin, end); });
+}
+
+void peaks(const Residuals& r, const Peaks& out, int threads) {
+  const Kernels& k = kernels();
+  // Pieces of 1024 columns, however many rows: less would read less than a line's neighbours at a time.
+  over((r.cols + 1023) / 1024, 1024 * std::max<int64_t>(r.rows, 1), threads,
+       [&](int64_t begin, int64_t end) { k.peaks(r, out, begin * 1024, std::min(r.cols, end * 1024)); });
+}
+
+void split(const Residuals& r, const int32_t* columns, int64_t count, const Out& out, float* rest, int threads) {
+  const Kernels& k = kernels();
+  std::vector<uint16_t> mask((r.cols + 15) / 16);
+  for (int64_t i = 0; i < count; ++i) mask[columns[i] / 16] |= uint16_t(1u << columns[i] % 16);
+  const Active active{columns, count, mask.data()};
+  over(r.rows, r.cols, threads, [&](int64_t begin, int64_t end) { k.split(r, active, out, rest, begin, end); });
+}
+
+void add_rows(float* total, const Out& part, const int32_t* columns, int64_t count, int64_t width, int threads) {
+  const Kernels& k = kernels();
+  over(count, width, threads,
+       [&](int64_t begin, int64_t end) { k.add_rows(total, part, columns, width, begin, end); });
 }
 
 bool advise_huge(uintptr_t address, size_t bytes) {

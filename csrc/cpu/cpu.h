@@ -21,6 +21,11 @@ void fold(const Tile& tile, const FoldState& state, int threads);
 void residual_given_lse(const Tile& tile, const Given& given, const Out& out, int threads);
 void gradient_given_lse(const Tile& tile, const Given& given, const Out& out, int threads);
 
+// The tail of the softmax (fastpref/tail.py). columns: rising, in [0, cols).
+void peaks(const Residuals& residuals, const Peaks& out, int threads);
+void split(const Residuals& residuals, const int32_t* columns, int64_t count, const Out& out, float* rest, int threads);
+void add_rows(float* total, const Out& part, const int32_t* columns, int64_t count, int64_t width, int threads);
+
 // Asks for huge pages under the whole pages inside [address, address + bytes). False where there is no such thing.
 bool advise_huge(uintptr_t address, size_t bytes);
 

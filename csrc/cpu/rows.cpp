@@ -9,6 +9,7 @@
 // are never needed twice, so `out` may be `logits` itself. At the end E - s is stored at the target, and -row_factor
 // / s goes to the scale.
 #include "isa.h"
+#include "tail.h"
 #include "vec.h"
 
 namespace {
@@ -399,7 +400,7 @@ void tanh_in_place(float* x, float* slope, int64_t n) {
 namespace fastpref::cpu {
 
 extern const Kernels FASTPREF_KERNELS = {
-    FASTPREF_NAME, residual, fold, given_lse<false>, given_lse<true>, exp_in_place, tanh_in_place,
+    FASTPREF_NAME, residual, fold, given_lse<false>, given_lse<true>, peaks, split, add_rows, exp_in_place, tanh_in_place,
 };
 
 }  // namespace fastpref::cpu

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy
 
 from .chat import MARKS, Chat, Conversation, Rendering, Spans, common_length, is_empty, turns_in_text
-from .encode import Texts
 from .records import Invalid, Record
 
 if TYPE_CHECKING:
@@ -375,7 +374,6 @@ class _Encoder:
             raise ValueError(f"tokenizer {self.chat.name}: has no EOS token to end responses with; set its eos_token")
         self.eos: int = tokenizer.eos_token_id
         self.stops = {self.eos, *self.chat.stops}
-        self._encode = Texts(tokenizer)
         self._blank: dict[int, bool] = {}
         self._joins: dict[tuple[str, str], bool] = {}
         bare, full = self._ids(["a"])[0], tokenizer("a", add_special_tokens=True)["input_ids"]
@@ -497,7 +495,10 @@ class _Encoder:
     def _ids(self, texts: list[str]) -> list[list[int]]:
         ids: list[list[int]] = []
         for i in range(0, len(texts), 1024):
-            ids += self._encode(texts[i : i + 1024])
+            part = self.tokenizer(
+                texts[i : i + 1024], add_special_tokens=False, return_attention_mask=False, verbose=False
+            )
+            ids += part["input_ids"]
         for i, text in enumerate(texts):
             if MARKS.search(text):
                 ids[i] = self._marked_ids(text)

@@ -5,6 +5,8 @@ Environment: FASTPREF_ISA=avx512bf16|avx512|avx2|portable forces an instruction 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -109,3 +111,25 @@ def gradient_given_lse(
     )
     _native.gradient_given_lse(tile, given, views.out(_native, out, logits), torch.get_num_threads())
     del alive, vectors
+
+
+def peaks(stash: Tensor, scale: Tensor, peak: Tensor, total: Tensor, squares: Tensor) -> None:
+    found = (x.data_ptr() for x in (peak, total, squares))
+    _native.peaks(_residuals(stash, scale), *found, torch.get_num_threads())
+
+
+def split(stash: Tensor, columns: Tensor, active: Tensor, rest: Tensor) -> None:
+    out = _native.Out(active.data_ptr(), views.DTYPES[active.dtype], active.stride(0))
+    threads = torch.get_num_threads()
+    _native.split(_residuals(stash, rest), columns.data_ptr(), columns.shape[0], out, rest.data_ptr(), threads)
+
+
+def add_rows(total: Tensor, part: Tensor, columns: Tensor) -> None:
+    rows = _native.Out(part.data_ptr(), views.DTYPES[part.dtype], part.stride(0))
+    threads = torch.get_num_threads()
+    _native.add_rows(total.data_ptr(), rows, columns.data_ptr(), columns.shape[0], total.shape[1], threads)
+
+
+def _residuals(stash: Tensor, scale: Tensor) -> Any:
+    dtype = views.DTYPES[stash.dtype]
+    return _native.Residuals(stash.data_ptr(), dtype, stash.stride(0), *stash.shape, scale.data_ptr())

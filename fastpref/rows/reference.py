@@ -141,3 +141,22 @@ def gradient_given_lse(
     if slope is not None:
         grad *= slope
     out.copy_(grad.masked_fill_((targets == ignore_index)[:, None], 0.0))
+
+
+def peaks(stash: Tensor, scale: Tensor, peak: Tensor, total: Tensor, squares: Tensor) -> None:
+    counted = (scale.isfinite() & (scale != 0))[:, None]
+    for start in range(0, stash.shape[1], 4096):
+        cols = slice(start, start + 4096)
+        u = torch.where(counted, stash[:, cols].to(scale.dtype) * scale[:, None], 0.0)
+        peak[cols], total[cols], squares[cols] = u.abs().amax(0), u.sum(0), u.square().sum(0)
+
+
+def split(stash: Tensor, columns: Tensor, active: Tensor, rest: Tensor) -> None:
+    torch.index_select(stash, 1, columns, out=active)
+    others = torch.ones(stash.shape[1], dtype=rest.dtype, device=stash.device).index_fill_(0, columns.long(), 0.0)
+    for i, row in enumerate(stash):
+        rest[i] += torch.where(others > 0, row.to(rest.dtype), 0.0).sum()
+
+
+def add_rows(total: Tensor, part: Tensor, columns: Tensor) -> None:
+    total.index_add_(0, columns, part.to(total.dtype))
