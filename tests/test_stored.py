@@ -29,8 +29,8 @@ from fastpref.data import (
 ids = st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=9)
 
 
-def spans(response):
-    cuts = sorted(set(response[:4]) & set(range(len(response) + 1)))
+def spans(draw, response):
+    cuts = sorted(draw(st.sets(st.integers(0, len(response)))))
     return tuple(zip(cuts[::2], cuts[1::2]))
 
 
@@ -40,7 +40,7 @@ def examples(draw):
     sides = draw(st.sampled_from([1, 2]))
     for record_id in range(draw(st.integers(1, 6))):
         responses = tuple(draw(ids) for _ in range(sides))
-        scored = tuple(map(spans, responses)) if draw(st.booleans()) else None
+        scored = tuple(spans(draw, ids) for ids in responses) if draw(st.booleans()) else None
         found.append(Example(record_id * 3, draw(ids), responses, draw(st.sampled_from([None, True, False])),
                              margin=draw(st.sampled_from([None, 0.0, -1.5])), scored=scored))  # fmt: skip
     return found
@@ -134,17 +134,19 @@ def test_the_files_name_has_everything_that_tokens_depend_on(data, monkeypatch):
     tokenizer(["a", "ab"], padding=True, truncation=True, max_length=4)  # state of the last call, which changes nothing
     load_examples(str(data / "a.jsonl"), tokenizer, "pair", drop_invalid=True)
     assert len(files(data)) == 5
-    other = chars(chat_template=REFUSES, eos_token="<pad>")
-    load_examples(str(data / "a.jsonl"), other, "pair", drop_invalid=True)
+    for other in (chars(chat_template=REFUSES, eos_token="<pad>"), chars(chat_template=REFUSES)):
+        if other.eos_token == "</s>":
+            other.chat_template = REFUSES + "  "  # as a configuration sets it
+        load_examples(str(data / "a.jsonl"), other, "pair", drop_invalid=True)
     content = (data / "a.jsonl").read_text()
     stamp = os.stat(data / "a.jsonl")
     (data / "a.jsonl").write_text(content.replace('"q7"', '"q8"'))
     os.utime(data / "a.jsonl", ns=(stamp.st_atime_ns, stamp.st_mtime_ns))  # same size, same time, other content
     load(data)
-    assert len(files(data)) == 7
+    assert len(files(data)) == 8
     monkeypatch.setattr(stored, "_code_key", lambda: ["newer"])
     load(data)
-    assert len(files(data)) == 8
+    assert len(files(data)) == 9
 
 
 def test_the_date_counts_where_the_template_tells_it(data):
