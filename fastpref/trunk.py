@@ -399,3 +399,32 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+@contextmanager
+def in_place_of(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """`forward` runs where the module's own would: between its hooks, by which FSDP, DeepSpeed and accelerate gather
+    its weights. (accelerate puts the hooks themselves in `forward` and the module's own in `_old_forward`.)"""
+    own = vars(module)
+    slot = "_old_forward" if "_old_forward" in own else "forward"
+    before = own.get(slot)
+    own[slot] = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del own[slot]
+        else:
+            own[slot] = before
+
+
+def router_coefficient(model: Any) -> float:
+    """The weight of the router's loss."""
+    names, places = ("router_aux_loss_coef", "aux_loss_coef"), (model, model.config.get_text_config())
+    given = (getattr(place, name, None) for name in names for place in places)
+    found = next((value for value in given if value is not None), None)
+    if found is None:
+        raise ValueError(
+            f"{type(model).__name__}: returns a router loss but no weight for it (looked for {' and '.join(names)})"
+        )
+    return float(found)

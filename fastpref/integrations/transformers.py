@@ -13,8 +13,8 @@ its gradients, FSDP2 gathers and reduces the head like any layer, and what a fam
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
 from types import MethodType
 from typing import Any, Literal
@@ -26,7 +26,16 @@ from transformers.utils import ModelOutput
 from fastpref import losses
 from fastpref.head import PreferenceOutput, linear_preference_loss
 from fastpref.losses import LossFunction, Totals
-from fastpref.trunk import Head, check_vocabulary, evaluating, head_of, logit_maths, unwrap
+from fastpref.trunk import (
+    Head,
+    check_vocabulary,
+    evaluating,
+    head_of,
+    in_place_of,
+    logit_maths,
+    router_coefficient,
+    unwrap,
+)
 
 
 @dataclass(frozen=True)
@@ -137,7 +146,7 @@ def _preference_forward(
         results.append(request.score(head, hidden))
         return hidden.new_zeros((*hidden.shape[:-1], 0))  # what is done to logits costs nothing on a vocabulary of none
 
-    with _in_place_of(head.module, score):
+    with in_place_of(head.module, score):
         outputs = original(model, *args, **{"use_cache": False, "return_dict": True} | kwargs)
     if len(results) != 1:
         raise ValueError(f"{type(model).__name__}: called its LM head {len(results)} times in one forward pass")
@@ -146,7 +155,7 @@ def _preference_forward(
     if aux_loss is not None and loss is not None:
         # `totals` says that losses of the batch's parts add up; so must the router's.
         share = 1 if request.totals is None else scored.logps.shape[0] / request.totals.sequences
-        loss = loss + share * _router_coefficient(model) * aux_loss.to(loss.device)
+        loss = loss + share * router_coefficient(model) * aux_loss.to(loss.device)
     return PreferenceModelOutput(
         loss=loss,
         logps=scored.logps,
@@ -156,33 +165,6 @@ def _preference_forward(
         metrics=scored.metrics,
         aux_loss=aux_loss,
     )
-
-
-@contextmanager
-def _in_place_of(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """`forward` runs where the module's own would: between its hooks, by which FSDP, DeepSpeed and accelerate gather
-    its weights. (accelerate puts the hooks themselves in `forward` and the module's own in `_old_forward`.)"""
-    own = vars(module)
-    slot = "_old_forward" if "_old_forward" in own else "forward"
-    before = own.get(slot)
-    own[slot] = forward
-    try:
-        yield
-    finally:
-        if before is None:
-            del own[slot]
-        else:
-            own[slot] = before
-
-
-def _router_coefficient(model: Any) -> float:
-    found = getattr(model, "router_aux_loss_coef", None)
-    found = getattr(model.config.get_text_config(), "router_aux_loss_coef", None) if found is None else found
-    if found is None:
-        raise ValueError(
-            f"{type(model).__name__}: returns a router loss but no weight for it (looked for router_aux_loss_coef)"
-        )
-    return float(found)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

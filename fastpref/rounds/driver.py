@@ -60,16 +60,18 @@ from fastpref.train.model import (
     pick_device,
     save_model,
     set_weights,
+    settings_of,
     weights_of,
 )
 from fastpref.train.optim import check_optimizer
-from fastpref.train.prepare import Data, load_data
+from fastpref.train.prepare import Data, Length, check_model, load_data, needs_of
 from fastpref.train.rendering import dated, keep_date, rendering_of
 from fastpref.train.report import write_report
 from fastpref.train.run_folder import refuse_removed
 from fastpref.train.sample import Engine, Sample, Sampling, sample
 from fastpref.train.scorer import Prompt, Scorer, load_scorer
-from fastpref.train.source import adapter_lines
+from fastpref.train.source import adapter_lines, source_of_run
+from fastpref.train.traits import follows_length
 from fastpref.train.vllm_engine import VLLM, uses_vllm
 
 from .collect import Prompts, Scored, collect, read_prompts
@@ -126,7 +128,7 @@ def rounds(config: Config, *, resume: bool = False, display: Display | None = No
     check_report_to(config.train)
     for stage in config.train.stage_configs():
         check_optimizer(stage, pick_device())
-    vllm = not config.train.use_peft and uses_vllm(config.rounds.engine)
+    vllm = _takes_vllm(config)
     stop = StopFlag()
     with ExitStack() as held, stop.listening(display):
         held.enter_context(checkpoint.lock(run_dir))
@@ -199,6 +201,19 @@ def _prepare(session: Session, goes_on: bool) -> None:
     write_text(run_dir / "config.yaml", yaml.safe_dump(session.config.to_dict(), sort_keys=False))
 
 
+def _takes_vllm(config: Config) -> bool:
+    """Not where rotary factors are one choice a run (traits.fix_rope): vLLM makes its own."""
+    if config.train.use_peft or not uses_vllm(config.rounds.engine):
+        return False
+    settings = settings_of(config.train, source_of_run(config.train))
+    if settings is None or not follows_length(settings):
+        return True
+    if config.rounds.engine == "vllm":
+        raise UserError("rounds.engine is 'vllm', which chooses LongRoPE and dynamic NTK factors by itself, unlike "
+                        "training: set engine=transformers")
+    return False
+
+
 def _open(run_dir: Path, config: Config, display: Display, stop: StopFlag, scorer: Scorer, vllm: bool,
           goes_on: bool) -> Session:
     """Reads the data, loads the policy once, with the newest weights there are."""
@@ -226,6 +241,10 @@ def _open(run_dir: Path, config: Config, display: Display, stop: StopFlag, score
     records = load_records(stage.train_dataset, invalid=invalid) if settings.offline_ratio else []
     offline = [record.prompt for record in records]
     _check_budget(config, prompts)
+    asked = f"the longest prompt with rounds.max_new_tokens={settings.max_new_tokens}"
+    most = max(len(ids) for part in (prompts, held_out) if part is not None for ids in part.ids)
+    sampled = Length(asked, most + settings.max_new_tokens, "lower it (together at most {})")
+    check_model([stage], [sampled, *needs_of([stage], [data])], display)
 
     folders = [run_dir / "start" / "model"]
     folders += [run_dir / f"round-{number:03d}" / "train" / "model" for number in range(1, settings.number + 1)]

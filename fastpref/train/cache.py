@@ -20,7 +20,7 @@ from . import checkpoint, ranks, reference
 from .config import TrainConfig
 from .display import Display, duration
 from .model import Policy, fingerprint, load_policy, load_tokenizer, pad_token
-from .prepare import Data, Schedule, load_data
+from .prepare import Data, Schedule, check_model, load_data, needs_of
 from .reference import ReferenceLogps, Steps, Tick
 from .rendering import dated, keep_date
 from .run_folder import file_of, reference_at_start
@@ -152,6 +152,7 @@ def cache_reference(config: TrainConfig, display: Display | None = None) -> list
         keep_date(config)
         stages = config.stage_configs()
         every = load_data(stages, tokenizer, display)
+        check_model(stages, needs_of(stages, every), display)
         policy = load_policy(config, tokenizer)
         for index in wanted:
             stage, data = stages[index], every[index]

@@ -46,11 +46,12 @@ class TrainConfig:
     init_from_config: bool = False  # random weights from the folder's config.json instead of its weights
     chat_template: str | None = None  # a file, or chatml; None: the tokenizer's
     trust_remote_code: bool = False  # run Python code that comes with the model
+    disable_dropout: bool = True  # the model's own dropout and router jitter are off
     use_peft: bool = False  # train a LoRA adapter; the weights stay as they are
     merge_adapter: bool = False  # where model_name_or_path is an adapter: add it to its model first, and train that
     lora_r: int = 16
     lora_alpha: int = 32
-    lora_dropout: float = 0.05
+    lora_dropout: float | None = None  # None: 0 if a stage's loss has a reference (which has none), else 0.05
     lora_target_modules: tuple[str, ...] | None = None  # None: every linear layer but the LM head
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights; LoRA's adapter is float32 in any case
     bf16: bool | None = None  # autocast over fp32 weights; None: on a GPU that has it
@@ -95,6 +96,7 @@ class TrainConfig:
     loss: str = "dpo"
     loss_options: Mapping[str, Any] = field(default_factory=dict)
     ref_model_name_or_path: str | None = None  # None: the policy as the stage found it
+    check_reference: bool = True  # before step 1: what a training step scores has to agree with that policy
     per_device_train_batch_size: int | None = None  # examples (pairs) a micro-batch; None: 8, or what its tokens allow
     max_tokens_per_batch: int | None = None  # a micro-batch is filled up to so many tokens; None: no such limit
     gradient_accumulation_steps: int = 1  # micro-batches a step, on all GPUs together: their number changes no result
@@ -149,7 +151,7 @@ class TrainConfig:
             ("warmup_ratio", self.warmup_ratio, 0 <= self.warmup_ratio <= 1, "0 to 1"),
             ("adam_beta1", self.adam_beta1, 0 <= self.adam_beta1 < 1, "0 to below 1"),
             ("adam_beta2", self.adam_beta2, 0 <= self.adam_beta2 < 1, "0 to below 1"),
-            ("lora_dropout", self.lora_dropout, 0 <= self.lora_dropout < 1, "0 to below 1"),
+            ("lora_dropout", self.lora_dropout, 0 <= (self.lora_dropout or 0) < 1, "0 to below 1"),
             ("sample_prompts", self.sample_prompts, self.sample_prompts >= 2, "at least 2"),
             *((k, v, v is None or v > 0, "above 0") for k in _NONE_OR_POSITIVE for v in (getattr(self, k),)),
         ):
@@ -207,6 +209,13 @@ class TrainConfig:
         """`optim`, or what stands for None."""
         bf16_weights = self.dtype == "bfloat16" and not self.use_peft
         return self.optim or ("adamw_torch_8bit" if bf16_weights else "adamw_torch_fused")
+
+    @property
+    def adapter_dropout(self) -> float:
+        """`lora_dropout`, or what stands for None."""
+        if self.lora_dropout is not None:
+            return self.lora_dropout
+        return 0.0 if any(stage.loss_fn.needs_reference for stage in self.stage_configs()) else 0.05
 
     @property
     def batch_size(self) -> int | None:
@@ -268,7 +277,7 @@ _NONE_OR_POSITIVE = ("sample_time_share", "scorer_timeout", "kl_budget")
 # What a stage cannot have for itself: there is one model and one output folder.
 _RUN_KEYS = (
     "model_name_or_path", "model_revision", "tokenizer_name_or_path", "chat_template", "init_from_config",
-    "trust_remote_code", "chat_template_date",
+    "trust_remote_code", "chat_template_date", "disable_dropout",
     "use_peft", "merge_adapter", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "dtype", "bf16",
     "gradient_checkpointing", "use_liger_kernel", "packing", "prefix_sharing", "fsdp", "dp_replicate",
     "output_dir", "overwrite_output_dir", "reference_dir", "seed", "report_to", "save_total_limit", "invalid_records",
@@ -277,7 +286,7 @@ _RUN_KEYS = (
 # What may differ between a checkpoint and the run that goes on from it: nothing here changes a weight.
 MAY_DIFFER = (
     "output_dir", "overwrite_output_dir", "reference_dir", "report_to", "logging_steps", "save_steps",
-    "save_total_limit",
+    "save_total_limit", "check_reference",
     "eval_dataset", "eval_steps", "per_device_eval_batch_size", "eval_generate", "eval_max_new_tokens",
     "eval_generate_samples", "sample_steps", "sample_prompts", "sample_max_new_tokens", "sample_time_share", "scorer",
     "chat_template_date", "scorer_timeout", "kl_budget",

@@ -26,7 +26,7 @@ from .memory import GIB, Terms
 from .metrics import check_report_to, device_name
 from .model import check_saves, check_weights, load_tokenizer, pick_device, policy_on_meta
 from .optim import check_optimizer, learning_rate
-from .prepare import Schedule, load_data
+from .prepare import Schedule, check_model, load_data, needs_of
 from .rendering import dated
 from .run_folder import LEFT, refuse_removed, refuse_used
 from .scorer import FUNCTION, load_scorer
@@ -49,6 +49,7 @@ def dry_run(config: TrainConfig, display: Display | None = None) -> dict[str, An
     check_saves(config, tokenizer)
     stages = dated(config, tokenizer).stage_configs()
     data = load_data(stages, tokenizer, display)
+    check_model(stages, needs_of(stages, data), display)
     policy = policy_on_meta(config, tokenizer)
     display.say(f"{describe(policy)} on {device_name(policy.device)}")
     for line in adapter_lines(config):

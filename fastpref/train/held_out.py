@@ -14,7 +14,7 @@ from .config import load_config, load_config_of_run
 from .display import Display, evaluation_table
 from .evaluate import evaluate, exact_match, generate
 from .model import load_policy, load_tokenizer, pad_token
-from .prepare import load_data
+from .prepare import check_model, load_data, needs_of
 from .rendering import dated
 from .run_folder import file_of, recorded_reference, reference_again, reference_at_start, weights_of_run
 
@@ -45,6 +45,7 @@ def evaluate_run(
     tokenizer = load_tokenizer(config)
     stage = dated(config, tokenizer).stage_configs()[index]
     data = load_data([stage], tokenizer, display, held_out_only=True)[0]
+    check_model([stage], needs_of([stage], [data]), display)
     policy = load_policy(config, tokenizer, weights)
     examples, size, pad, loss = data.eval, stage.per_device_eval_batch_size, pad_token(tokenizer), stage.loss_fn
     logps = None

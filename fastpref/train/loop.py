@@ -38,7 +38,7 @@ from fastpref.data import Batch, Example
 from fastpref.errors import UserError
 from fastpref.files import PARTIAL, write_text
 
-from . import checkpoint, ranks, reference, sharding
+from . import checkpoint, guard, ranks, reference, sharding
 from .cache import obtain, splits_of
 from .checkpoint import Saver, State, seed_everything
 from .config import TrainConfig, differing_keys
@@ -71,7 +71,7 @@ from .model import (
     weights_of,
 )
 from .optim import Updater, check_optimizer, learning_rate
-from .prepare import Data, Schedule, load_data
+from .prepare import Data, Schedule, check_model, load_data, needs_of
 from .reference import ReferenceLogps
 from .rendering import dated, keep_date
 from .report import write_report
@@ -79,6 +79,7 @@ from .run_folder import LEFT, clear, reference_again, reference_at_start, refuse
 from .scorer import Scorer, load_scorer
 from .source import adapter_lines, goes_on_with_adapter
 from .summary import show_summary, summarize
+from .traits import save_config
 from .watch import Fresh, Start, check_prompts, decoded_prompts, over_budget, take_correlation, to_sums, watched
 
 MOST_SAMPLES = 12  # generations that the summary keeps, before and after
@@ -243,6 +244,7 @@ def _train(config: TrainConfig, resume: bool, display: Display, given: Given | N
             raise UserError(f"{resumed}: train_dataset has other examples now than when it was saved")
         alone = given is None
         if given is None:
+            check_model(stages, needs_of(stages, data), display)
             if pick_device().type == "cuda":
                 check_fits(config, ranks.size(), torch.cuda.get_device_properties(pick_device()).total_memory)
             given = Given(sharding.load(config, tokenizer, resumed), tokenizer)
@@ -260,6 +262,8 @@ def _train(config: TrainConfig, resume: bool, display: Display, given: Given | N
             display.say(f"{describe(policy)} on {where}{device_name(policy.device)}; run folder {run_dir}")
             for line in adapter_lines(config):
                 display.say(line)
+            if model_flops(policy) is None:
+                display.say("mfu: unknown, for experts, or layers other than attention, whose work is not counted")
         if resumed:
             display.say(f"going on from {resumed}")
         elif resume and alone:
@@ -341,7 +345,9 @@ def describe(policy: Policy) -> str:
     dtype = str(policy.compute_dtype).removeprefix("torch.")
     batches = {"padded": "padded batches", "packed": "packed batches", "shared": "packed batches with shared prompts"}
     because = f" ({policy.padded_because})" if policy.padded_because else ""
-    return f"{type(policy.model).__name__}, {size} parameters{share}, {dtype}, {batches[policy.layout]}{because}"
+    notes = "".join(f"; {note}" for note in policy.notes)
+    what = type(policy.model).__name__
+    return f"{what}, {size} parameters{share}, {dtype}, {batches[policy.layout]}{because}{notes}"
 
 
 # ---- reference -------------------------------------------------------------------------------------------------------
@@ -382,6 +388,14 @@ def _reference_logps(run: Run, index: int, schedule: Schedule) -> tuple[Referenc
         torch.cuda.empty_cache()
     checkpoint.restore_random_state(generators)
     return found["train"], found.get("eval")
+
+
+def _check_reference(run: Run, index: int, examples: Sequence[Example], schedule: Schedule) -> None:
+    generators, stage = checkpoint.random_state(), run.stages[index]
+    said = guard.check(run.policy, stage, examples, schedule.some(4), run.pad)
+    checkpoint.restore_random_state(generators)
+    if run.alone:
+        run.display.say(f"{stage.name}: {said}")
 
 
 def _starting_policy(run: Run, index: int) -> Policy:
@@ -427,6 +441,9 @@ def run_stage(run: Run, index: int) -> None:
         elif state.step == 0:  # what an implicit reward compares with
             state.reference = fingerprint(policy.model)
         state.history[name]["reference"] = state.reference
+        if train_ref and stage.check_reference and not (state.step or stage.ref_model_name_or_path):
+            if not run.given.reference:
+                _check_reference(run, index, examples, schedule)
         fresh = _fresh(run, index)
         with run.display.steps(name, state.step, steps) as bar:
             while True:
@@ -617,6 +634,7 @@ def _save_sharded(run: Run, path: Path, optimizer: torch.optim.Optimizer | None)
     def write(folder: Path) -> None:
         os.rename(parts, folder / checkpoint.SHARDED)
         run.policy.model.config.save_pretrained(folder)
+        save_config(run.policy.model, folder)
         run.tokenizer.save_pretrained(folder)
         tensors = checkpoint.tensors_of(None) | run.start.tensors()
         checkpoint.write_state(folder, content, run.config.to_dict(), tensors)

@@ -18,6 +18,7 @@ from fastpref.data import Batch
 from fastpref.trunk import unwrap
 
 from .model import Policy
+from .traits import has_experts
 
 # Dense bf16 tensor-core TFLOP/s, fp32 accumulation: NVIDIA's data sheet of each product, for GeForce and RTX its GA102,
 # Ada and Blackwell white papers (half the figure where a sheet gives it with sparsity); AMD's data sheet of MI300X.
@@ -67,9 +68,10 @@ def causal_pairs(batch: Batch) -> int:
 
 
 def model_flops(policy: Policy) -> ModelFlops | None:
-    """None for a mixture of experts, whose tokens meet a part of the weights only."""
+    """None for a mixture of experts, whose tokens meet a part of the weights only, and for layers that are no attention
+    (Mamba, RWKV)."""
     config = unwrap(policy.model).config.get_text_config()
-    if any(getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts")):
+    if has_experts(policy.model) or not getattr(config, "num_attention_heads", None):
         return None
     weights = [
         weight

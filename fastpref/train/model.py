@@ -33,7 +33,7 @@ from fastpref.data import Batch, Layout
 from fastpref.errors import UserError, first_line
 from fastpref.head import PreferenceOutput, linear_logps, linear_preference_loss
 from fastpref.losses import SFT, Totals
-from fastpref.trunk import Head, take_score_apart, unwrap
+from fastpref.trunk import Head, in_place_of, router_coefficient, take_score_apart, unwrap
 from fastpref.trunk import take_apart as find_parts
 
 from .checkpoint import SHARDED, save, verify
@@ -42,6 +42,7 @@ from .kernels import use_liger_kernels
 from .rendering import set_template
 from .shards import load_sharded_weights
 from .source import Source, check_whole, load_whole, need_peft, put_adapter, some, source_of, source_of_run
+from .traits import adapted_share, fix_rope, free_routers, has_experts, hush, is_router, noise_of, save_config
 
 BASE = "base"  # in output_dir: the model that merge_adapter makes, for an adapter on it
 
@@ -59,6 +60,8 @@ class Policy:
     layout: Layout = "padded"  # of the batches it takes
     padded_because: str = ""  # why not packed, where that was left to the program
     own_attention: str = ""  # the model's own attention, where packed batches have replaced it
+    notes: tuple[str, ...] = ()  # what the log says of it
+    router: float | None = None  # the weight of its router's loss, which is then a part of every loss
     offload: bool = False  # what autograd saves outside checkpointed layers waits in host memory: the layers' inputs
 
     def rows(self, batch: Batch) -> Tensor:
@@ -67,23 +70,47 @@ class Policy:
 
     def hidden_rows(self, batch: Batch) -> Tensor:
         """[N, H]: the hidden rows that predict a scored token."""
+        return self._run(batch)[0]
+
+    def _run(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """Those rows, and the router's loss where there is one."""
         # No attention mask: padding is on the right, where causal attention never reaches it from a real token, and
         # without a mask SDPA takes its faster causal kernel.
         packed: dict[str, Any] = {}  # not every trunk takes positions
         if batch.attention_plan is not None:
             packed = {"position_ids": batch.position_ids, "attention_plan": batch.attention_plan}
         with self.autocast(), self._saving():
-            hidden = self.trunk(input_ids=batch.input_ids, use_cache=False, **packed).last_hidden_state
-        return hidden.reshape(-1, hidden.shape[-1]).index_select(0, self.rows(batch))
+            aux_loss = None
+            if self.router is None:
+                hidden = self.trunk(input_ids=batch.input_ids, use_cache=False, **packed).last_hidden_state
+            else:
+                hidden, aux_loss = self._with_router(batch, packed)
+        return hidden.reshape(-1, hidden.shape[-1]).index_select(0, self.rows(batch)), aux_loss
+
+    def _with_router(self, batch: Batch, packed: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+        """The hidden rows as they come to the LM head in the model's own forward, which computes its router's loss
+        behind it: over all tokens, prompts included, padding not."""
+        seen: list[Tensor] = []
+
+        def take(hidden: Tensor) -> Tensor:
+            seen.append(hidden)
+            return hidden.new_zeros((*hidden.shape[:-1], 0))
+
+        mask = {} if batch.attention_mask is None else {"attention_mask": batch.attention_mask}
+        with in_place_of(self.head.module, take):
+            out = unwrap(self.model)(
+                input_ids=batch.input_ids, use_cache=False, output_router_logits=True, **packed, **mask
+            )
+        return seen[0], out.aux_loss if isinstance(out.aux_loss, Tensor) else None
 
     def score(
         self, batch: Batch, loss: Callable[..., Tensor], totals: Totals | None = None, **inputs: Any
     ) -> PreferenceOutput:
         """One call of `linear_preference_loss` on a batch that is on the device. `inputs` go to it as they are."""
-        hidden = self.hidden_rows(batch)
+        hidden, aux_loss = self._run(batch)
         with self.autocast():  # the head then works in bf16, and its weight's gradient is still fp32
             hidden, weight, bias = self.head.operands(hidden)
-            return linear_preference_loss(
+            out = linear_preference_loss(
                 hidden,
                 weight,
                 batch.targets,
@@ -96,6 +123,13 @@ class Policy:
                 totals=totals,
                 **inputs,
             )
+        if aux_loss is None:
+            return out
+        # a mean over a micro-batch's tokens: of the global batch it is the mean by sequences
+        sequences = out.logps.shape[0]
+        share = sequences / totals.sequences if totals else 1.0
+        metrics = out.metrics | {"aux_loss": aux_loss.detach().float().expand(sequences)}
+        return out._replace(loss=out.loss + share * (self.router or 0.0) * aux_loss, metrics=metrics)
 
     def sequence_logps(self, batch: Batch) -> Tensor:
         """[S] fp32, detached: one forward pass."""
@@ -293,7 +327,7 @@ def policy_on_meta(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, refe
     source = source_of(reference) if reference else source_of_run(config)
     with torch.device("meta"):
         try:
-            model = _from_config(config, source)
+            model = from_config(config, source)
         except Exception as error:  # as in _reading
             what = f"{source.model}: no {_kind(config)} whose configuration loads"
             raise UserError(f"{what} ({first_line(error)})") from error
@@ -312,7 +346,7 @@ def check_weights(config: TrainConfig) -> None:
             _from_pretrained(config, source.model, source.revision, new_score=True, read=check_whole)
             if source.adapter:
                 with torch.device("meta"):
-                    model = _from_config(config, source)
+                    model = from_config(config, source)
                     merge = trained and config.merge_adapter
                     _adapted(config, model, source, new_score=trained and config.reward_model, merge=merge)
 
@@ -324,7 +358,7 @@ def prepared(
     if config.reward_model:  # what a saved one is read with: the padding that its reward is read before, its label
         model.config.get_text_config().pad_token_id = model.config.pad_token_id = tokenizer.pad_token_id
         model.config.id2label, model.config.label2id = {0: "reward"}, {"reward": 0}
-    _no_dropout(model)
+    hush(model, noise=config.disable_dropout)
     if config.gradient_checkpointing == "offload" and pick_device().type == "cpu":
         raise UserError("gradient_checkpointing is 'offload', from a GPU to host memory; the device is cpu: set full")
     if config.gradient_checkpointing != "none":
@@ -335,10 +369,24 @@ def prepared(
             source = replace(source, adapter=str(adapter), adapter_revision="main")
         if adapter or (source.adapter and not config.merge_adapter):
             model = _adapted(config, model, source, new_score=config.reward_model and not adapter,
-                             dropout=config.lora_dropout)
+                             dropout=config.lora_dropout if config.adapter_dropout else 0.0)
         else:
             model = _with_lora(config, model)
     return take_apart(model, config, tokenizer)
+
+
+def settings_of(config: TrainConfig, source: Source) -> Any:
+    """The configuration of a model; None where it does not load: whoever loads the model says what is missing."""
+    trust = config.trust_remote_code
+    try:
+        return AutoConfig.from_pretrained(source.model, revision=source.revision, trust_remote_code=trust)
+    except Exception:  # noqa: BLE001
+        return None
+
+
+def longest_of(config: TrainConfig) -> int:
+    """The max_length of all stages."""
+    return max(stage.max_length for stage in config.stage_configs())
 
 
 def load_reference(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, name: str | Path) -> Policy:
@@ -385,7 +433,7 @@ def _load_model(config: TrainConfig, weights: str | Path | None) -> Any:
     source = Source(str(weights)) if weights else source_of_run(config)
     with _reading(config, source.model):
         if config.init_from_config and not weights:
-            model = _from_config(config, source)
+            model = from_config(config, source)
         else:
             new_score = config.reward_model and not weights
             model = _from_pretrained(config, source.model, source.revision, new_score=new_score)
@@ -413,7 +461,7 @@ def _kind(config: TrainConfig) -> str:
     return "sequence classifier with one label" if config.reward_model else "causal language model"
 
 
-def _from_config(config: TrainConfig, source: Source) -> Any:
+def from_config(config: TrainConfig, source: Source) -> Any:
     """Random weights, or none on the meta device."""
     trust = {"trust_remote_code": config.trust_remote_code}
     settings = AutoConfig.from_pretrained(source.model, revision=source.revision, **trust)
@@ -452,20 +500,14 @@ def _adapted(config: TrainConfig, model: Any, source: Source, **options: Any) ->
         raise UserError(f"{source.adapter}: no adapter that loads on {source.model} ({first_line(error)})") from error
 
 
-def _no_dropout(model: nn.Module) -> None:
-    """Preference losses compare log-probs of two models; dropout would compare noise. LoRA's own comes later."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        for name, value in vars(module).items():
-            if "drop" in name and isinstance(value, float):
-                setattr(module, name, 0.0)
-
-
 def _with_lora(config: TrainConfig, model: Any) -> Any:
     """A new adapter. On a merged model it belongs to the folder where `keep_merged` puts that."""
     peft = need_peft()
     targets: Any = list(config.lora_target_modules or ("all-linear",))
+    routers = [name for name, module in model.named_modules() if is_router(model, name)]
+    dropout = config.adapter_dropout
+    if config.lora_dropout is None and has_experts(model):  # peft has none for 3-D weights
+        dropout = 0.0
     try:
         adapted = peft.get_peft_model(
             model,
@@ -474,12 +516,15 @@ def _with_lora(config: TrainConfig, model: Any) -> Any:
                 task_type="SEQ_CLS" if config.reward_model else "CAUSAL_LM",
                 r=config.lora_r,
                 lora_alpha=config.lora_alpha,
-                lora_dropout=config.lora_dropout,
+                lora_dropout=dropout,
                 target_modules="all-linear" if targets == ["all-linear"] else targets,
+                exclude_modules=routers if targets == ["all-linear"] and routers else None,
             ),
         )
     except ValueError as error:
         raise UserError(f"lora_target_modules: {first_line(error)}") from None
+    if targets == ["all-linear"]:
+        free_routers(adapted)
     if config.merge_adapter:
         adapted.peft_config["default"].base_model_name_or_path = str(Path(config.output_dir, BASE).absolute())
     return adapted
@@ -497,6 +542,17 @@ def take_apart(model: Any, config: TrainConfig, tokenizer: PreTrainedTokenizerBa
     if config.bf16 is None and not bf16:
         bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
     compute_dtype = torch.bfloat16 if bf16 else torch.float32
+    notes = [note for note in (fix_rope(model, longest_of(config)),) if note]
+    settings, router = unwrap(model).config.get_text_config(), None
+    if getattr(settings, "output_router_logits", False):
+        try:
+            router = None if config.reward_model else router_coefficient(unwrap(model))
+        except ValueError as error:
+            raise UserError(f"{error}; output_router_logits=false in its config.json leaves it out") from None
+        notes.append("output_router_logits: a reward model has no router loss" if router is None
+                     else f"router loss times {router:g} in every loss")
+    if config.use_peft and hasattr(model, "peft_config"):
+        notes.append(adapted_share(model))
     layout, own, because = _layout(config, model, parts.trunk, compute_dtype)
     made = RewardPolicy if config.reward_model else Policy
     return made(
@@ -509,6 +565,8 @@ def take_apart(model: Any, config: TrainConfig, tokenizer: PreTrainedTokenizerBa
         layout=layout,
         padded_because=because,
         own_attention=own,
+        notes=tuple(notes),
+        router=router,
         offload=config.gradient_checkpointing == "offload",
     )
 
@@ -523,6 +581,9 @@ def _layout(config: TrainConfig, model: Any, trunk: Any, compute_dtype: torch.dt
         return "padded", "", f"no attention kernel of variable length for {compute_dtype} on this GPU"
     own = ""
     try:
+        kept = [f"{name} {rate:g}" for _, name, rate in noise_of(unwrap(model)) if "att" in name]
+        if kept and not config.disable_dropout:
+            raise ValueError(f"disable_dropout=false keeps {kept[0]}, and packed batches have none")
         if next(model.parameters()).is_meta:
             check_replaceable(unwrap(model))
         else:
@@ -555,6 +616,8 @@ def save_model(
     weights: a copy of `weights_of(policy)` instead of what the model holds now.
     """
     policy.model.save_pretrained(folder, state_dict=weights)
+    if not hasattr(policy.model, "peft_config"):
+        save_config(policy.model, folder)
     tokenizer.save_pretrained(folder)
 
 

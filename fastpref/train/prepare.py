@@ -10,6 +10,7 @@ from itertools import islice
 from typing import Any
 
 import numpy
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from fastpref.data import (
@@ -32,8 +33,10 @@ from fastpref.errors import UserError
 from .config import TrainConfig
 from .display import Display
 from .evaluate import Question, questions
-from .model import check_ids
+from .model import check_ids, from_config, settings_of
 from .rendering import rendering_of
+from .source import source_of, source_of_run
+from .traits import follows_length, has_table, positions_of
 from .watch import FreshPrompt, fresh_prompts
 
 
@@ -144,6 +147,62 @@ def _check_labelled(stage: TrainConfig, examples: Examples, seed: int, display: 
     if alone:
         display.say(f"{stage.name}: {len(alone):,} of {len(steps):,} steps have one prompt only, and so a KL baseline "
                     "of 0", "yellow")
+
+
+def check_model(stages: Sequence[TrainConfig], lengths: Sequence[Length], display: Display) -> None:
+    """What configuration files tell of the models before weights are read: rotary factors that are one choice a run,
+    and positions for all that is read or generated. A table of positions has no more; beyond others is a warning."""
+    config = stages[0]
+    sources = [source_of_run(config)]
+    sources += [source_of(name) for stage in stages if (name := stage.ref_model_name_or_path)]
+    for source in {source.model: source for source in sources}.values():
+        name, settings = source.model, settings_of(config, source)
+        if settings is None:
+            continue
+        if follows_length(settings) and len({stage.max_length for stage in stages}) > 1:
+            raise UserError(f"{name}: its rotary factors depend on max_length, which differs between stages; set one")
+        limit = positions_of(settings)
+        beyond = [length for length in lengths if limit and length.tokens > limit]
+        if not limit or not beyond:
+            if limit and config.max_length > limit:
+                display.say(f"{name}: max_length={config.max_length:,} is more than its {limit:,} positions; no record "
+                            "here is so long")
+            continue
+        with torch.device("meta"):
+            table = has_table(from_config(config, source), limit)
+        for length in beyond:
+            line = f"{name}: has {limit:,} positions, and {length.what} {length.tokens:,} tokens"
+            if table:
+                raise UserError(f"{line}, for which there is none: {length.way_out.format(limit)}")
+            display.say(f"{line}, beyond what it was trained on", "yellow")
+
+
+@dataclass(frozen=True)
+class Length:
+    what: str
+    tokens: int
+    way_out: str  # {}: the model's positions
+
+
+def needs_of(stages: Sequence[TrainConfig], data: Sequence[Data]) -> list[Length]:
+    """The longest sequences of each stage: of its records, and of prompts with all that may be generated."""
+    found = []
+    for stage, its in zip(stages, data, strict=True):
+        most = stage.sample_max_new_tokens
+        longest = max(int(max(lengths_of(part), default=0)) for part in (its.train, its.eval))
+        found.append(Length(f"the longest record of stage {stage.name!r}", longest,
+                            "set max_length={} (overlong_response: what becomes of longer ones)"))
+        if its.questions:
+            longest = max(len(q.prompt_ids) for q in its.questions) + stage.eval_max_new_tokens
+            found.append(Length(f"the longest prompt with eval_max_new_tokens={stage.eval_max_new_tokens}", longest,
+                                "lower it (together at most {})"))
+        if stage.sample_steps and (its.eval or its.train):
+            prompts = [p.ids for p in its.prompts] or [
+                e.prompt_ids for e, _ in zip(its.eval or its.train, range(stage.sample_prompts))]
+            longest = max(map(len, prompts)) + most
+            found.append(Length(f"the longest prompt with sample_max_new_tokens={most}", longest,
+                                "lower it (together at most {})"))
+    return found
 
 
 STREAM_PART = 256  # records that are read and tokenised at a time
@@ -269,6 +328,12 @@ class Schedule:
         while step >= self._begin(epoch + 1)[0]:
             epoch += 1
         return epoch
+
+    def some(self, count: int) -> list[list[int]]:
+        """Micro-batches of the first epoch, from that of the shortest longest example to that of the longest."""
+        batches = sorted(self._batches(0), key=lambda batch: max(self.lengths[i] for i in batch))
+        last = len(batches) - 1
+        return [batches[place] for place in sorted({round(n * last / (count - 1)) for n in range(count)})]
 
     def all_steps(self) -> list[list[list[int]]]:
         return [self.of_step(step)[1] for step in range(self.steps)]

@@ -9,7 +9,8 @@ from tiny import make, make_config, make_tokenizer
 
 from fastpref.data import Example, collate
 from fastpref.errors import UserError
-from fastpref.train.model import _no_dropout, fingerprint, load_policy, load_tokenizer, take_apart
+from fastpref.train.model import fingerprint, load_policy, load_tokenizer, take_apart
+from fastpref.train.traits import hush
 
 EXAMPLES = [
     Example(0, [1, 20, 21], ([30, 31, 2], [40, 2])),
@@ -62,7 +63,7 @@ def test_log_probs_are_the_models_own(name, world, tmp_path):
     model = transformers.AutoModelForCausalLM.from_config(ARCHITECTURES[name], dtype=torch.float32)
     for p in model.parameters():  # visible biases and norms, and logits worth a soft cap
         p.data += 0.1 * torch.randn_like(p)
-    _no_dropout(model)
+    hush(model)
     policy = take_apart(model, make(world, tmp_path), make_tokenizer())
     logps = policy.sequence_logps(collate(EXAMPLES, 0))
     expected = [
@@ -76,7 +77,7 @@ def test_log_probs_are_the_models_own(name, world, tmp_path):
 def test_training_mode_has_no_dropout(world, tmp_path):
     config = transformers.GPT2Config(vocab_size=300, n_positions=64, n_embd=32, n_layer=2, n_head=2, attn_pdrop=0.5)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    _no_dropout(model)
+    hush(model)
     policy = take_apart(model.train(), make(world, tmp_path), make_tokenizer())
     batch = collate(EXAMPLES, 0)
     assert torch.equal(policy.sequence_logps(batch), policy.sequence_logps(batch))
