@@ -31,6 +31,7 @@ from fastpref.plan import Problem, plan
 from .config import TrainConfig
 from .model import enable_checkpointing
 from .optim import SLICE
+from .source import source_of
 
 GIB = 2**30
 CONTEXT = 0.75 * GIB
@@ -241,9 +242,11 @@ def plan_text(model: str, sizes: Sizes, gpu_gib: float, memory_budget: int | Non
 
 
 def load_sizes(model: str, tokens: int, lora_r: int = 16, revision: str = "main") -> Sizes:
-    """From a hub id (its config.json alone is read) or a local folder. Raises UserError for one that cannot be."""
+    """From a hub id (its config.json alone is read) or a local folder; of an adapter, its model's. Raises UserError for
+    one that cannot be."""
+    source = source_of(model, revision)
     try:
-        config = AutoConfig.from_pretrained(model, revision=revision)
+        config = AutoConfig.from_pretrained(source.model, revision=source.revision)
     except Exception as error:  # no file, no network, no permission, an unknown model type: each its own kind
         where = "no usable config.json" if Path(model).is_dir() else "no folder, and not to be had from the hub"
         raise UserError(f"--model {model}: {where} ({first_line(error)})") from None

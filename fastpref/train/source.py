@@ -165,10 +165,13 @@ def put_adapter(model: Any, name: str, revision: str = "main", *, reward: bool =
         model = peft.get_peft_model(model, settings)
         own, every = peft.get_peft_model_state_dict(model, save_embedding_layers=False), model.state_dict()
         beside = {key for key in weights if key in every and key not in own}
+        if other := {key for key in beside if weights[key].shape != every[key].shape}:
+            raise ValueError(f"it has {some(other)} beside the adapter, in another shape than the model. Were tokens "
+                             "added with it? Then resize the model, merge the two with peft, and start from that")
         changed = {key for key in beside if not _same(weights[key], every[key])}
         if changed and not merge:
             raise ValueError(f"it has {some(changed)} beside the adapter, other than the model's, which would be lost "
-                             "where the adapter goes on training: set merge_adapter=true, or merge it with peft")
+                             "where the adapter goes on training: set merge_adapter=true")
         score = {key: value for key, value in own.items() if "lora_" not in key} if new_score else {}
         try:
             found = peft.set_peft_model_state_dict(model, score | weights)

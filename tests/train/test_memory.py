@@ -174,6 +174,7 @@ def test_the_run_asks_before_it_loads(monkeypatch, llama_8b, tmp_path):
     monkeypatch.setattr(loop.torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=8 << 30))
     monkeypatch.setattr(loop, "check_optimizer", lambda *args: None)
     monkeypatch.setattr(loop, "load_tokenizer", lambda config: None)
+    monkeypatch.setattr(loop, "check_saves", lambda *args: None)
     monkeypatch.setattr(loop, "load_data", lambda *args: asked.append("data") or [Data([])])
     monkeypatch.setattr(loop.sharding, "load", lambda *args: pytest.fail("the model was loaded"))
     config = dataclasses.replace(fitting(llama_8b), output_dir=str(tmp_path / "run"))

@@ -18,6 +18,7 @@ from transformers import LlamaForCausalLM
 from fastpref.errors import UserError
 from fastpref.train import checkpoint, ranks
 from fastpref.train.config import TrainConfig
+from fastpref.train.held_out import evaluate_run
 from fastpref.train.loop import train
 from fastpref.train.optim import check_shards, make_optimizer
 
@@ -28,6 +29,7 @@ RUNS = {
     "8 bit": EIGHT,
     "bf16, 8 bit": EIGHT | {"dtype": "bfloat16"},
     "lora": COMMON | {"use_peft": True, "lora_dropout": 0.0, "eval_steps": 2, "packing": True},
+    "lora, gone on": COMMON | {"use_peft": True, "lora_dropout": 0.0, "eval_steps": 2},
     "lora on bf16": COMMON | {"use_peft": True, "lora_dropout": 0.0, "dtype": "bfloat16"},
 }
 
@@ -38,6 +40,13 @@ def wide(world):
     torch.manual_seed(6)
     LlamaForCausalLM(make_config(hidden_size=256, intermediate_size=256)).save_pretrained(world / "wide")
     make_tokenizer().save_pretrained(world / "wide")
+    peft = pytest.importorskip("peft")
+    lora = peft.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = peft.get_peft_model(LlamaForCausalLM.from_pretrained(world / "wide"), lora)
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=0.02)
+    model.save_pretrained(world / "wide adapter")
     return world
 
 
@@ -49,7 +58,8 @@ def eager():
 
 
 def config_of(world, folder, name):
-    return make(world, folder / name, model_name_or_path=str(world / "wide"), **RUNS[name])
+    model = world / ("wide adapter" if name == "lora, gone on" else "wide")
+    return make(world, folder / name, model_name_or_path=str(model), **RUNS[name])
 
 
 def work(rank, size, world, folder, names, resume=False):
@@ -139,11 +149,12 @@ def test_two_ranks_train_as_one(wide, tmp_path):
     whole, folder = tmp_path / "whole", tmp_path / "ranks"
     folder.mkdir()
     shutil.copy(wide / "wide" / "model.safetensors", tmp_path / "wide.safetensors")
-    names = ["bf16, 8 bit", "lora"]
+    names = ["bf16, 8 bit", "lora", "lora, gone on"]
     for name in names:
         train(config_of(wide, whole, name), display=quiet())
     mp.spawn(work, (2, wide, folder, names), nprocs=2)
-    assert_same_run(whole / "lora", folder / "lora")
+    for name in names[1:]:
+        assert_same_run(whole / name, folder / name)
     # rounded at random, one way and another: 2^-8 of a weight, four times
     assert_same_run(whole / names[0], folder / names[0], 2**-6, of_values=5e-3)
     adapter = load_file(folder / "lora" / "model" / "adapter_model.safetensors")
@@ -151,6 +162,10 @@ def test_two_ranks_train_as_one(wide, tmp_path):
     for name in names:
         saved = [[path.name for path in checkpoint.checkpoints(run / name)] for run in (whole, folder)]
         assert saved[0] == saved[1]
+        shutil.rmtree(folder / name / "reference")  # loaded again by one process, it is the ranks' reference
+        found = evaluate_run(folder / name, [f"eval_dataset={wide / 'heldout.jsonl'}"], quiet())
+        expected = evaluate_run(whole / name, [f"eval_dataset={wide / 'heldout.jsonl'}"], quiet())
+        assert found["rewards/margins"] == pytest.approx(expected["rewards/margins"], abs=1e-2 if "8" in name else 1e-4)
 
 
 @pytest.mark.slow

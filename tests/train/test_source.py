@@ -292,7 +292,7 @@ OTHERS = {
     "left over": (lambda found: found | {Q.format(7): torch.zeros(4, 32)}, "no place for its .*layers.7.self_attn"),
     "shape": (lambda found: found | {Q.format(0): torch.zeros(4, 16)}, "size mismatch for .*0.self_attn.q_proj.lora_A"),
     "embeddings": (lambda found: found | {EMBEDDING: torch.zeros(261, 32)}, "embed_tokens.weight beside the adapter"),
-    "a larger vocabulary": (lambda found: found | {EMBEDDING: torch.zeros(263, 32)}, "embed_tokens.weight beside"),
+    "a larger vocabulary": (lambda found: found | {EMBEDDING: torch.zeros(263, 32)}, "embed_tokens.weight .*resize"),
 }
 
 
