@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file
 from small import lines, make, settings
 from test_report import Page
-from tiny import make_pairs, write_rows
-from transformers import AutoModelForCausalLM
+from tiny import make_config, make_pairs, make_tokenizer, write_rows
+from transformers import AutoModelForCausalLM, GPT2Config
 
 from fastpref.data import load_records
 from fastpref.errors import UserError
@@ -511,3 +511,29 @@ def test_rounds_from_an_adapter(world, tmp_path, quiet, merge):
     ids = torch.tensor([[1, 40, 41, 42]])
     assert torch.allclose(found(ids).logits, model.eval()(ids).logits, atol=1e-5)
     assert found.peft_config["default"].base_model_name_or_path.endswith("run/base" if merge else "pretrained")
+
+
+def a_model(folder, **changes):
+    """Its configuration and tokenizer, no weights: whoever reads them fails otherwise."""
+    make_config(**changes).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def test_rotary_factors_that_vllm_would_choose_for_itself(world, tmp_path, monkeypatch):
+    rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}
+    source = a_model(tmp_path / "dynamic", rope_parameters=rope)
+    monkeypatch.setattr(driver, "uses_vllm", lambda name: True)
+    assert driver._takes_vllm(make(world, tmp_path / "run"))
+    assert not driver._takes_vllm(make(world, tmp_path / "run", model_name_or_path=source))
+    with pytest.raises(UserError, match="rounds.engine is 'vllm', which chooses LongRoPE and dynamic NTK factors by"):
+        driver._takes_vllm(make(world, tmp_path / "run", model_name_or_path=source, engine="vllm"))
+
+
+def test_prompts_with_their_responses_beyond_the_models_positions(world, tmp_path, quiet):
+    source = tmp_path / "gpt2"
+    GPT2Config(vocab_size=261, n_positions=12, n_embd=16, n_layer=1, n_head=2).save_pretrained(source)
+    make_tokenizer().save_pretrained(source)
+    with pytest.raises(UserError, match=r"has 12 positions, and the longest prompt with rounds.max_new_tokens=6 14 "
+                                        r"tokens, for which there is none: lower it \(together at most 12\)"):
+        rounds(make(world, tmp_path / "run", model_name_or_path=str(source)), display=quiet)
