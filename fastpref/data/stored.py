@@ -261,7 +261,7 @@ def load_examples(
 
 
 def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if "fork" in multiprocessing.get_all_start_methods() else 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1  # elsewhere a fork is not safe
 
 
 _work: Callable[[Any], Any]  # of a process of the pool, which has it from its parent
@@ -350,7 +350,9 @@ def _tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> Any:
 def _code_key() -> list[str]:
     """What a change of would change tokens: this folder's code, and the libraries that render and tokenise."""
     code = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
-    return [_digest(code), *(importlib.metadata.version(name) for name in ("transformers", "tokenizers", "jinja2"))]
+    libraries = [dist.version for name in ("transformers", "tokenizers", "jinja2")
+                 for dist in importlib.metadata.distributions(name=name)]
+    return [_digest(code), *libraries]
 
 
 def _write(path: Path, parts: Iterable[Part], report: TokenizeReport) -> None:
