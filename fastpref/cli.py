@@ -1,4 +1,5 @@
-"""The command `fastpref`: train, rounds, eval, info, losses, plan. A user's error is one line on stderr, exit code 2.
+"""The command `fastpref`: train, rounds, eval, preview, info, losses, plan. A user's error is one line on
+stderr, exit code 2.
 
 Other exit codes: 1 for a run that cannot go on (disk full, NaN gradients, out of memory), 130 after Ctrl-C, 143 after
 SIGTERM. FASTPREF_DEBUG=1 shows the traceback as well.
@@ -21,6 +22,7 @@ EXAMPLES = """examples:
   fastpref train dpo.yaml learning_rate=5e-7 stages.rpo.beta=0.05 output_dir=runs/second
   fastpref train dpo.yaml --resume
   fastpref train dpo.yaml --dry-run
+  fastpref preview dpo.yaml 5
   fastpref eval runs/second
   fastpref rounds examples/rounds.yaml rounds.number=5
   fastpref plan --pairs 8 --length 512 --hidden 4096 --vocab 128256
@@ -122,6 +124,11 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("overrides", nargs="*", metavar="key=value", help="instead of what the file says")
     command.set_defaults(run=_cache_ref)
 
+    command = commands.add_parser("preview", help="the first records as training sees them, token by token")
+    command.add_argument("config", help="YAML file, as for train")
+    command.add_argument("overrides", nargs="*", metavar="n|key=value", help="how many records (3); settings")
+    command.set_defaults(run=_preview)
+
     command = commands.add_parser("info", help="versions, devices, and what is available here and why something is not")
     command.set_defaults(run=_info)
 
@@ -178,6 +185,15 @@ def _cache_ref(options: argparse.Namespace) -> None:
     from .train.config import load_config
 
     cache_reference(load_config(options.config, options.overrides))
+
+
+def _preview(options: argparse.Namespace) -> None:
+    from .train.config import load_config
+    from .train.preview import preview
+
+    overrides = list(options.overrides)
+    records = int(overrides.pop(0)) if overrides and overrides[0].isdigit() else 3
+    preview(load_config(options.config, overrides), records)
 
 
 def _info(options: argparse.Namespace) -> None:

@@ -137,6 +137,16 @@ def test_a_template_that_forgets_earlier_thoughts():
     )
 
 
+def test_a_turn_that_words_close():
+    tokenizer = made("qwen2_5")[0]
+    plain = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</turn>\n{% endfor %}" \
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    own = PreTrainedTokenizerFast(tokenizer_object=tokenizer._tokenizer, eos_token="<|im_end|>", pad_token="<pad>",
+                                  chat_template=plain)
+    _, example, _ = tokenize((own, Rendering()), [assistant("yes"), user("more"), assistant("no")])
+    assert shown(own, example) == "[yes</turn>]\n<user>more</turn>\n<assistant>[no</turn>\n<|im_end|>]"
+
+
 def test_a_response_ends_with_the_last_turn_of_the_model():
     tokenizer, example, _ = tokenize("qwen2_5", [assistant("yes"), user("thanks")])
     assert shown(tokenizer, example) == "[yes<|im_end|>]" and example.scored is None

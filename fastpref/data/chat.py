@@ -188,16 +188,17 @@ class Chat:
     def _find_ends(self, record: Record) -> re.Pattern[str]:
         """What closes a turn: EOS, or the control token that the template writes after one."""
         ends = {str(self.tokenizer.eos_token), *self.tokenizer.convert_ids_to_tokens(self.stops)}
-        for role in ("assistant", "user"):  # the last turn may be closed by another than those before it
-            messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-            messages[role == "assistant"]["content"] = _OTHER
+        asked, said = {"role": "user", "content": "a"}, {"role": "assistant", "content": _OTHER}
+        after = []
+        for messages in ([asked, said], [asked, said, asked], [{**asked, "content": _OTHER}, {**said, "content": "b"}]):
             try:
-                after = self.render(record, messages)[0].rpartition(_OTHER)[2]
+                after.append(self.render(record, messages)[0].rpartition(_OTHER)[2].lstrip())
             except ValueError:  # the template takes no such conversation
-                continue
-            if own := self.control.match(after.lstrip()):
-                ends.add(own[0])
-        return re.compile(rf"\s*(?:{'|'.join(map(re.escape, sorted(ends)))})")
+                after.append("")
+        own = [found[0] for text in (after[0], after[2]) if (found := self.control.match(text))]
+        if not own:  # words instead, if any, that close the last turn and one before it
+            own = [text] if (text := after[0][: common_length(*after[:2])].rstrip()) else []
+        return re.compile(rf"\s*(?:{'|'.join(map(re.escape, sorted({*ends, *own})))})")
 
     def render(self, record: Record, messages: Sequence[Message], *, marked: bool = False,
                **how: bool) -> tuple[str, list[tuple[int, int]] | None]:

@@ -64,6 +64,12 @@ class _Records(Sequence[Record]):
         return self.read[i]
 
 
+def data_options(stage: TrainConfig) -> dict[str, Any]:
+    """How `tokenize_records` is to read the stage's data."""
+    names = ("max_length", "max_prompt_length", "truncation_mode", "overlong_response")
+    return {name: getattr(stage, name) for name in names} | {"rendering": rendering_of(stage)}
+
+
 def load_data(
     stages: Sequence[TrainConfig], tokenizer: PreTrainedTokenizerBase, display: Display, *, held_out_only: bool = False
 ) -> list[Data]:
@@ -77,13 +83,7 @@ def load_data(
         return records.setdefault(repr(source), _Records(stream))
 
     def tokenized(source: Any, stage: TrainConfig, what: str) -> Examples:
-        options: dict[str, Any] = {
-            "max_length": stage.max_length,
-            "max_prompt_length": stage.max_prompt_length,
-            "truncation_mode": stage.truncation_mode,
-            "overlong_response": stage.overlong_response,
-            "rendering": rendering_of(stage),
-        }
+        options = data_options(stage)
         streamed = what == "train" and stage.dataset_streaming
         key = repr((source, stage.kind, options, _needs(stage) if streamed else None))
         if key not in made:
