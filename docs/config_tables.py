@@ -12,15 +12,20 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import io
 import re
 import sys
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
+
+from rich.console import Console
+from transformers import AutoTokenizer
 
 from fastpref import losses
+from fastpref.data import records_from_rows
 from fastpref.rounds.config import RoundsConfig
 from fastpref.rounds.pairing import Pairing
-from fastpref.train import config
+from fastpref.train import config, preview
 from fastpref.train.vllm_engine import EngineName
 
 PAGE, ROUNDS = Path(__file__).with_name("training.md"), Path(__file__).with_name("rounds.md")
@@ -107,9 +112,48 @@ def loss_table() -> str:
     return "\n".join([*lines, ""])
 
 
+CHAT = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
+
+
+def said(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+ASK = [said("user", "2+2?")]
+HH = "\n\nHuman: 2+2?\n\nAssistant:"
+EXAMPLES: dict[str, tuple[str, dict[str, Any]]] = {
+    "a pair of strings": ("pair", {"prompt": "2+2 =", "chosen": " 4", "rejected": " 5"}),
+    "a pair with its prompt in both responses": ("pair", {"chosen": "2+2 = 4", "rejected": "2+2 = 5"}),
+    "a labelled completion": ("kto", {"prompt": "2+2 =", "completion": " 4", "label": True}),
+    "a prompt and its completion": ("sft", {"prompt": "2+2 =", "completion": " 4"}),
+    "messages": ("pair", {"prompt": ASK, "chosen": [said("assistant", "4")], "rejected": [said("assistant", "5")]}),
+    "several turns": ("pair", {"prompt": ASK, "rejected": [said("assistant", "5")], "chosen": [
+        said("assistant", "4"), said("user", "so?"), said("assistant", "yes")]}),
+    "a begun turn": ("pair", {"prompt": [*ASK, said("assistant", "It is")], "chosen": [said("assistant", " 4")],
+                              "rejected": [said("assistant", " 5")]}),
+    "a conversation in HH's form": ("pair", {"chosen": f"{HH} 4\n\nHuman: so?\n\nAssistant: yes",
+                                             "rejected": f"{HH} 5"}),
+}
+
+
+def examples_text() -> str:
+    """What `fastpref preview` shows of one record a format, under the tokenizer of examples/model."""
+    tokenizer = AutoTokenizer.from_pretrained(PAGE.parents[1] / "examples" / "model")
+    tokenizer.chat_template = CHAT
+    console = Console(file=io.StringIO(), width=100, highlight=False)
+    for name, (kind, row) in EXAMPLES.items():
+        (record,) = records_from_rows([row])
+        preview.show_record(console, dataclasses.replace(record, source=name), tokenizer, kind)
+    lines = (line.rstrip() for line in console.file.getvalue().strip().splitlines())
+    return "\n".join(["```text", *lines, "```", ""])
+
+
 def written(page: str) -> str:
     """The page on training with its tables as the code has them now."""
-    return _with_tables(page, {"config": config_tables(), "losses": loss_table()})
+    return _with_tables(page, {"examples": examples_text(), "config": config_tables(), "losses": loss_table()})
 
 
 def written_rounds(page: str) -> str:

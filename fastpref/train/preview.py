@@ -72,19 +72,7 @@ def show(console: Console, records: Sequence[Record], tokenizer: PreTrainedToken
     for record_id, record in enumerate(records):
         own = [e for e in examples if e.record_id == record_id]
         for example in own:
-            full = before[record_id, example.desirable]
-            table = Table.grid(padding=(0, 2, 0, 0))
-            table.add_column(no_wrap=True)
-            table.add_column(justify="right", no_wrap=True)
-            table.add_column(overflow="fold")
-            for name, tokens, parts in sequences(example, full, tokenizer, stops):
-                text = Text()
-                for i, part in enumerate(parts):
-                    gap = "│" if i and part.style == parts[i - 1].style in ("prompt", "other") else ""
-                    text.append(gap, "dim").append(part.shown, STYLES[part.style])
-                table.add_row(name, tokens, text)
-            console.print(Text(f"\n{record.source}", "bold"))
-            console.print(table)
+            _print(console, record, example, before[record_id, example.desirable], tokenizer, stops)
         if not own:
             reason = dropped.get(record.source, "a broken record, see below")
             console.print(Text(f"\n{record.source}", "bold").append(f"\ndropped: {reason}", "red"))
@@ -95,6 +83,29 @@ def show(console: Console, records: Sequence[Record], tokenizer: PreTrainedToken
     console.print(str(report), soft_wrap=True, highlight=False, markup=False)
     for line in report.invalid.first if invalid is None else invalid.first:
         console.print(f"  dropped: {line}", soft_wrap=True, highlight=False, markup=False)
+
+
+def show_record(console: Console, record: Record, tokenizer: PreTrainedTokenizerBase, kind: Kind) -> None:
+    """One record, of which nothing is cut."""
+    examples, _ = tokenize_records([record], tokenizer, kind, max_length=WHOLE)
+    for example in examples:
+        _print(console, record, example, example, tokenizer, {tokenizer.eos_token_id})
+
+
+def _print(console: Console, record: Record, example: Example, whole: Example, tokenizer: PreTrainedTokenizerBase,
+           stops: set[int]) -> None:
+    table = Table.grid(padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True)
+    table.add_column(justify="right", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, tokens, parts in sequences(example, whole, tokenizer, stops):
+        text = Text()
+        for i, part in enumerate(parts):
+            gap = "│" if i and part.style == parts[i - 1].style in ("prompt", "other") else ""
+            text.append(gap, "dim").append(part.shown, STYLES[part.style])
+        table.add_row(name, tokens, text)
+    console.print(Text(f"\n{record.source}", "bold"))
+    console.print(table)
 
 
 def sequences(example: Example, whole: Example, tokenizer: PreTrainedTokenizerBase,
