@@ -7,10 +7,11 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
-from fastpref.plan import DEFAULT_BUDGET
+from fastpref.plan import DEFAULT_BUDGET, H200, Problem, plan
 from fastpref.train.memory import CONTEXT
 
 from .peers import MIB
@@ -70,12 +71,37 @@ def _cell(row: Row) -> tuple:
     return row.N, row.H, row.V, row.dtype, row.prompt_share
 
 
-GPU_LIMITS = {("step", "fp32"): 1.10, ("step", "bf16"): 1.06, ("frozen", "fp32"): 1.10, ("frozen", "bf16"): 1.06,
-              ("forward", "fp32"): 1.05, ("forward", "bf16"): 1.05}
+SLACK = 0.02  # of the GEMMs' time: launches, the ends of waves, what one pass leaves of the copy rate
+
+
+def gpu_limit(op: str, logits: str, n: int, h: int, v: int, budget_mib: float | None, ms_limit: float | None,
+              bytes_per_s: float = H200[1]) -> float:
+    """What bytes and FLOPs allow: at the rate of the bare GEMMs of the same rounds, and of a copy of the same run."""
+    problem = Problem((n // 32,) * 32, h, v, 2, 4 if logits == "fp32" else 2, 2, needs_hidden_grad=op != "forward",
+                      needs_weight_grad=op == "step", device="cuda")
+    least = {"step": 3, "frozen": 2, "forward": 1}[op]
+    flops_per_s = H200[0] if ms_limit is None else least * 2 * n * h * v / (ms_limit / 1e3)
+    return plan(problem, None if budget_mib is None else int(budget_mib * MIB)).over_gemms(flops_per_s, bytes_per_s)
+
+
+def copy_rate(device: torch.device) -> float:
+    """Bytes a second, read and written, of copies of 1 GiB: the best of five."""
+    source, target = (torch.empty(2**30, dtype=torch.uint8, device=device) for _ in range(2))
+    times = []
+    for _ in range(6):
+        marks = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+        marks[0].record()
+        target.copy_(source)
+        marks[1].record()
+        marks[1].synchronize()
+        times.append(marks[0].elapsed_time(marks[1]) / 1e3)
+    return 2 * 2**30 / min(times)
+
+
 LEAST_ROWS = PRESETS["llama3-8b"].shape.rows  # with fewer the GEMMs themselves are not at their best
 
 
-def on_gpu(rows: Sequence[Row]) -> list[Gate]:
+def on_gpu(rows: Sequence[Row], bytes_per_s: float = H200[1]) -> list[Gate]:
     """A ratio is that of the best budget of at most 4 GiB; comparisons with peers are at the default budget."""
     found = []
     timed = [row for row in rows if row.ratio is not None]
@@ -86,8 +112,9 @@ def on_gpu(rows: Sequence[Row]) -> list[Gate]:
         here = [row for row in ours if (row.op, row.loss, row.N, row.H, row.V, row.logits_dtype) == cell]
         if n >= LEAST_ROWS:
             gemms = {"step": "three GEMMs", "frozen": "two GEMMs", "forward": "its GEMM"}[op]
-            best = min(over(row.ratio, 1.0) for row in here)
-            found.append(Gate(f"{where}: time / {gemms}", best, GPU_LIMITS[op, logits]))
+            best = min(here, key=lambda row: over(row.ratio, 1.0))
+            allowed = gpu_limit(op, logits, n, h, v, best.budget_mib, best.ms_limit, bytes_per_s) + SLACK
+            found.append(Gate(f"{where}: time / {gemms}", over(best.ratio, 1.0), allowed))
         off = max(abs(over(row.peak_extra_mib, row.plan_mib) - 1) for row in here)
         found.append(Gate(f"{where}: memory off its plan", off, 0.02))
         if logits != "fp32":

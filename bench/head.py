@@ -199,6 +199,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         run_groups(groups, run, resident=run.device.type == "cpu" and not options.quick)
         rows: list[Row] = run.results.rows
         if standard:
-            gates.show_gates((gates.on_gpu if run.device.type == "cuda" else gates.on_cpu)(rows), run.screen)
+            cuda = run.device.type == "cuda"
+            found = gates.on_gpu(rows, gates.copy_rate(run.device)) if cuda else gates.on_cpu(rows)
+            gates.show_gates(found, run.screen)
         command.finish(run)
     return int(not all_right(rows))

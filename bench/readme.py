@@ -19,7 +19,7 @@ from typing import Any
 from fastpref.plan import DEFAULT_BUDGET
 
 from . import plots
-from .gates import CPU_LIMITS, GPU_LIMITS
+from .gates import CPU_LIMITS, SLACK, gpu_limit
 from .head import CPU_SHAPES, LARGE, MAIN, OTHERS
 from .peers import MIB, PEERS
 from .problem import Shape
@@ -195,7 +195,9 @@ def _missed(rows: Sequence[dict[str, Any]]) -> str:
     """Cells where fastpref is above its own gate, or behind a peer."""
     found = []
     for row in (row for row in rows if row["impl"] == "fastpref" and row["ratio"]):
-        limit = GPU_LIMITS["step", "fp32"] if on_gpu(row) else CPU_LIMITS.get(row["dtype"])
+        limit = CPU_LIMITS.get(row["dtype"])
+        if on_gpu(row):
+            limit = SLACK + gpu_limit("step", "fp32", row["N"], row["H"], row["V"], row["budget_mib"], row["ms_limit"])
         missed = [f"the aim is {limit:.2f}"] if limit and row["ratio"] > limit else []
         for peer in rows:
             alike = all(peer[name] == row[name] for name in ("device", "threads")) and cell_of(peer) == cell_of(row)

@@ -29,7 +29,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 
-MIB = 2**20
+MIB, GIB = 2**20, 2**30
+H200 = (790e12, 4.3e12)  # bf16 GEMM FLOP/s and bytes/s that were measured on one
 DEFAULT_BUDGET = {"cpu": 256 * MIB, "cuda": 2048 * MIB}
 
 # Rows of logits made at a time. CUDA: fewer than ~1024 rows leave the GEMM without enough 128 x 256 tiles to fill 132
@@ -147,6 +148,33 @@ class Plan:
         return {"forward": 1, "frozen": 2}[self.scheme]
 
     @property
+    def traffic(self) -> int:
+        """Bytes that move beside the GEMMs, each read or written once; what a GEMM reads and writes itself, its own
+        operands and a result in the gradient's dtype, is its own."""
+        p, wide = self.problem, 4 if self.problem.itemsize < 4 else self.problem.itemsize
+        again = p.rows - min(self.stash_rows, p.rows) if self.scheme == "recompute" else 0
+        kept = p.itemsize * (self.scheme != "forward")
+        total = (p.rows + again) * p.vocab * (p.logits_itemsize + kept)
+        if self.scheme == "forward":
+            return total
+        total += p.needs_hidden_grad * p.rows * p.hidden * (wide + p.itemsize)  # the row scale of dX
+        if p.needs_weight_grad:
+            total += 2 * p.rows * p.hidden * p.itemsize  # and of x
+            stashes = sum(-(-group.rows // max(self.stash_rows, 1)) for group in self.groups)
+            if stashes > 1 and self.scheme == "groups":
+                # A wide sum: written once and rounded, and read and written by each further GEMM.
+                rounded = wide + p.grad_itemsize if p.grad_itemsize < wide else 0
+                total += p.vocab * p.hidden * (2 * wide * (stashes - 1) + rounded)
+        return total
+
+    def over_gemms(self, flops_per_s: float = H200[0], bytes_per_s: float = H200[1]) -> float:
+        """Time over that of three, two or one GEMMs: arithmetic, with nothing for launches."""
+        p = self.problem
+        least = 1 + p.needs_hidden_grad + p.needs_weight_grad if self.scheme != "forward" else 1
+        limit = least * 2 * p.rows * p.vocab * p.hidden / flops_per_s
+        return (self.flops / flops_per_s + self.traffic / bytes_per_s) / limit if limit else 1.0
+
+    @property
     def flops(self) -> float:
         return self.gemms * 2 * self.problem.rows * self.problem.vocab * self.problem.hidden
 
@@ -162,7 +190,23 @@ class Plan:
             f"  tiles        {self.tile_bytes / MIB:.1f} MiB (budget {self.budget / MIB:.1f})",
             f"  accumulator  {self.accumulator_bytes / MIB:.1f} MiB",
         ]
+        if p.device == "cuda":
+            larger = {f"{found.budget / GIB:.3g} GiB": found.over_gemms() for found in (self, *self.larger())}
+            lines.append("  GEMM times   " + "; ".join(f"{budget}: {ratio:.2f} x" for budget, ratio in larger.items())
+                         + f" (arithmetic for {H200[0] / 1e12:.0f} TFLOP/s and {H200[1] / 1e12:.1f} TB/s)")
         return "\n".join(lines)
+
+    def larger(self) -> list[Plan]:
+        """What larger budgets would buy: half as many groups, and so on to one."""
+        p, found, last = self.problem, [], self
+        while len(last.groups) > 1 and self.scheme == "groups":
+            budget = last.budget
+            while len(last.groups) > 1 and (more := plan(p, budget := budget * 5 // 4)) is not None:
+                if 2 * len(more.groups) <= len(last.groups):
+                    break
+            last = more
+            found.append(more)
+        return found
 
 
 def plan(problem: Problem, memory_budget: int | None = None) -> Plan:

@@ -603,15 +603,30 @@ def test_shapes_asked_for():
 
 def filled(impl, ratio, *, logits="fp32", budget=2048.0, extra=100.0, op="step", error=1e-5, dtype="bf16") -> Row:
     row = Cell(head.MAIN, dtype, op, "dpo").gap(impl, "ok", "")
-    row.ratio, row.ms_median, row.ms_limit, row.peak_extra_mib, row.plan_mib = ratio, ratio * 30, 30.0, extra, 100.0
+    limit = {"step": 3, "frozen": 2, "forward": 1}[op] * 10.9  # 790 TFLOP/s
+    row.ratio, row.ms_median, row.ms_limit, row.peak_extra_mib, row.plan_mib = ratio, ratio * limit, limit, extra, 100.0
     row.logits_dtype, row.budget_mib, row.logp_max_err = logits, budget, error
     return row
 
 
+@pytest.mark.parametrize(
+    "op, logits, bytes_a_logit, rows_bytes",
+    [("forward", "fp32", 4, 0), ("forward", "bf16", 2, 0), ("frozen", "fp32", 6, 6), ("frozen", "bf16", 4, 6),
+     ("step", "fp32", 6, 10), ("step", "bf16", 4, 10)],
+)
+def test_a_gate_is_what_bytes_and_flops_allow(op, logits, bytes_a_logit, rows_bytes):
+    """By hand: N 8192, H 4096, V 128256; logits are read, residuals written; dX (fp32 to bf16) and x are scaled."""
+    n, h, v = 8192, 4096, 128256
+    gemms = {"forward": 1, "frozen": 2, "step": 3}[op] * 2 * n * h * v / 700e12
+    extra = n * (v * bytes_a_logit + h * rows_bytes) / 3e12
+    limit = gates.gpu_limit(op, logits, n, h, v, 2048.0, gemms * 1e3, 3e12)
+    assert limit == pytest.approx(1 + extra / gemms, rel=1e-9)
+
+
 def test_gates_on_a_gpu():
     rows = [
-        filled("fastpref", 1.12), filled("fastpref", 1.09, budget=4096.0), filled("fastpref", 1.07, logits="bf16"),
-        filled("fastpref", 1.11, op="frozen", error=2e-4), filled("fastpref", 1.04, op="forward", extra=103.0),
+        filled("fastpref", 1.12), filled("fastpref", 1.06, budget=4096.0), filled("fastpref", 1.07, logits="bf16"),
+        filled("fastpref", 1.11, op="frozen", error=2e-4), filled("fastpref", 1.10, op="forward", extra=103.0),
         filled("trl", 2.5), filled("liger", 1.4, extra=350.0), replace(filled("naive", 1.5), ratio=None),
     ]
     shape = "N 8192, H 4096, V 128256"

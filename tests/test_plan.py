@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import fastpref as fp
 from fastpref import rows
-from fastpref.plan import MIB, Plan, Problem, plan
+from fastpref.plan import MIB, Plan, Problem, _Planner, plan
 from tests import oracle
 
 # (operands and stash, logits, weight gradient) as they occur: fp32, fp64, bf16 on the CPU and on CUDA, and autocast.
@@ -56,7 +56,11 @@ def test_budget_is_kept_and_every_row_walked_once(problem, budget):
     assume(isinstance(found, Plan))
     assert 0 <= found.tile_bytes and found.budget == budget
     if found.tile_bytes > budget and problem.rows:  # only where several groups would take more in all
-        assert found.scheme == "groups" and len(found.groups) == 1 and problem.grad_itemsize < 4
+        assert found.scheme == "groups" and len(found.groups) == 1
+        half = len(problem.lengths) // 2
+        pairs = [a + b for a, b in zip(problem.lengths, problem.lengths[half:], strict=False)]
+        longest = max(pairs if problem.coupling == "pair" else problem.lengths)  # it would take fp32 scratches
+        assert problem.grad_itemsize < 4 or longest > _Planner(problem, budget).stash_capacity()
         sums = (1 + problem.scratches) * problem.vocab * problem.hidden * 4
         buffers = problem.vocab * problem.hidden * (problem.itemsize + 4)
         assert found.bytes <= budget + sums + buffers + problem.cast_weight * buffers
@@ -171,6 +175,20 @@ def test_the_plan_of_a_training_step_on_a_hopper_gpu():
     assert found.flops == 3 * 2 * 16384 * 4096 * 128256
     assert "groups" in str(found) and "MiB" in str(found)
     assert plan(Problem((512,) * 32, 4096, 128256, 2, 4, 2, device="cpu", needs_weight_grad=False)).budget == 256 * MIB
+
+
+def test_a_plan_says_what_a_larger_budget_would_buy():
+    """N 16384 at 2 GiB: four groups. By hand: 6 bytes a logit, dX and x scaled, a fp32 dW written by four GEMMs."""
+    n, h, v = 16384, 4096, 128256
+    found = plan(Problem((512,) * 32, h, v, 2, 4, 2, device="cuda"))
+    moved = 6 * n * v + 10 * n * h + v * h * (3 * 8 + 6)
+    ratio = 1 + moved / 4.3e12 / (3 * 2 * n * h * v / 790e12)
+    assert found.traffic == moved and found.over_gemms() == pytest.approx(ratio, rel=1e-9)
+    assert [len(more.groups) for more in found.larger()] == [2, 1]
+    assert found.over_gemms() > found.larger()[0].over_gemms() > found.larger()[1].over_gemms() > 1
+    (line,) = [line for line in str(found).splitlines() if "GEMM times" in line]
+    assert f"2 GiB: {ratio:.2f} x; " in line and "790 TFLOP/s and 4.3 TB/s" in line
+    assert "GEMM times" not in str(plan(Problem((512,) * 32, h, v)))
 
 
 @pytest.mark.parametrize("budget", [0, -1])
