@@ -116,6 +116,7 @@ class TrainConfig:
     max_grad_norm: float = 1.0  # 0: no clipping
     max_skipped_steps: int = 5  # so many steps in a row with NaN or inf gradients end the run
     memory_budget: int | None = None  # bytes of workspace for the LM head; None: its own default
+    tail: Literal["exact", "rank1"] = "exact"  # of the LM head's gradients: of all vocabulary columns, or of few (CPU)
 
     # evaluation, at the stage's start, its end, and every eval_steps
     eval_steps: int | None = None
@@ -279,7 +280,7 @@ _RUN_KEYS = (
     "model_name_or_path", "model_revision", "tokenizer_name_or_path", "chat_template", "init_from_config",
     "trust_remote_code", "chat_template_date", "disable_dropout",
     "use_peft", "merge_adapter", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "dtype", "bf16",
-    "gradient_checkpointing", "use_liger_kernel", "packing", "prefix_sharing", "fsdp", "dp_replicate",
+    "gradient_checkpointing", "use_liger_kernel", "tail", "packing", "prefix_sharing", "fsdp", "dp_replicate",
     "output_dir", "overwrite_output_dir", "reference_dir", "seed", "report_to", "save_total_limit", "invalid_records",
     "stages",
 )
@@ -469,6 +470,8 @@ def _check_reward_stage(stage: TrainConfig) -> None:
         raise UserError(f"eval_generate: loss {reward!r} trains a reward model, which does not generate")
     if stage.memory_budget is not None:
         raise UserError(f"memory_budget is for the LM head; loss {reward!r} trains a reward model, which has none")
+    if stage.tail != "exact":
+        raise UserError(f"tail is for the LM head; loss {reward!r} trains a reward model, which has none")
 
 
 def _checked(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:

@@ -57,6 +57,7 @@ class Policy:
     device: torch.device
     compute_dtype: torch.dtype
     memory_budget: int | None
+    tail: str = "exact"
     layout: Layout = "padded"  # of the batches it takes
     padded_because: str = ""  # why not packed, where that was left to the program
     own_attention: str = ""  # the model's own attention, where packed batches have replaced it
@@ -120,6 +121,7 @@ class Policy:
                 softcap=self.head.softcap,
                 logit_scale=self.head.logit_scale,
                 memory_budget=self.memory_budget,
+                tail=self.tail,
                 totals=totals,
                 **inputs,
             )
@@ -359,6 +361,8 @@ def prepared(
         model.config.get_text_config().pad_token_id = model.config.pad_token_id = tokenizer.pad_token_id
         model.config.id2label, model.config.label2id = {0: "reward"}, {"reward": 0}
     hush(model, noise=config.disable_dropout)
+    if config.tail != "exact" and pick_device().type != "cpu":
+        raise UserError(f"tail is {config.tail!r}, which is for the CPU yet; the device is {pick_device()}: set exact")
     if config.gradient_checkpointing == "offload" and pick_device().type == "cpu":
         raise UserError("gradient_checkpointing is 'offload', from a GPU to host memory; the device is cpu: set full")
     if config.gradient_checkpointing != "none":
@@ -562,6 +566,7 @@ def take_apart(model: Any, config: TrainConfig, tokenizer: PreTrainedTokenizerBa
         device=device,
         compute_dtype=compute_dtype,
         memory_budget=config.memory_budget,
+        tail=config.tail,
         layout=layout,
         padded_because=because,
         own_attention=own,

@@ -296,6 +296,18 @@ def test_lora_trains_the_adapter_alone(world, tmp_path, quiet):
     assert any("lora" in name for name, _ in loaded.named_parameters())
 
 
+def test_the_tail_of_the_head_says_how_near_it_is(world, tmp_path, quiet):
+    """A model this small has flat logits: all of its columns end up active, and the run is the exact one."""
+    metrics = []
+    for tail in ("exact", "rank1"):
+        config = config_from_dict(settings(world, tmp_path / tail, max_steps=3, tail=tail))
+        train(config, display=quiet)
+        metrics.append(lines_without_times(tmp_path / tail))
+    assert all(line["tail/active"] == 1 and line["tail/error"] == 0 for line in metrics[1] if line["split"] == "train")
+    told = [{key: value for key, value in line.items() if not key.startswith("tail/")} for line in metrics[1]]
+    assert told == metrics[0]
+
+
 def test_a_named_reference_model(world, tmp_path, quiet):
     tokenizer = load_tokenizer(make(world, tmp_path))
     torch.manual_seed(9)

@@ -228,6 +228,7 @@ def test_padding_is_never_eos(world, tmp_path):
     [
         ({"eval_generate": True}, "eval_generate: loss 'bradley_terry' trains a reward model, which does not generate"),
         ({"memory_budget": 10**6}, "memory_budget is for the LM head; loss 'bradley_terry' trains a reward model"),
+        ({"tail": "rank1"}, "tail is for the LM head; loss 'bradley_terry' trains a reward model"),
         ({"ref_model_name_or_path": "x"}, "ref_model_name_or_path: loss 'bradley_terry' has no reference"),
         ({"beta": 0.1}, "beta: no option of loss 'bradley_terry', which takes center_coefficient"),
         ({"center_coefficient": -1}, "center_coefficient is -1.0; it takes a number of at least 0"),
