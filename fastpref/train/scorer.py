@@ -18,14 +18,16 @@ import json
 import math
 import os
 import re
-import selectors
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -190,18 +192,18 @@ class _Unusable(Exception):
 
 
 class _Worker:
-    """The process, and the two pipes to it. Nothing here waits longer than it is told to."""
+    """The process, and the connection to it. Nothing here waits longer than it is told to."""
 
     def __init__(self, spec: str) -> None:
+        self.socket, theirs = socket.socketpair()
+        self.connection = Connection(os.dup(self.socket.fileno()))
+        command = [sys.executable, str(Path(__file__).with_name("scorer_worker.py")), spec, str(theirs.fileno())]
         # A session of its own: Ctrl-C is for the run to decide about, and what the function starts ends with it.
-        self.process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("scorer_worker.py")), spec],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, start_new_session=True,
-        )
-        assert self.process.stdin and self.process.stdout
-        self.to, self.back = self.process.stdin.fileno(), self.process.stdout.fileno()
-        os.set_blocking(self.to, False)
-        self.received = b""
+        # It finds no input, and what it prints goes to stderr.
+        with theirs:
+            self.process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=2, pass_fds=[theirs.fileno()], start_new_session=True
+            )
         try:
             reply = self.ask("", START_TIMEOUT)
         except TimeoutError:
@@ -217,34 +219,27 @@ class _Worker:
             raise _Unusable(reply["unusable"])
 
     def ask(self, request: str, timeout: float) -> dict[str, Any]:
-        """Sends one line (none for ""), returns the next one. Raises TimeoutError, and EOFError if there is no more."""
-        unsent = (request + "\n").encode() if request else b""
+        """Sends the request (none for ""), returns the reply. Raises TimeoutError, and EOFError if there is none."""
         until = time.monotonic() + timeout
-        with selectors.DefaultSelector() as pipes:
-            pipes.register(self.back, selectors.EVENT_READ)
-            if unsent:
-                pipes.register(self.to, selectors.EVENT_WRITE)
-            while b"\n" not in self.received:
-                left = until - time.monotonic()
-                ready = pipes.select(None if left == math.inf else left) if left > 0 else []
-                if not ready:
-                    raise TimeoutError
-                for key, _ in ready:
-                    if key.fd == self.back:
-                        part = os.read(self.back, 1 << 16)
-                        if not part:
-                            raise EOFError
-                        self.received += part
-                        continue
-                    try:
-                        unsent = unsent[os.write(self.to, unsent) :]
-                    except BrokenPipeError:
-                        raise EOFError from None
-                    if not unsent:
-                        pipes.unregister(self.to)
-        line, _, self.received = self.received.partition(b"\n")
-        reply: dict[str, Any] = json.loads(line)
-        return reply
+        # Ends a send that is not read as well as a reply that does not come, whoever else holds the other end.
+        limit = threading.Timer(min(timeout, threading.TIMEOUT_MAX), self.socket.shutdown, [socket.SHUT_RDWR])
+        limit.daemon = True
+        limit.start()
+        reply = None
+        try:
+            if request:
+                self.connection.send_bytes(request.encode())
+            reply = self.connection.recv_bytes()
+        except (EOFError, OSError):
+            pass
+        finally:
+            limit.cancel()
+        if time.monotonic() >= until:
+            raise TimeoutError
+        if reply is None:
+            raise EOFError
+        found: dict[str, Any] = json.loads(reply)
+        return found
 
     def kill(self) -> None:
         """With all that it started."""
@@ -261,9 +256,8 @@ class _Worker:
             time.sleep(0.005)
         self.kill()
         code = self.process.wait()
-        assert self.process.stdin and self.process.stdout
-        self.process.stdin.close()
-        self.process.stdout.close()
+        self.connection.close()
+        self.socket.close()
         if not by_itself:
             return "killed"
         return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exited with {code}"

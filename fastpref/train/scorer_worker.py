@@ -1,13 +1,14 @@
-"""The process in which a user's `module:function` scores responses; scorer.py starts it and talks to it in JSON lines.
+"""The process in which a user's `module:function` scores responses; scorer.py starts it and talks to it in JSON, over a
+connection of multiprocessing (its end here is a file descriptor).
 
-    python fastpref/train/scorer_worker.py module:function
+    python fastpref/train/scorer_worker.py module:function FD
 
     out  {"ready": true}  or  {"unusable": "why"}, once
     in   {"prompt": ..., "response": "..."}
     out  {"score": 0.5}  or  {"failed": "raised" | "not a number" | "not finite", "message": "..."}
 
-Run as a file: as a module of the package it would import torch first, and a restart would take seconds. The function's
-own output goes to stderr, and it finds no input. The process ends when the one that started it does.
+Run as a file: as a module of the package it would import torch first, and a restart would take seconds. The process
+ends when the one that started it does.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from typing import Any
 
 _FROZEN = ("<frozen importlib._bootstrap>", "<frozen importlib._bootstrap_external>")  # Python's own import
@@ -85,31 +87,29 @@ def _end_with(parent: int) -> None:
     os._exit(1)
 
 
-def main(spec: str) -> None:
-    # The pipes under other numbers: whatever the function reads or prints, in C as well, does not come between.
-    requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
-    nothing = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(nothing, 0)
-    os.dup2(2, 1)
+def main(spec: str, fd: int) -> None:
+    os.set_inheritable(fd, False)  # what the function starts must not hold it open
+    connection = Connection(fd)
     if sys.path[0] == os.path.dirname(os.path.abspath(__file__)):  # whose names are not the user's
         del sys.path[0]
     sys.path.insert(0, os.getcwd())
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
 
     def reply(content: dict[str, Any]) -> None:
-        replies.write(json.dumps(content).encode() + b"\n")
-        replies.flush()
+        connection.send_bytes(json.dumps(content).encode())
 
     try:
         function = load(spec)
     except LookupError as error:
-        reply({"unusable": str(error)})
-        return
+        return reply({"unusable": str(error)})
     reply({"ready": True})
-    for line in requests:
-        request = json.loads(line)
+    while True:
+        try:
+            request = json.loads(connection.recv_bytes())
+        except EOFError:
+            return
         reply(answer(function, request["prompt"], request["response"]))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1], int(sys.argv[2]))

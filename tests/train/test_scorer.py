@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -40,6 +42,13 @@ def many(prompt, response):
         child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
         open("child.pid", "w").write(str(child.pid))
         time.sleep(60)
+    if response == "hang with a daemon":
+        if os.fork() == 0:
+            os.setsid()
+            open("daemon.pid", "w").write(str(os.getpid()))
+        time.sleep(60)
+    if response == "torch":
+        return "torch" in sys.modules
     if response == "raise":
         return {}["no such key"]
     if response == "several lines":
@@ -142,6 +151,19 @@ def test_one_that_hangs_is_killed_and_the_next_is_scored(checks):
         assert scorer.score(["p"], ["other"]) == [0.5]
 
 
+def test_a_daemon_that_holds_the_connection_does_not_prolong_the_time(checks):
+    with load_scorer("checks:many", timeout=0.5) as scorer:
+        start = time.monotonic()
+        assert scorer.score(["p"] * 2, ["hang with a daemon", "other"]) == [None, 0.5]
+        assert scorer.failures == {"timed out": 1} and time.monotonic() - start < 10
+    os.kill(int((checks / "daemon.pid").read_text()), signal.SIGKILL)
+
+
+def test_the_process_starts_without_torch(checks):
+    with load_scorer("checks:many") as scorer:
+        assert scorer.score(["p"], ["torch"]) == [0.0]
+
+
 def test_a_process_that_reads_no_more(checks):
     """What it is sent does not fit into the pipe; the time that this may take is limited too."""
     with load_scorer("checks:many", timeout=0.5) as scorer:
@@ -210,10 +232,12 @@ def test_the_process_ends_with_the_run(checks):
     """Also where the run is killed while a function hangs."""
     worker = Path(scorer_module.__file__).with_name("scorer_worker.py")
     code = (
-        "import subprocess, sys, time\n"
-        f"p = subprocess.Popen([sys.executable, {str(worker)!r}, 'checks:many'], stdin=-1, stdout=-1, bufsize=0)\n"
-        "p.stdout.readline()\n"
-        "p.stdin.write(b'{\"prompt\": \"p\", \"response\": \"hang\"}\\n')\n"
+        "import multiprocessing, subprocess, sys, time\n"
+        "ours, theirs = multiprocessing.Pipe()\n"
+        f"command, fd = [sys.executable, {str(worker)!r}, 'checks:many'], theirs.fileno()\n"
+        "p = subprocess.Popen([*command, str(fd)], pass_fds=[fd])\n"
+        "assert ours.recv_bytes() == b'{\"ready\": true}'\n"
+        "ours.send_bytes(b'{\"prompt\": \"p\", \"response\": \"hang\"}')\n"
         "print(p.pid, flush=True)\n"
         "time.sleep(60)\n"
     )
