@@ -65,18 +65,22 @@ struct Shared {
 FASTPREF_DEVICE float finite(float x) { return fminf(fmaxf(x, -kLargest), kLargest); }
 FASTPREF_DEVICE float power_of_two(int n) { return bits_as<float>((n + 127) << 23); }  // -126 <= n <= 127
 
-// Relative error 2^-22 and below for the |x| that count; exp(-inf) = 0, NaN stays.
+// Relative error 2^-22 and below for the |x| that count; exp(-inf) = 0, NaN stays. One multiplication and one
+// instruction: without ftz subnormals are spared, at four more.
 FASTPREF_DEVICE float exp_fast(float x) {
+  x *= 1.4426950408889634f;
 #ifdef __CUDA_ARCH__
-  return __expf(x);
+  asm("ex2.approx.ftz.f32 %0, %0;" : "+f"(x));
+  return x;
 #else
-  return std::exp(x);
+  return std::exp2(x);
 #endif
 }
 
 FASTPREF_DEVICE float inverse(float x) {
 #ifdef __CUDA_ARCH__
-  return __fdividef(1.0f, x);
+  asm("rcp.approx.ftz.f32 %0, %0;" : "+f"(x));
+  return x;
 #else
   return 1.0f / x;
 #endif

@@ -17,8 +17,8 @@ How wide a block is (ARITHMETIC for an H200 with 132 SMs of 65536 registers and 
   reduction, exp and stores are half of an iteration, twice what is needed stays in flight without prefetching.
 - 8 x 132 = 1056 programs run at once: 1024 rows are one wave. With 80 registers (softcap) it is 792 rows, and the rows
   left over take 63 blocks x 1.1 us = 70 us more.
-- About 12 instructions a logit use 30 % of the issue slots, softcap's 3 exp and rcp a logit 60 % of the special
-  function units.
+- 12.3 instructions a logit (counted in the machine code for sm_90; 27.4 with a softcap) use 30 % of the issue slots,
+  softcap's 3 exp and rcp a logit 60 % of the special function units.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ try:
     import triton
     import triton.language as tl
 except ImportError as error:  # the module still imports: available() says why it does not work
-    triton, _import_error = None, str(error)
+    triton, _import_error, _INTERPRETED = None, str(error), False
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -84,6 +84,27 @@ def configs() -> dict[str, tuple[Config, ...]]:
 if triton is not None:
     _LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
     _SOFTCAP = tl.constexpr(2)
+    _LOG2_E = tl.constexpr(math.log2(math.e))
+
+    @triton.jit
+    def _exp2(x):
+        return tl.exp2(x)
+
+    @triton.jit
+    def _quotient(a, b):
+        return a / b
+
+    # TRITON_INTERPRET is read when a kernel is decorated, so the kernels know best. Compiled, these are one instruction
+    # each, ex2.approx.ftz and rcp.approx.ftz (relative error 2^-22 and 2^-23); tl.exp2 and / also spare subnormals.
+    _INTERPRETED = not isinstance(_exp2, triton.JITFunction)
+    if not _INTERPRETED:
+        from triton.language.extra import libdevice
+
+        _exp2, _quotient = libdevice.exp2, libdevice.fast_dividef
+
+    @triton.jit
+    def _exp(x):
+        return _exp2(x * _LOG2_E)
 
     @triton.jit
     def _transform(x, pre, post, TRANSFORM: tl.constexpr):
@@ -94,8 +115,8 @@ if triton is not None:
         if TRANSFORM == _SOFTCAP:
             # tanh u = (1 - e) / (1 + e) and 1 - tanh^2 u = 4 e / (1 + e)^2, e = exp(-2 |u|): nothing overflows, and the
             # derivative keeps its relative precision where the cap saturates.
-            e = tl.exp(-2.0 * tl.abs(x))
-            r = 1.0 / (1.0 + e)
+            e = _exp2(tl.abs(x) * (-2.0 * _LOG2_E))
+            r = _quotient(1.0, 1.0 + e)
             tanh = (1.0 - e) * r
             x = tl.where(x < 0, -tanh, tanh) * post
             slope = 4.0 * e * r * r
@@ -163,7 +184,7 @@ if triton is not None:
         highest = tl.max(z, 0)
         if highest > m + limit:
             m_new = highest + lift
-            factor = tl.exp(m - m_new)
+            factor = _exp(m - m_new)
             if ENTROPY:
                 # The bound only matters for the first block, where s is 0 and must not meet an infinite distance.
                 ez = factor * (ez + tl.maximum(m - m_new, _LOWEST) * s)
@@ -178,7 +199,8 @@ if triton is not None:
                     b = before + tl.arange(0, BLOCK)
                     _store(out_ptr, b, width, tl.load(out_ptr + b).to(tl.float32) * factor, False)
             m = m_new
-        e = tl.where(c == y, 0.0, tl.exp(z - m))
+        # Inside the block, and so in 32 bits: of c == y the compiler makes comparisons of 64, three instructions.
+        e = tl.where(tl.arange(0, BLOCK) == y - start, 0.0, _exp(z - m))
         if out_ptr is not None:
             if TRANSFORM == _SOFTCAP:
                 _store(out_ptr, c, width, e * slope, MASKED)
@@ -295,9 +317,9 @@ if triton is not None:
             # As a scheduling fence: without it ptxas moves these loads up, and then spills.
             tl.debug_barrier()
             z_r, slope_r = _load_z(row_ptr, bias_ptr, rest, width, pre, post, TRANSFORM, True)
-            e_r = tl.where(rest == y, 0.0, tl.exp(z_r - m))
+            e_r = tl.where(rest == y, 0.0, _exp(z_r - m))
             s_other = tl.sum(s, 0) + tl.sum(e_r, 0)
-            e_y = tl.where(valid, tl.exp(z_y - m), 0.0)
+            e_y = tl.where(valid, _exp(z_y - m), 0.0)
             total = s_other + e_y
             log_total = tl.log(total)
             tl.store(lse_ptr + row, m + log_total)
@@ -374,7 +396,7 @@ if triton is not None:
                     TRANSFORM, False, False, False, False, True, BLOCK,
                 )
             tl.store(maximum_ptr + row, m)
-            tl.store(sum_exp_ptr + row, s_before * tl.exp(m_before - m) + tl.sum(s, 0))
+            tl.store(sum_exp_ptr + row, s_before * _exp(m_before - m) + tl.sum(s, 0))
 
     @triton.jit
     def _given_lse(
@@ -384,12 +406,12 @@ if triton is not None:
         c = start + tl.arange(0, BLOCK)
         z, slope = _load_z(row_ptr, bias_ptr, c, width, pre, post, TRANSFORM, MASKED)
         log_p = z - lse
-        p = tl.exp(log_p)
+        p = _exp(log_p)
         if ENTROPY:
             u = tl.where(p != 0, -p * (gh * log_p + constant), 0.0)  # log p may be -inf
-            u = tl.where(c == y, gl + u, u)
+            u = tl.where(c == y, gl + u, u)  # fewer registers than y - start, for want of which sm_80 spills
         else:
-            u = tl.where(c == y, 1.0 - p, -p)
+            u = tl.where(tl.arange(0, BLOCK) == y - start, 1.0 - p, -p)
         if TRANSFORM == _SOFTCAP:
             u *= slope
         _store(out_ptr, c, width, u, MASKED)
@@ -497,10 +519,6 @@ if triton is not None:
                 rest = tl.cast(size - whole * BLOCK, tl.int32)
                 x = tl.load(ptr + c, mask=c < rest, other=0.0).to(tl.float32)
                 _store(ptr, c, rest, x * factor, True)
-
-
-# TRITON_INTERPRET is read when a kernel is decorated, so the kernels know best.
-_INTERPRETED = triton is not None and not isinstance(_residual_kernel, triton.JITFunction)
 
 
 def _launch(kernel: Any, programs: int, device: torch.device, args: tuple, config: Config, **constants: int) -> None:
