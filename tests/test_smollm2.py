@@ -173,7 +173,7 @@ def test_satisfaction():
     row = found["no_commas"]
     assert (row["prompts"], row["before"]["share"], row["after"]["share"], row["change"]) == (4, 0.25, 0.75, 0.5)
     assert row["half"] == pytest.approx(1.96 * (1 / 3) ** 0.5 / 2)  # differences 0 1 1 0
-    # Wilson's 95 % interval of 1 in 4, from statsmodels
+    # Wilson's 95 % interval of 1 in 4: (p + z^2 / 2n +- z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n), by hand
     assert row["before"]["interval"] == pytest.approx((0.0456, 0.6994), abs=1e-4)
     assert found["held-out kinds"]["after"]["share"] == 1 / 8 and found["trained kinds"]["before"]["share"] == 1 / 30
 
