@@ -48,17 +48,19 @@ def residual(
     valid = (targets >= 0) & (targets < vocab)
     column = targets.clamp(0, vocab - 1)[:, None]
     z, slope = _transformed(logits, transform, bias)
+    found = {"mean_logit": z.mean(1)} if "mean_logit" in extras else {}
+    # From here on relative to the row's maximum: at logits of 1e4 an ulp of lse is 1e-3, in every probability alike.
+    highest = z.amax(1)
+    highest = torch.where(highest.isfinite(), highest, 0.0)
+    z -= highest[:, None]
     lse = torch.logsumexp(z, dim=1)
     z_target = z.gather(1, column)[:, 0]
     logp = torch.where(valid, z_target - lse, torch.nan)
     probs = torch.exp(z - lse[:, None])
-    found = {}
     if "entropy" in extras:
         found["entropy"] = -torch.where(probs > 0, probs * (z - lse[:, None]), 0.0 * probs).sum(1)
     if "top1" in extras:
         found["top1"] = ((z.argmax(1) == targets) & (lse < torch.inf)).to(lse.dtype)
-    if "mean_logit" in extras:
-        found["mean_logit"] = z.mean(1)
     if "log_sum_p2" in extras:
         found["log_sum_p2"] = torch.logsumexp(2 * (z - lse[:, None]), dim=1)
     scale = None
@@ -69,7 +71,7 @@ def residual(
         out.copy_(u.masked_fill_(ignored[:, None], 0.0))
         scale = torch.full_like(lse, transform.row_factor).masked_fill_(ignored, 0.0)
     zeroed = {name: value.masked_fill_(ignored, 0.0) for name, value in found.items()}
-    return RowStats(logp.masked_fill_(ignored, 0.0), lse.masked_fill_(ignored, 0.0), scale, **zeroed)
+    return RowStats(logp.masked_fill_(ignored, 0.0), (lse + highest).masked_fill_(ignored, 0.0), scale, **zeroed)
 
 
 def fold(
