@@ -1,5 +1,5 @@
-"""Writes the tables of docs/training.md and docs/rounds.md from the code: every key of a configuration file, every loss
-and its options.
+"""Writes the tables of docs/training.md, docs/rounds.md and docs/watch.md from the code: every key of a configuration
+file, every loss and its options, every metric.
 
     python docs/config_tables.py            rewrites what stands between the markers of the pages
     python docs/config_tables.py --check    exits with 1 where that would change them
@@ -15,6 +15,7 @@ import inspect
 import io
 import re
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, get_args
 
@@ -23,12 +24,13 @@ from transformers import AutoTokenizer
 
 from fastpref import losses
 from fastpref.data import records_from_rows
+from fastpref.report.metrics import METRICS, SAMPLES
 from fastpref.rounds.config import RoundsConfig
 from fastpref.rounds.pairing import Pairing
 from fastpref.train import config, preview
 from fastpref.train.vllm_engine import EngineName
 
-PAGE, ROUNDS = Path(__file__).with_name("training.md"), Path(__file__).with_name("rounds.md")
+PAGE, ROUNDS, WATCH = (Path(__file__).with_name(name) for name in ("training.md", "rounds.md", "watch.md"))
 FIELD = re.compile(r"    (?P<name>\w+): (?P<type>[^=#]+?)(?: = (?P<default>.+?))?(?:  # (?P<comment>.*))?$")
 COMMENT = re.compile(r"    # (.*)$")
 
@@ -151,13 +153,27 @@ def examples_text() -> str:
     return "\n".join(["```text", *lines, "```", ""])
 
 
+def metric_table(keys: Iterable[str] = METRICS) -> str:
+    lines = ["| metric | unit | better | what it is |", "|---|---|---|---|"]
+    found = [(key, METRICS[key]) for key in keys]
+    lines += [f"| `{key}` | {about.unit} | {about.better} | {escaped(about.what)} |" for key, about in found]
+    return "\n".join([*lines, ""])
+
+
 def written(page: str) -> str:
     """The page on training with its tables as the code has them now."""
-    return _with_tables(page, {"examples": examples_text(), "config": config_tables(), "losses": loss_table()})
+    return _with_tables(page, {"examples": examples_text(), "config": config_tables(), "losses": loss_table(),
+                               "metrics": metric_table()})
 
 
 def written_rounds(page: str) -> str:
     return _with_tables(page, {"rounds": config_tables(RoundsConfig)})
+
+
+def written_watch(page: str) -> str:
+    always = ("logps/chosen", "logps/rejected", "rewards/accuracies", "rewards/margins", "kl",
+              *(key for key in METRICS if key.startswith("watch/")))
+    return _with_tables(page, {"watch": metric_table(always), "samples": metric_table(["kl", *SAMPLES])})
 
 
 def _with_tables(page: str, tables: dict[str, str]) -> str:
@@ -171,7 +187,7 @@ def _with_tables(page: str, tables: dict[str, str]) -> str:
 
 
 if __name__ == "__main__":
-    for path, write in ((PAGE, written), (ROUNDS, written_rounds)):
+    for path, write in ((PAGE, written), (ROUNDS, written_rounds), (WATCH, written_watch)):
         before = path.read_text(encoding="utf-8")
         after = write(before)
         if "--check" not in sys.argv:

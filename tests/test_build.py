@@ -95,6 +95,8 @@ def test_every_way_of_installing(tmp_path):
     names = zipfile.ZipFile(wheel).namelist()
     assert sum(name.startswith("fastpref/_native") and name.endswith(".so") for name in names) == 1
     assert "fastpref/rows/native.py" in names
+    templates = {f"fastpref/report/templates/{path.name}" for path in (ROOT / "fastpref/report/templates").iterdir()}
+    assert len(templates) >= 8 and templates <= set(names)
     assert not any(name.startswith(("csrc", "tests", "build")) for name in names)
     pip("install", "--no-deps", wheel)
     assert str(builder) in where()
@@ -113,6 +115,7 @@ def test_every_way_of_installing(tmp_path):
     (sdist,) = (tmp_path / "dist").glob("*.tar.gz")
     packed = {name.split("/", 1)[1] for name in tarfile.open(sdist).getnames() if "/" in name}
     assert {"CMakeLists.txt", "csrc/module.cpp", "csrc/rows.h", "csrc/cpu/rows.cpp", "csrc/cpu/vec.h"} <= packed
+    assert templates <= packed
     (wheel,) = (tmp_path / "dist").glob("*.whl")
     pip("install", "--no-deps", wheel)
     assert str(builder) in where()

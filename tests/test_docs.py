@@ -359,6 +359,8 @@ def test_the_tables_of_keys_and_losses_are_the_codes():
     assert page == tables.written(page), "run: python docs/config_tables.py"
     rounds = tables.ROUNDS.read_text(encoding="utf-8")
     assert rounds == tables.written_rounds(rounds), "run: python docs/config_tables.py"
+    watch = tables.WATCH.read_text(encoding="utf-8")
+    assert watch == tables.written_watch(watch), "run: python docs/config_tables.py"
     keys = {field.name for field in dataclasses.fields(RoundsConfig)}
     assert keys <= set(re.findall(r"^\| `(\w+)`", rounds, flags=re.M))
     described = set(re.findall(r"^\| \[?`(\w+)`", page, flags=re.M))

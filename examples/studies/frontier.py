@@ -39,7 +39,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import study  # noqa: E402
 
 import fastpref as fp  # noqa: E402
-from fastpref.train import laws  # noqa: E402
+from fastpref.report import laws  # noqa: E402
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

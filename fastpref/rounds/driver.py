@@ -39,6 +39,7 @@ from transformers import PreTrainedTokenizerBase
 from fastpref.data import Example, Examples, Invalid, load_records
 from fastpref.errors import UserError
 from fastpref.files import crc32_of, replacing, write_text
+from fastpref.report.page import write_report
 from fastpref.train import checkpoint
 from fastpref.train.best_of_n import best_of_n
 from fastpref.train.checkpoint import snapshot
@@ -66,7 +67,6 @@ from fastpref.train.model import (
 from fastpref.train.optim import check_optimizer
 from fastpref.train.prepare import Data, Length, check_model, load_data, needs_of
 from fastpref.train.rendering import dated, keep_date, rendering_of
-from fastpref.train.report import write_report
 from fastpref.train.run_folder import refuse_removed
 from fastpref.train.sample import Engine, Sample, Sampling, sample
 from fastpref.train.scorer import Prompt, Scorer, load_scorer

@@ -1,22 +1,26 @@
 """What rounds came to: lines while they run, the table at their end, and report.html for all of them.
 
-The page reads files alone (summary.json, config.yaml, pairs.jsonl), so it can be made again at any time.
+The page, report/templates/rounds.html, is made of files alone (summary.json, config.yaml, pairs.jsonl), at any time.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from html import escape
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup
 from rich.table import Table
 
 from fastpref.files import write_text
-from fastpref.train.chart import Line, line_chart, number, percent
+from fastpref.report.charts import Line, line_chart
+from fastpref.report.metrics import number, percent
+from fastpref.report.page import change_card
+from fastpref.report.render import render
 from fastpref.train.display import Display, duration
-from fastpref.train.report import html_page
 
 Values = Mapping[str, Any]
 
@@ -77,13 +81,13 @@ def _columns(values: Values) -> list[tuple[str, float | None, Any]]:
 def show_table(display: Display, summary: Values) -> None:
     """A row a round, the start first."""
     rows = [summary["start"], *summary["rounds"]]
-    labels = list(dict.fromkeys(label for row in rows for label, value, _ in _columns(row) if value is not None))
+    labels = _labels(rows)
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))  # fits 80 columns
     held_out = [f"held-out\n{label}" for label in labels]
     for head in ("round", "prompts", _noun(rows[-1]), "sampled\nreward", *held_out, "time"):
         table.add_column(head.replace("exact ", "exact\n"), justify="right")
     for row in rows:
-        shown = {label: show(value) for label, value, show in _columns(row) if value is not None}
+        shown = _shown(row)
         cells = [shown.get(label, "") for label in labels]
         if not row["round"]:
             table.add_row("start", "", "", "", *cells, "")
@@ -106,149 +110,89 @@ def write_page(run_dir: Path) -> Path:
     """Writes run_dir/report.html (atomically) from summary.json, and returns its path."""
     summary = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
     config = (run_dir / "config.yaml").read_text(encoding="utf-8", errors="replace")
-    rows = summary["rounds"]
-    trained = [row for row in rows if (run_dir / _folder(row) / "train" / "report.html").is_file()]
+    rounds = summary["rounds"]
+    rows = [summary["start"], *rounds]
     name = run_dir.resolve().name
-    body = [
-        f'<header><h1>{escape(name)}</h1><ul class="facts"><li>{len(rows)} rounds</li>'
-        f"<li>{escape(str(summary.get('device', '')))}</li></ul></header>",
-        _headlines(summary),
-        f'<section><h2>Over the rounds</h2><div class="charts">{_charts(summary)}</div></section>',
-        _table(summary, {row["round"] for row in trained}, (run_dir / "start" / "report.html").is_file()),
-        _times(rows),
-        _pairs(run_dir / _folder(rows[-1]) / "pairs.jsonl", rows[-1]["round"]),
-        f"<details><summary>Configuration (config.yaml)</summary><pre>{escape(config.rstrip())}</pre></details>",
-    ]
     path = run_dir / "report.html"
-    write_text(path, html_page(f"{name} · fastpref rounds", body))
+    write_text(path, render(
+        "rounds.html", title=f"{name} · fastpref rounds", name=name, device=summary.get("device", ""),
+        cards=_headlines(rows), charts=_charts(rows), labels=_labels(rows), rows=[_row(run_dir, row) for row in rows],
+        rounds=rounds, parts_of_time=[part for part in PARTS if any(row["seconds"].get(part) for row in rounds)],
+        pairs=_pairs(run_dir / f"round-{rounds[-1]['round']:03d}" / "pairs.jsonl"), config=config.rstrip(),
+    ))
     return path
 
 
-def _folder(row: Values) -> str:
-    return f"round-{row['round']:03d}"
+def _labels(rows: Sequence[Values]) -> list[str]:
+    """Of the columns in which a row has a value."""
+    return list(dict.fromkeys(label for row in rows for label, value, _ in _columns(row) if value is not None))
+
+
+def _shown(row: Values) -> dict[str, str]:
+    return {label: show(value) for label, value, show in _columns(row) if value is not None}
+
+
+def _row(run_dir: Path, row: Values) -> dict[str, Any]:
+    """What the page's table says of a round; to: its own report, where it has one."""
+    to = f"round-{row['round']:03d}/train/report.html" if row["round"] else "start/report.html"
+    return {**row, "to": to if (run_dir / to).is_file() else "", "held_out": _shown(row)}
 
 
 def _series(rows: Sequence[Values], label: str) -> list[tuple[float, float]]:
     """Of the start (round 0) and every round."""
-    found = []
-    for row in rows:
-        value = next((value for name, value, _ in _columns(row) if name == label), None)
-        if value is not None:
-            found.append((float(row["round"]), float(value)))
-    return found
+    return [(float(row["round"]), float(value)) for row in rows for name, value, _ in _columns(row)
+            if name == label and value is not None]
 
 
-def _headlines(summary: Values) -> str:
-    rows = [summary["start"], *summary["rounds"]]
+def _headlines(rows: Sequence[Values]) -> list[dict[str, Any]]:
     cards = []
     for label, _, show in _columns(rows[-1]):
         points = _series(rows, label)
-        if label == "KL" or len(points) < 2:
-            continue
-        before, after = points[0][1], points[-1][1]
-        arrow = "▲" if after > before else "▼" if after < before else "="
-        mood = "better" if after > before else "worse" if after < before else ""
-        amount = f"{abs(100 * (after - before)):.1f} points" if show is percent else number(abs(after - before))
-        cards.append(
-            f'<div class="card number {mood}"><dt>Held-out {escape(label)}</dt><dd><strong>{show(after)}</strong>'
-            f'<span class="change-by">{arrow} {amount} <span class="mood">{mood}</span></span>'
-            f'<span class="was">before round 1: {show(before)}</span></dd></div>'
-        )
-    total = _total_seconds(summary["rounds"])
-    cards.append(
-        f'<div class="card number"><dt>Wall time</dt><dd><strong>{duration(total["total"])}</strong>'
-        f'<span class="was">{escape(time_split(total).partition(" | ")[2])}</span></dd></div>'
-    )
-    return f'<dl class="numbers">{"".join(cards)}</dl>'
+        if label != "KL" and len(points) >= 2:
+            cards.append(change_card(f"Held-out {label}", points[0][1], points[-1][1], show, "higher",
+                                     "before round 1"))
+    time, _, split = time_split(_total_seconds(rows[1:])).partition(" | ")
+    return [*cards, {"label": "Wall time", "value": time, "was": split}]
 
 
-def _charts(summary: Values) -> str:
-    rows = [summary["start"], *summary["rounds"]]
-    rounds = summary["rounds"]
+def _charts(rows: Sequence[Values]) -> list[Markup]:
+    """Against the round; 0 is the model before the first."""
     last = next(label for label, _, _ in reversed(_columns(rows[-1])[:-1]))
-    sampled = [(float(row["round"]), float(row["reward"])) for row in rounds if row["reward"] is not None]
-    kept = [(float(row["round"]), float(row["pairs"])) for row in rounds]
-    dropped = [(float(row["round"]), float(sum(row["dropped"].values()))) for row in rounds]
+
+    def of_rounds(value: Callable[[Values], float | None]) -> list[tuple[float, float]]:
+        found = [(float(row["round"]), value(row)) for row in rows[1:]]
+        return [(x, float(y)) for x, y in found if y is not None]
+
     rewards = [Line("held-out sample", _series(rows, "reward"), "eval", "marked")]
     if last.startswith("best of"):
         rewards.append(Line(f"held-out {last}", _series(rows, last), "rejected", "marked"))
-    rewards.append(Line("sampled, as the round began", sampled, "train", "marked"))
-    match = [Line("held-out", _series(rows, "exact match"), "eval", "marked")]
-    kl = [Line("held-out", _series(rows, "KL"), "eval", "marked")]
-    pairs = [Line("kept", kept, "chosen", "marked"), Line("dropped", dropped, "rejected", "marked")]
-    return "".join((
-        line_chart("Exact match of greedy generations", match, y_label="held-out prompts", x_label="round", shares=True,
-                   note="Round 0 is the model before the first."),
-        line_chart("Reward", rewards, y_label="score, mean over responses", x_label="round"),
-        line_chart("KL to the reference, on the data's responses", kl, y_label="nats per response", x_label="round"),
-        line_chart("What pairing kept", pairs, y_label="pairs", x_label="round", from_zero=True),
-    ))
+    rewards.append(Line("sampled, as the round began", of_rounds(lambda row: row["reward"]), "train", "marked"))
+    pairs = [Line("kept", of_rounds(lambda row: row["pairs"]), "chosen", "marked"),
+             Line("dropped", of_rounds(lambda row: sum(row["dropped"].values())), "rejected", "marked")]
+    match, kl = ([Line("held-out", _series(rows, label), "eval", "marked")] for label in ("exact match", "KL"))
+    chart = partial(line_chart, x_label="round", x_name="round")
+    return [
+        chart("Exact match of greedy generations", match, y_label="held-out prompts", shares=True,
+              note="Round 0 is the model before the first."),
+        chart("Reward", rewards, y_label="score, mean over responses"),
+        chart("KL to the reference, on the data's responses", kl, y_label="nats per response", from_zero=True),
+        chart("What pairing kept", pairs, y_label="pairs", from_zero=True),
+    ]
 
 
-def _table(summary: Values, linked: set[int], start_linked: bool) -> str:
-    heads = ("sampled reward", "prompts", "responses", "empty", "duplicates", "failed", "cut", "offline", "pairs",
-             "why no pair")
-    rows = [summary["start"], *summary["rounds"]]
-    labels = list(dict.fromkeys(label for row in rows for label, value, _ in _columns(row) if value is not None))
-    lines = []
-    for row in rows:
-        shown = {label: show(value) for label, value, show in _columns(row) if value is not None}
-        if not row["round"]:
-            first = '<a href="start/report.html">start</a>' if start_linked else "start"
-            name, cells = first, [""] * len(heads)
-        else:
-            counts = row["counts"]
-            href = f'<a href="{_folder(row)}/train/report.html">{row["round"]}</a>'
-            name, cells = href if row["round"] in linked else str(row["round"]), [number(row["reward"])]
-            cells += [f"{counts[key]:,}" for key in ("prompts", "responses", "empty", "duplicates", "failed", "cut")]
-            why = ", ".join(f"{n:,} {reason}" for reason, n in row["dropped"].items())
-            cells += [f"{row['offline']:,}", f"{row['pairs']:,}", escape(why)]
-        cells = [name, *(shown.get(label, "") for label in labels), *cells]
-        lines.append(f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
-    every = ["round", *(f"held-out {label}" for label in labels), *heads]
-    return _section("Every round", "its number leads to its own report", every, lines)
-
-
-def _section(title: str, note: str, heads: Sequence[str], lines: Sequence[str]) -> str:
-    head = "".join(f'<th scope="col">{escape(text)}</th>' for text in heads)
-    table = f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
-    return f'<section><h2>{title} <small>{note}</small></h2><div class="scroll">{table}</div></section>'
-
-
-def _times(rows: Sequence[Values]) -> str:
-    parts = [part for part in PARTS if any(row["seconds"].get(part) for row in rows)]
-    lines = []
-    for row in rows:
-        total = row["seconds"]["total"]
-        cells = [f"<td>{row['round']}</td>"]
-        for part in parts:
-            value = row["seconds"].get(part, 0.0)
-            cells.append(f"<td>{number(value)} s ({100 * value / total:.0f}%)</td>")
-        cells.append(f"<td>{number(total, 4)} s{' (went on)' if row['resumed'] else ''}</td>")
-        lines.append(f"<tr>{''.join(cells)}</tr>")
-    note = "scoring and pairing are what sampling did not cover: they run beside it"
-    return _section("Wall time", note, ["round", *parts, "total"], lines)
-
-
-def _pairs(path: Path, last: int) -> str:
-    """The first few examples of the last round, as text."""
-    if not path.is_file():
-        return ""
+def _pairs(path: Path) -> list[list[tuple[str, str, float | None]]]:
+    """The first few examples of a round: (what, text, score) of their parts."""
     cards = []
-    with path.open(encoding="utf-8") as lines:
+    with path.open(encoding="utf-8") if path.is_file() else nullcontext(()) as lines:
         for line, _ in zip(lines, range(MOST_PAIRS)):
             record = json.loads(line)
-            parts = [f"<div><h4>Prompt</h4><pre>{_clip(record['prompt'])}</pre></div>"]
             given = iter(record.get("scores", ()))
-            for key in ("chosen", "rejected", "completion"):
-                if key in record:
-                    score = next(given, None)
-                    title = key.capitalize() + ("" if score is None else f" <small>score {number(score)}</small>")
-                    parts.append(f"<div><h4>{title}</h4><pre>{_clip(record[key])}</pre></div>")
-            cards.append(f'<article class="card sample">{"".join(parts)}</article>')
-    return f"<section><h2>Examples that round {last} trained on</h2>{''.join(cards)}</section>" if cards else ""
+            sides = [key for key in ("chosen", "rejected", "completion") if key in record]
+            parts = [("prompt", None), *((key, next(given, None)) for key in sides)]
+            cards.append([(key.capitalize(), _text(record[key]), score) for key, score in parts])
+    return cards
 
 
-def _clip(text: Any) -> str:
+def _text(text: Any) -> str:
     text = text if isinstance(text, str) else "\n".join(f"{m['role']}: {m.get('content', '')}" for m in text)
-    return escape(text[:MOST_CHARS] + (" …" if len(text) > MOST_CHARS else ""))
+    return text[:MOST_CHARS] + (" …" if len(text) > MOST_CHARS else "")

@@ -1,1 +1,1 @@
-"""Training: configuration, loop, reference log-probs, checkpoints, metrics, evaluation, report."""
+"""Training: configuration, loop, reference log-probs, checkpoints, metrics, evaluation."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,6 +14,8 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, Tex
 from rich.table import Table
 from rich.text import Text
 
+from fastpref.report.metrics import metric
+
 
 def quiet_imports() -> None:
     """transformers imports torchao, which tells of parts it cannot load: lines that no user can do anything about."""
@@ -21,27 +23,25 @@ def quiet_imports() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-SHARES = ("watch/chosen_fell", "rewards/accuracies", "accuracy", "exact_match", "mfu")
-# name, label in the progress line
-SHOWN = (
-    ("loss", "loss"),
-    ("rewards/margins", "margin"),
-    ("rewards/accuracies", "acc"),
-    ("margin", "margin"),
-    ("accuracy", "acc"),
-    ("tokens_per_s", "tok/s"),
-    ("mfu", "mfu"),
-    ("scored_tokens_per_s", "scored"),
-    ("saved_tokens_per_s", "saved"),
-)
+# in the progress line
+SHOWN = ("loss", "rewards/margins", "rewards/accuracies", "margin", "accuracy", "tokens_per_s", "mfu",
+         "scored_tokens_per_s", "saved_tokens_per_s")
+# in the table at the end, and in a line
+ROWS = ("exact_match", "rewards/accuracies", "rewards/margins", "accuracy", "margin", "mean_reward", "logps/chosen",
+        "logps/rejected", "watch/chosen_change", "watch/chosen_fell", "watch/length_correlation", "kl", "loss")
 
 
 def number(name: str, value: float, digits: int = 4) -> str:
-    if name.startswith(SHARES):
+    unit = metric(name).unit
+    if unit == "share":
         return f"{100 * value:.{max(digits - 3, 0)}f} %"
-    if name.endswith("tokens_per_s") or name == "peak_memory_mib":
+    if unit in ("tokens/s", "MiB"):
         return f"{value:,.0f}"
     return f"{value:.{digits}g}" if abs(value) < 1e4 else f"{value:,.0f}"
+
+
+def _line(keys: Sequence[str], values: Mapping[str, float], digits: int = 4) -> list[str]:
+    return [f"{metric(key).short} {number(key, values[key], digits)}" for key in keys if key in values]
 
 
 def duration(seconds: float) -> str:
@@ -127,8 +127,8 @@ class StepBar:
             self.display.progress.update(self.task, completed=step, values=values)
             return
         left = (time.monotonic() - self.started) / max(step - self.first, 1) * (self.total - step)
-        parts = [f"{label} {number(name, values[name])}" for name, label in SHOWN if name in values]
-        self.display.say(f"{self.name} {step}/{self.total} | {' | '.join(parts)} | eta {duration(left)}")
+        parts = " | ".join(_line(SHOWN, values))
+        self.display.say(f"{self.name} {step}/{self.total} | {parts} | eta {duration(left)}")
 
 
 class _Count(ProgressColumn):
@@ -140,9 +140,7 @@ class _Count(ProgressColumn):
 
 class _Values(ProgressColumn):
     def render(self, task: Task) -> Text:
-        values = task.fields["values"]
-        parts = [f"{label} {number(name, values[name], 3)}" for name, label in SHOWN if name in values]
-        return Text("  ".join(parts), no_wrap=True, overflow="ellipsis")
+        return Text("  ".join(_line(SHOWN, task.fields["values"], 3)), no_wrap=True, overflow="ellipsis")
 
 
 class _Eta(ProgressColumn):
@@ -151,26 +149,8 @@ class _Eta(ProgressColumn):
         return Text("" if left is None or task.finished else f"eta {duration(left)}", style="dim")
 
 
-# name, label in the table at the end, label in a line
-ROWS = (
-    ("exact_match", "exact match, greedy", "exact match"),
-    ("rewards/accuracies", "reward accuracy", "acc"),
-    ("rewards/margins", "reward margin", "margin"),
-    ("accuracy", "accuracy", "acc"),
-    ("margin", "reward margin", "margin"),
-    ("mean_reward", "mean reward", "mean reward"),
-    ("logps/chosen", "chosen log-prob, nats", "chosen"),
-    ("logps/rejected", "rejected log-prob, nats", "rejected"),
-    ("watch/chosen_change", "chosen log-prob since the start", "chosen change"),
-    ("watch/chosen_fell", "pairs whose chosen log-prob fell", "chosen fell"),
-    ("watch/length_correlation", "correlation of margin and length", "length corr."),
-    ("kl", "KL to the reference, nats", "kl"),
-    ("loss", "loss", "loss"),
-)
-
-
 def evaluation_line(values: Mapping[str, float]) -> str:
-    return " | ".join(f"{short} {number(key, values[key])}" for key, _, short in ROWS if key in values)
+    return " | ".join(_line(ROWS, values))
 
 
 def samples_line(values: Mapping[str, float]) -> str:
@@ -195,8 +175,9 @@ def evaluation_table(title: str, columns: Mapping[str, Mapping[str, float]]) -> 
     table.add_column("held-out")
     for name in columns:
         table.add_column(escape(name), justify="right")
-    for key, label, _ in ROWS:
+    for key in ROWS:
         if any(key in values for values in columns.values()):
             cells = (number(key, values[key]) if values.get(key) is not None else "" for values in columns.values())
-            table.add_row(label, *cells)
+            about = metric(key)
+            table.add_row(f"{about.name}, {about.unit}" if about.unit == "nats" else about.name, *cells)
     return table

@@ -37,6 +37,7 @@ from transformers import PreTrainedTokenizerBase
 from fastpref.data import Batch, Example
 from fastpref.errors import UserError
 from fastpref.files import PARTIAL, write_text
+from fastpref.report.page import write_report
 
 from . import checkpoint, guard, ranks, reference, sharding
 from .cache import obtain, splits_of
@@ -74,7 +75,6 @@ from .optim import Updater, check_optimizer, learning_rate
 from .prepare import Data, Schedule, check_model, load_data, needs_of
 from .reference import ReferenceLogps
 from .rendering import dated, keep_date
-from .report import write_report
 from .run_folder import LEFT, clear, reference_again, reference_at_start, refuse_removed, refuse_used
 from .scorer import Scorer, load_scorer
 from .source import adapter_lines, goes_on_with_adapter

@@ -7,7 +7,7 @@ import math
 import numpy
 import pytest
 
-from fastpref.train.laws import FORMS, compare, fit, t_quantile
+from fastpref.report.laws import FORMS, compare, fit, t_quantile
 
 D = numpy.linspace(0.2, 4.0, 12)
 

@@ -1,16 +1,19 @@
 """The run report: its numbers are those of the files, its charts are to scale, and no text of a run is markup."""
 
+import ast
 import json
 import math
 import re
 import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 
 from fastpref.errors import UserError
-from fastpref.train import chart
-from fastpref.train.report import write_report
+from fastpref.report import charts as chart
+from fastpref.report import metrics
+from fastpref.report.page import write_report
 
 VOID = {"meta", "br", "hr", "img", "input", "link"}
 
@@ -298,13 +301,42 @@ def test_a_report_is_replaced_whole(tmp_path):
     assert sorted(p.name for p in run.iterdir()) == ["metrics.jsonl", "report.html"]
 
 
+@pytest.mark.parametrize("size", ["large", "small"])
+@pytest.mark.parametrize("values", [(-125_456.0, -123_456.0), (1_234_567.0, 1_334_567.0), (-2.5e-7, 0.0), (0.1, 0.2)])
+def test_labels_of_the_axes_are_on_the_picture(values, size):
+    """A digit is at most 0.64 em wide (DejaVu, the widest in use), at 12 px, of large charts on a phone 16."""
+    points = [(0, values[0]), (1_000_000, values[1])]
+    root = ET.fromstring(chart.line_chart("t", [chart.Line("l", points, "eval", "marked")], y_label="y", size=size))
+    width, digit = (520, 0.64 * 16) if size == "large" else (260, 0.64 * 12)
+    labels = [t for t in root.iter("text") if t.get("class") == "tick"]
+    left = [float(t.get("x")) - digit * len(t.text) for t in labels if t.get("text-anchor") == "end"]
+    right = [float(t.get("x")) + digit * len(t.text) / 2 for t in labels if t.get("text-anchor") == "middle"]
+    assert len(left) >= 2 and min(left) >= 0 and len(right) >= 2 and max(right) <= width
+
+
+def test_there_is_no_half_of_a_step():
+    def labels(points):
+        root = ET.fromstring(chart.line_chart("t", [chart.Line("l", points, "eval")], y_label="y"))
+        return [t.text for t in root.iter("text") if t.get("text-anchor") == "middle"]
+
+    assert labels([(0, 1.0), (1, 2.0), (2, 3.0)]) == ["0", "1", "2"]
+    assert labels([(0.0, 1.0), (1.5, 2.0)]) == ["0", "0.5", "1", "1.5"]  # a distance has
+
+
+def test_the_report_stands_on_files_alone():
+    folder = Path(metrics.__file__).parent
+    imported = {node.module for path in folder.glob("*.py") for node in ast.walk(ast.parse(path.read_text()))
+                if isinstance(node, ast.ImportFrom) and not node.level and node.module.startswith("fastpref")}
+    assert imported <= {"fastpref.errors", "fastpref.files"}
+
+
 @pytest.mark.parametrize(
     ("value", "text"),
     [(0, "0"), (-0.0, "0"), (0.69314, "0.693"), (-12.345, "−12.3"), (1234567.8, "1,234,568"), (5e-7, "5e-7"),
      (-5e-7, "−5e-7"), (0.001, "0.001"), (999.6, "1,000"), (None, "n/a"), (math.nan, "n/a"), (-math.inf, "n/a")],
 )
 def test_number(value, text):
-    assert chart.number(value) == text
+    assert metrics.number(value) == text
 
 
 @pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (-35.2, -11.8), (0.0, 5e-7), (4998.0, 5003.0), (-1e6, 3e6)])

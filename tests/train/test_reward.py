@@ -19,6 +19,7 @@ from tiny import make, make_config, make_pairs, make_tokenizer, read_metrics, wr
 from fastpref import cli
 from fastpref.data import LAYOUTS, Example, collate, load_records, tokenize_records, with_margins
 from fastpref.errors import UserError
+from fastpref.report.metrics import METRICS
 from fastpref.train.display import Display
 from fastpref.train.evaluate import totals_of
 from fastpref.train.held_out import evaluate_run
@@ -251,6 +252,7 @@ def test_a_run_learns_and_says_so_in_a_reward_models_words(world, tmp_path, caps
     summary = train(config, display=Display(Console(file=shown, width=120)))
     assert summary["after"]["accuracy"] == 1 and summary["after"]["loss"] < 0.6 * summary["before"]["loss"]
     lines = read_metrics(tmp_path / "run")
+    assert {key for line in lines for key in line} - {"stage", "split", "step"} <= set(METRICS)
     names = {"loss", "accuracy", "margin", "mean_reward", "rewards/chosen", "rewards/rejected"}
     assert all(names <= row.keys() for row in lines)
     for row in lines:

@@ -21,13 +21,14 @@ from transformers import LlamaForCausalLM
 
 from fastpref.data import Example, load_records, tokenize_records
 from fastpref.errors import UserError
+from fastpref.report.metrics import METRICS
+from fastpref.report.page import write_report
 from fastpref.train import checkpoint, loop, watch
 from fastpref.train.checkpoint import State
 from fastpref.train.config import config_from_dict
 from fastpref.train.evaluate import MetricSums, evaluate
 from fastpref.train.loop import Stopped, train
 from fastpref.train.model import load_policy, load_tokenizer
-from fastpref.train.report import write_report
 from fastpref.train.watch import Fresh, FreshPrompt, Start
 
 EOS, LENGTH = 2, 3
@@ -348,6 +349,8 @@ def test_rewards_of_fresh_samples_and_the_best_checkpoint(world, tmp_path, quiet
     rows = [row for row in read_metrics(tmp_path / "run") if row["split"] == "sample"]
     assert [row["reward"] for row in rows] == [5.0, 9.0, 8.0, 7.0, 6.0]
     assert all(row["not_scored"] == 1 for row in rows)
+    logged = {key.removesuffix("_error") for row in read_metrics(tmp_path / "run") for key in row}
+    assert logged - {"stage", "split", "step"} <= set(METRICS)
     assert summary["stages"]["dpo"]["best"]["step"] == 2
     assert [path.name for path in checkpoint.checkpoints(tmp_path / "run")] == ["00-dpo-00000002", "00-dpo-00000006"]
     html = write_report(tmp_path / "run").read_text()
@@ -486,7 +489,7 @@ def write_run(folder, distances, rewards, **summary):
 
 def words_of(folder):
     html = write_report(folder).read_text(encoding="utf-8")
-    return " ".join(html.replace("−", "-").replace("&#x27;", "'").split())
+    return " ".join(html.replace("−", "-").replace("&#39;", "'").split())
 
 
 def test_the_report_fits_what_the_samples_say(tmp_path):

@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy
+from markupsafe import Markup
 
-from .chart import Line, line_chart, number
+from .charts import Line, line_chart
 from .laws import Comparison, Estimate, Fit, compare
+from .metrics import number
 
 CURVE_POINTS = 80
 X_LABEL = "√KL to the reference, √nats"
@@ -42,10 +44,10 @@ def fitted(points: Sequence[Measured]) -> Comparison | str:
         return f"No law is fitted: {error}."
 
 
-def frontier(points: Sequence[Measured], best_place: str) -> str:
+def frontier(points: Sequence[Measured], best_place: str) -> Markup:
     """A `<figure>` of rewards from a scorer, with both fits. best_place: where the best checkpoint is, for the note."""
     if len(points) < 2:
-        return ""
+        return Markup()
     best, found = best_of(points), fitted(points)
     lines = [_measured("fresh samples, ± standard error", points), _best(best)]
     notes = [best_sentence(points, best_place)]
@@ -62,10 +64,10 @@ def frontier(points: Sequence[Measured], best_place: str) -> str:
                       x_label=X_LABEL, x_name="√KL", note=" ".join(notes))
 
 
-def implicit_frontier(points: Sequence[Measured]) -> str:
+def implicit_frontier(points: Sequence[Measured]) -> Markup:
     """A `<figure>` of the implicit reward margin, where nothing better was measured."""
     if len(points) < 2:
-        return ""
+        return Markup()
     best = best_of(points)
     note = (
         "Not a gold reward: no scorer was given, so this is the held-out margin that the loss itself raises, which can "
