@@ -4,6 +4,7 @@ reward model, whose head is a score layer."""
 from __future__ import annotations
 
 import hashlib
+import importlib
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -508,7 +509,7 @@ def _with_lora(config: TrainConfig, model: Any) -> Any:
     """A new adapter. On a merged model it belongs to the folder where `keep_merged` puts that."""
     peft = need_peft()
     targets: Any = list(config.lora_target_modules or ("all-linear",))
-    routers = [name for name, module in model.named_modules() if is_router(model, name)]
+    left = [name for name, module in model.named_modules() if is_router(model, name) or _refused_by_peft(model, name)]
     dropout = config.adapter_dropout
     if config.lora_dropout is None and has_experts(model):  # peft has none for 3-D weights
         dropout = 0.0
@@ -522,7 +523,7 @@ def _with_lora(config: TrainConfig, model: Any) -> Any:
                 lora_alpha=config.lora_alpha,
                 lora_dropout=dropout,
                 target_modules="all-linear" if targets == ["all-linear"] else targets,
-                exclude_modules=routers if targets == ["all-linear"] and routers else None,
+                exclude_modules=left if targets == ["all-linear"] and left else None,
             ),
         )
     except ValueError as error:
@@ -532,6 +533,18 @@ def _with_lora(config: TrainConfig, model: Any) -> Any:
     if config.merge_adapter:
         adapted.peft_config["default"].base_model_name_or_path = str(Path(config.output_dir, BASE).absolute())
     return adapted
+
+
+def _refused_by_peft(model: Any, name: str) -> bool:
+    """Layers whose weight a kernel reads past an adapter (Mamba's out_proj)."""
+    utils = importlib.import_module("peft.tuners.tuners_utils")
+    check = getattr(utils, "_check_lora_target_modules_mamba", None)
+    try:
+        if check is not None:
+            check(need_peft().LoraConfig(), model, name.rpartition(".")[2])
+    except ValueError:
+        return True
+    return False
 
 
 def take_apart(model: Any, config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> Policy:

@@ -332,6 +332,26 @@ WITHOUT_ATTENTION = {
 }
 
 
+@pytest.mark.parametrize("changes", [{"dtype": "bfloat16"}, {"use_peft": True}], ids=["bf16", "LoRA"])
+@pytest.mark.parametrize("name", WITHOUT_ATTENTION)
+def test_models_without_attention_have_bf16_weights_and_adapters(name, changes, world, tmp_path):
+    """Mamba's residual is fp32 in front of a bf16 head; peft refuses an adapter beside its out_proj."""
+    source = folder_of(WITHOUT_ATTENTION[name], tmp_path / "model")
+    policy = load_policy(make(world, tmp_path / "run", model_name_or_path=str(source), **changes), make_tokenizer())
+    policy.model.eval()
+    batch = collate(EXAMPLES, 0)
+    own = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=policy.head.weight.dtype).eval()
+    for logp, (example, side) in zip(policy.sequence_logps(batch), ((e, s) for s in (0, 1) for e in EXAMPLES)):
+        ids = torch.tensor([example.prompt_ids + example.responses[side]])
+        with torch.no_grad():
+            logits = own(input_ids=ids, use_cache=False).logits[0, :-1].float()
+            logps = logits.log_softmax(-1).gather(1, ids[0, 1:, None])
+        expected = float(logps[len(example.prompt_ids) - 1 :].sum())
+        assert float(logp) == pytest.approx(expected, rel=1e-2 if changes.get("dtype") else 1e-5)
+    names = {name.split(".")[-2] for name, _ in policy.model.named_parameters() if "lora_A" in name.split(".")}
+    assert "out_proj" not in names
+
+
 @pytest.mark.parametrize("name", WITHOUT_ATTENTION)
 def test_models_without_attention_train(name, world, tmp_path, capsys):
     source = folder_of(WITHOUT_ATTENTION[name], tmp_path / "model")
