@@ -105,11 +105,12 @@ def draw(path: str, records: int) -> None:
 def measure(phase: str, data: str, tokenizer: str, records: str) -> dict[str, float]:
     """What a start takes; in a process of its own."""
     begun = time.perf_counter()
+    from fastpref.data import identity_of
+    from fastpref.train.batch_order import BatchOrder
     from fastpref.train.config import TrainConfig
     from fastpref.train.display import Display
     from fastpref.train.model import load_tokenizer
-    from fastpref.train.prepare import Schedule, load_data
-    from fastpref.train.reference import identity
+    from fastpref.train.stage_data import load_data
 
     config = TrainConfig(model_name_or_path=tokenizer, train_dataset=data, output_dir="unused")
     tokens = load_tokenizer(config)
@@ -125,9 +126,9 @@ def measure(phase: str, data: str, tokenizer: str, records: str) -> dict[str, fl
         examples = load_data(config.stage_configs(), tokens, display)[0].train
     found["load_s"] = time.perf_counter() - begun
     begun = time.perf_counter()
-    schedule = Schedule(config, examples, 0)
+    schedule = BatchOrder(config, examples, 0)
     schedule.of_step(0)
-    identity(examples)
+    identity_of(examples)
     found["plan_s"] = time.perf_counter() - begun
     found["tokens"] = int(examples.tokens(share_prompts=True).sum())
     if phase in ("stream", "drawn"):

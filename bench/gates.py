@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fastpref.plan import DEFAULT_BUDGET, H200, Problem, plan
-from fastpref.train.memory import CONTEXT
+from fastpref.train.memory_estimate import CONTEXT
 
 from .peers import MIB
 from .presets import PRESETS

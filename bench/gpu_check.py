@@ -66,7 +66,7 @@ def timetable(out: Path, spare: int = 0) -> list[Step]:
     workers = ("-n", "8") if find_spec("xdist") else ()
     tests = {
         "head": ("tests/test_head_gpu.py", "tests/test_attention.py", "tests/train/test_optim_gpu.py",
-                 "tests/train/test_kernels.py"),
+                 "tests/train/test_liger_kernels.py"),
         "triton rows": ("tests/rows/test_triton_gpu.py",),
         "cuda rows": ("tests/rows/test_cuda_gpu.py",),
     }

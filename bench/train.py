@@ -38,8 +38,8 @@ import yaml
 from rich.table import Table
 
 import fastpref
-from fastpref.train import memory
-from fastpref.train.memory import CONTEXT, KINDS, RECIPES, Terms
+from fastpref.train import memory_estimate
+from fastpref.train.memory_estimate import CONTEXT, KINDS, RECIPES, Terms
 
 from . import command, gates
 from .gates import same_setting
@@ -61,7 +61,7 @@ PATIENCE = 3  # seconds between SIGINT and SIGKILL
 class Cell(NamedTuple):
     name: str
     preset: str
-    recipe: str  # the label of one of memory.RECIPES
+    recipe: str  # the label of one of memory_estimate.RECIPES
     max_tokens: int
     accumulation: int
     card_gb: float | None = None  # decimal gigabytes, as on the box
@@ -125,12 +125,12 @@ def plan_of(cell: Cell) -> Terms | None:
     """
     if cell.card_gb is None:
         return None
-    sizes = memory.measure(model_config(preset_of(cell.preset)), cell.max_tokens)
+    sizes = memory_estimate.measure(model_config(preset_of(cell.preset)), cell.max_tokens)
     recipe = recipe_of(cell)
     if recipe.lora and not sizes.lora:
         raise ValueError(f"{cell.name}: {sizes.no_lora}")
     for kind in [cell.checkpointing] if cell.checkpointing else KINDS[:-1]:
-        found = memory.terms(sizes, recipe, kind)
+        found = memory_estimate.terms(sizes, recipe, kind)
         if (1 + MARGIN) * found.total <= cell.card_gb * 1e9:
             return found
     raise ValueError(f"{cell.name}: by its plan {cell.recipe} does not fit {cell.card_gb:g} GB")
@@ -152,7 +152,7 @@ def fitted(cell: Cell) -> tuple[Cell, Terms | None]:
             times *= 2
 
 
-def recipe_of(cell: Cell) -> memory.Recipe:
+def recipe_of(cell: Cell) -> memory_estimate.Recipe:
     (found,) = (recipe for recipe in RECIPES if recipe.label.strip() == cell.recipe)
     return found
 

@@ -31,13 +31,13 @@ from torch import Tensor
 
 from fastpref.data import Example, collate
 from fastpref.train import loop, reference
+from fastpref.train.batch_order import BatchOrder
 from fastpref.train.config import TrainConfig, config_from_dict
-from fastpref.train.memory import CONTEXT
-from fastpref.train.metrics import device_name, peak_memory_mib
+from fastpref.train.machine import device_name, peak_memory_mib
+from fastpref.train.memory_estimate import CONTEXT
 from fastpref.train.mfu import model_flops, peak_flops
 from fastpref.train.model import enable_checkpointing, pad_token, prepared
 from fastpref.train.optim import Updater, learning_rate
-from fastpref.train.prepare import Schedule
 
 from .harness import keep_freed_memory, told
 from .peers import MIB
@@ -120,7 +120,7 @@ def steps_of(spec: Spec) -> list[list[list[Example]]]:
     mean = sum(e.tokens(True) for e in few) / len(few)
     count = 1.2 * spec.steps * spec.accumulation * spec.max_tokens / mean  # an epoch's last micro-batches may be short
     pairs = make_pairs(math.ceil(count) + 8, vocab, spec.shorter)
-    schedule = Schedule(config, pairs, SEED)
+    schedule = BatchOrder(config, pairs, SEED)
     return [[[pairs[i] for i in batch] for batch in schedule.of_step(step)[1]] for step in range(spec.steps)]
 
 

@@ -175,14 +175,14 @@ def _rounds(options: argparse.Namespace) -> None:
 
 
 def _eval(options: argparse.Namespace) -> None:
-    from .train.held_out import evaluate_run
+    from .train.evaluate_run import evaluate_run
 
     evaluate_run(options.source, options.overrides)
 
 
 def _cache_ref(options: argparse.Namespace) -> None:
-    from .train.cache import cache_reference
     from .train.config import load_config
+    from .train.reference_cache import cache_reference
 
     cache_reference(load_config(options.config, options.overrides))
 
@@ -204,7 +204,7 @@ def _info(options: argparse.Namespace) -> None:
     from rich.table import Table
 
     from . import rows
-    from .train.metrics import device_name, versions
+    from .train.machine import device_name, versions
 
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(style="bold")
@@ -291,7 +291,7 @@ def _plan(options: argparse.Namespace) -> None:
         if not getattr(options, name) >= 1:
             raise ValueError(f"{_flag(name)} is {getattr(options, name)}; it takes at least 1")
     if options.model is not None:
-        from .train.memory import load_sizes, plan_text
+        from .train.memory_estimate import load_sizes, plan_text
 
         found = load_sizes(options.model, options.max_tokens, options.lora_r)
         print(plan_text(options.model, found, options.gpu_gib, options.budget_mib * MIB))

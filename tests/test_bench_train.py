@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from bench import gates, readme, step, train, train_cell
 from bench.train_cell import Spec, make_pairs, preset_of, split_up, steps_of
-from fastpref.train.memory import CONTEXT, GIB
+from fastpref.train.memory_estimate import CONTEXT, GIB
 
 QUICK = ["--quick", "--device", "cpu", "--threads", "1"]
 SPEC = Spec("fastpref", "quick", "cpu", {"dtype": "float32"}, 256, 2, 2, shorter=20)

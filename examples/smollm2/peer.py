@@ -29,7 +29,7 @@ from fastpref.data import Example, collate
 from fastpref.train import loop, reference
 from fastpref.train.config import config_from_dict
 from fastpref.train.display import quiet_imports
-from fastpref.train.metrics import device_name, versions
+from fastpref.train.machine import device_name, versions
 from fastpref.train.model import load_policy, load_tokenizer, pad_token
 from fastpref.train.optim import Updater
 

@@ -37,7 +37,7 @@ sys.path += [str(ROOT)] if str(ROOT) not in sys.path else []  # for bench.plots
 
 from fastpref.errors import UserError  # noqa: E402
 from fastpref.train.display import duration, quiet_imports  # noqa: E402
-from fastpref.train.metrics import device_name, versions  # noqa: E402
+from fastpref.train.machine import device_name, versions  # noqa: E402
 
 Say = Callable[[str], None]
 SCHEMA = 1

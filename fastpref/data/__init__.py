@@ -11,7 +11,7 @@ Python number made here, so that nothing later has to ask the device for it.
 from .batches import LAYOUTS, Batch, Layout, batch_order, collate, eval_order, fill_batches, mismatched_parts
 from .chat import TEMPLATES, Rendering, tells_the_date
 from .records import FORMATS, Invalid, Record, load_prompts, load_records, records_from_rows, stream_records
-from .stored import Examples, hashes_of, lengths_of, load_examples, tokens_of
+from .stored import Examples, hashes_of, identity_of, lengths_of, load_examples, tokens_of
 from .tokens import KINDS, Example, Kind, TokenizeReport, tokenize_prompts, tokenize_records, with_margins
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "eval_order",
     "fill_batches",
     "hashes_of",
+    "identity_of",
     "lengths_of",
     "load_examples",
     "load_prompts",

@@ -175,6 +175,11 @@ def hashes_of(examples: Sequence[Example]) -> list[str]:
     return [e.content_hash for e in examples]
 
 
+def identity_of(examples: Sequence[Example]) -> str:
+    """Of a tokenised data set: its examples and their order."""
+    return hashlib.sha256("".join(hashes_of(examples)).encode()).hexdigest()[:32]
+
+
 def _row(column: Ragged, row: int) -> ndarray:
     values, offsets = column
     return values[offsets[row] : offsets[row + 1]]

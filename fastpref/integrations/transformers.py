@@ -61,7 +61,7 @@ class PreferenceRequest:
     backend: str | None = None
     logits_dtype: str | None = None
 
-    def score(self, head: Head, hidden: Tensor) -> PreferenceOutput:
+    def apply(self, head: Head, hidden: Tensor) -> PreferenceOutput:
         """hidden: [S, T, H], what the model gives its LM head."""
         # Fields at their defaults are left out: a loss refuses what it does not use.
         given = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not f.default}
@@ -143,7 +143,7 @@ def _preference_forward(
     results: list[PreferenceOutput] = []
 
     def score(hidden: Tensor) -> Tensor:
-        results.append(request.score(head, hidden))
+        results.append(request.apply(head, hidden))
         return hidden.new_zeros((*hidden.shape[:-1], 0))  # what is done to logits costs nothing on a vocabulary of none
 
     with in_place_of(head.module, score):

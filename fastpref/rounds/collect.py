@@ -28,8 +28,9 @@ from fastpref.data import Rendering, load_prompts, tokenize_prompts
 from fastpref.errors import SaveError, UserError
 from fastpref.train.display import Display
 from fastpref.train.loop import spent
+from fastpref.train.prompts import Prompt
 from fastpref.train.sample import Sample
-from fastpref.train.scorer import Prompt, Scorer
+from fastpref.train.scorer import Scorer
 
 from .pairing import Response, reason_to_skip
 

@@ -45,8 +45,9 @@ from fastpref.train.best_of_n import best_of_n
 from fastpref.train.checkpoint import snapshot
 from fastpref.train.config import TrainConfig
 from fastpref.train.display import Display
-from fastpref.train.loop import Given, Interrupted, StopFlag, Stopped, describe, spent, train
-from fastpref.train.metrics import check_report_to, device_name, versions
+from fastpref.train.loop import Handover, Interrupted, StopFlag, Stopped, describe, spent, train
+from fastpref.train.machine import device_name, versions
+from fastpref.train.metrics_log import check_report_to
 from fastpref.train.model import (
     BASE,
     Policy,
@@ -65,12 +66,14 @@ from fastpref.train.model import (
     weights_of,
 )
 from fastpref.train.optim import check_optimizer
-from fastpref.train.prepare import Data, Length, check_model, load_data, needs_of
+from fastpref.train.positions import SequenceLength, check_positions, longest_sequences
+from fastpref.train.prompts import Prompt
 from fastpref.train.rendering import dated, keep_date, rendering_of
 from fastpref.train.run_folder import refuse_removed
 from fastpref.train.sample import Engine, Sample, Sampling, sample
-from fastpref.train.scorer import Prompt, Scorer, load_scorer
+from fastpref.train.scorer import Scorer, load_scorer
 from fastpref.train.source import adapter_lines, source_of_run
+from fastpref.train.stage_data import StageData, load_data
 from fastpref.train.traits import follows_length
 from fastpref.train.vllm_engine import VLLM, uses_vllm
 
@@ -97,7 +100,7 @@ class Session:
     tokenizer: PreTrainedTokenizerBase
     prompts: Prompts
     held_out: Prompts | None  # for best-of-n; None: no such evaluation
-    data: Data  # the held-out examples; as `train` the offline ones
+    data: StageData  # the held-out examples; as `train` the offline ones
     offline_prompts: list[Prompt]  # of their records
     vllm: bool
     policy: Policy
@@ -243,8 +246,8 @@ def _open(run_dir: Path, config: Config, display: Display, stop: StopFlag, score
     _check_budget(config, prompts)
     asked = f"the longest prompt with rounds.max_new_tokens={settings.max_new_tokens}"
     most = max(len(ids) for part in (prompts, held_out) if part is not None for ids in part.ids)
-    sampled = Length(asked, most + settings.max_new_tokens, "lower it (together at most {})")
-    check_model([stage], [sampled, *needs_of([stage], [data])], display)
+    sampled = SequenceLength(asked, most + settings.max_new_tokens, "lower it (together at most {})")
+    check_positions([stage], [sampled, *longest_sequences([stage], [data])], display)
 
     folders = [run_dir / "start" / "model"]
     folders += [run_dir / f"round-{number:03d}" / "train" / "model" for number in range(1, settings.number + 1)]
@@ -299,7 +302,7 @@ def _start(session: Session) -> None:
     if not _is_trained(folder, 0, config):
         if config.warm_up:
             stages = replace(config.train, stages=config.warm_up, output_dir=str(folder))
-            train(stages, resume=True, display=session.display, given=Given(session.policy, session.tokenizer))
+            train(stages, resume=True, display=session.display, handover=Handover(session.policy, session.tokenizer))
         else:
             checkpoint.save(folder / "model", lambda part: save_model(session.policy, session.tokenizer, part))
         _keep_initial(session)
@@ -556,9 +559,9 @@ def _train(session: Session, number: int, examples: list[Example], seconds: dict
         assert session.initial is not None
         set_weights(session.policy, session.initial)
     exact_match, generated = session.exact_match.get(begins, ({}, []))
-    given = Given(
+    handover = Handover(
         session.policy, session.tokenizer,
-        [Data(Examples.of(examples), session.data.eval, session.data.questions, session.data.prompts)], reference,
+        [StageData(Examples.of(examples), session.data.eval, session.data.questions, session.data.prompts)], reference,
         optimizer=session.optimizer if settings.one_schedule else None,
         part=(number - 1, settings.number) if settings.one_schedule else (0, 1),
         exact_match=exact_match, generated=generated,
@@ -569,16 +572,16 @@ def _train(session: Session, number: int, examples: list[Example], seconds: dict
         stage, output_dir=str(folder), train_dataset=str(folder.parent / "pairs.jsonl"), overwrite_output_dir=True,
         reference_dir=stage.reference_dir or str(session.dir / "reference"), seed=session.config.train.seed + number,
     )
-    summary = train(config, resume=True, display=session.display, given=given)
+    summary = train(config, resume=True, display=session.display, handover=handover)
     session.trained = number
-    session.saved = given.save_model
+    session.saved = handover.save_model
     session.exact_match.setdefault(begins, _exact_match(folder, stage, "before"))
     session.exact_match[number] = _exact_match(folder, stage)
     if settings.one_schedule:
-        session.optimizer = given.optimizer
-        if given.save_model:
+        session.optimizer = handover.optimizer
+        if handover.save_model:
             with spent(seconds, "saving"):
-                _save_optimizer(folder / "optimizer.pt", given.optimizer)
+                _save_optimizer(folder / "optimizer.pt", handover.optimizer)
     return summary
 
 

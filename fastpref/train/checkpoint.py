@@ -230,7 +230,7 @@ def remove(path: Path) -> None:
 
 def clean_up(run_dir: Path) -> None:
     """Removes what a killed process left half written or half removed."""
-    for folder in (run_dir, run_dir / "checkpoints"):  # not in reference/, which other runs may share: see cache.py
+    for folder in (run_dir, run_dir / "checkpoints"):  # not in reference/, which other runs may share
         for path in folder.glob(PARTIAL + "*"):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 

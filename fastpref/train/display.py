@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,6 +15,8 @@ from rich.table import Table
 from rich.text import Text
 
 from fastpref.report.metrics import metric
+
+Tick = Callable[[int, int], None]  # (done, of): called between forward passes; may raise to stop
 
 
 def quiet_imports() -> None:

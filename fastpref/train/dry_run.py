@@ -18,20 +18,24 @@ from transformers import AutoConfig
 from fastpref.data import Examples, Layout
 from fastpref.errors import UserError
 
-from . import memory
+from . import memory_estimate
+from .batch_order import BatchOrder
 from .config import TrainConfig
 from .display import Display
+from .fresh_samples import check_prompts
 from .loop import describe
-from .memory import GIB, Terms
-from .metrics import check_report_to, device_name
+from .machine import device_name
+from .memory_estimate import GIB, Terms
+from .metrics_log import check_report_to
 from .model import check_saves, check_weights, load_tokenizer, pick_device, policy_on_meta
 from .optim import check_optimizer, learning_rate
-from .prepare import Schedule, check_model, load_data, needs_of
+from .positions import check_positions, longest_sequences
+from .prompts import decoded_prompts
 from .rendering import dated
 from .run_folder import LEFT, refuse_removed, refuse_used
 from .scorer import FUNCTION, load_scorer
 from .source import adapter_lines, source_of_run
-from .watch import check_prompts, decoded_prompts
+from .stage_data import load_data
 
 
 def dry_run(config: TrainConfig, display: Display | None = None) -> dict[str, Any]:
@@ -49,7 +53,7 @@ def dry_run(config: TrainConfig, display: Display | None = None) -> dict[str, An
     check_saves(config, tokenizer)
     stages = dated(config, tokenizer).stage_configs()
     data = load_data(stages, tokenizer, display)
-    check_model(stages, needs_of(stages, data), display)
+    check_positions(stages, longest_sequences(stages, data), display)
     policy = policy_on_meta(config, tokenizer)
     display.say(f"{describe(policy)} on {device_name(policy.device)}")
     for line in adapter_lines(config):
@@ -69,8 +73,8 @@ def dry_run(config: TrainConfig, display: Display | None = None) -> dict[str, An
         "stages": {},
     }
     for index, (stage, examples) in enumerate(zip(stages, data)):
-        schedule = Schedule(stage, examples.train, config.seed + index)
-        values = _counts(stage, examples.train, schedule, policy.layout) | {"held_out": len(examples.eval)}
+        order = BatchOrder(stage, examples.train, config.seed + index)
+        values = _counts(stage, examples.train, order, policy.layout) | {"held_out": len(examples.eval)}
         terms, why = _memory(stage, values["positions"])
         values["gpu_bytes"] = terms.total if terms else None
         found["stages"][stage.name] = values
@@ -80,12 +84,12 @@ def dry_run(config: TrainConfig, display: Display | None = None) -> dict[str, An
     return found
 
 
-def _counts(stage: TrainConfig, examples: Examples, schedule: Schedule, layout: Layout) -> dict[str, Any]:
+def _counts(stage: TrainConfig, examples: Examples, order: BatchOrder, layout: Layout) -> dict[str, Any]:
     """Of all steps. Tokens are what the trunk reads; positions those of the largest micro-batch, padding among them."""
     sizes, lengths = examples.tokens(share_prompts=False).tolist(), examples.lengths.tolist()
     in_prompts, in_responses = examples.prompt_lengths.tolist(), examples.response_lengths.sum(1).tolist()
     scored = examples.scored_lengths.sum(1).tolist()
-    steps = [schedule.of_step(step)[1] for step in range(schedule.steps)]
+    steps = [order.of_step(step)[1] for step in range(order.steps)]
     seen = [i for batches in steps for batch in batches for i in batch]
 
     def tokens(batch: list[int]) -> int:
@@ -102,10 +106,10 @@ def _counts(stage: TrainConfig, examples: Examples, schedule: Schedule, layout: 
         return len(batch) * len(examples.sides) * max(lengths[i] for i in batch)
 
     of_step = [sum(map(tokens, batches)) for batches in steps]
-    rates = [learning_rate(stage, step, schedule.steps) for step in range(schedule.steps)]
+    rates = [learning_rate(stage, step, order.steps) for step in range(order.steps)]
     return {
         "examples": len(examples),
-        "steps": schedule.steps,
+        "steps": order.steps,
         "epochs": len(seen) / len(examples),
         "examples_a_step": max(sum(map(len, batches)) for batches in steps),
         "micro_batches_a_step": max(map(len, steps)),
@@ -120,7 +124,7 @@ def _counts(stage: TrainConfig, examples: Examples, schedule: Schedule, layout: 
 
 
 def _memory(stage: TrainConfig, positions: int) -> tuple[Terms | None, str]:
-    """What memory.py says of the stage's recipe; or why it says nothing."""
+    """What memory_estimate.py says of the stage's recipe; or why it says nothing."""
     if stage.reward_model:
         return None, "not estimated: a reward model; `fastpref plan --model` tells of a causal LM, which needs more"
     try:
@@ -129,12 +133,13 @@ def _memory(stage: TrainConfig, positions: int) -> tuple[Terms | None, str]:
             source.model, revision=source.revision, trust_remote_code=stage.trust_remote_code
         )
         only = (stage.gradient_checkpointing, stage.use_peft)
-        sizes = memory.measure(config, positions, stage.lora_r, only)
+        sizes = memory_estimate.measure(config, positions, stage.lora_r, only)
     except UserError as error:
         return None, f"not estimated: {error}"
     if stage.use_peft and not sizes.lora:
         return None, f"not estimated: {sizes.no_lora}"
-    return memory.terms(sizes, memory.recipe_of(stage), stage.gradient_checkpointing, stage.memory_budget), ""
+    recipe = memory_estimate.recipe_of(stage)
+    return memory_estimate.terms(sizes, recipe, stage.gradient_checkpointing, stage.memory_budget), ""
 
 
 def _lines(stage: TrainConfig, values: dict[str, Any], terms: Terms | None, why: str) -> Iterator[str]:

@@ -61,7 +61,7 @@ def _differences(policy: Policy, batches: Sequence[Batch], floor: float) -> tupl
     with torch.set_grad_enabled(ranks.size() == 1):  # without a backward pass FSDP would wait for one
         for batch, _ in ranks.share(batches):
             batch = batch.to(policy.device)
-            logps = policy.score(batch, SFT()).logps.detach()
+            logps = policy.compute_loss(batch, SFT()).logps.detach()
             assert batch.ref_logps is not None
             ratios = (logps - batch.ref_logps).abs().double().cpu().nan_to_num(math.inf)
             tokens = torch.tensor(batch.cu_seqlens).diff().clamp(min=1).double()

@@ -3,7 +3,7 @@
     for stage in stages:                             sft, then rpo, ...; each from the weights the former ended with
         reference log-probs, once                    two floats a pair; from a file if they are there
         while step < steps:
-            sample if asked, evaluate if due           the watch on over-optimisation, watch.py
+            sample if asked, evaluate if due           the watch: fresh_samples.py, pair_metrics.py
             for batch in micro-batches:              one global batch: their losses and gradients add up to its own
                 loss.backward()
             clip, update                             skipped where a gradient is NaN or inf
@@ -34,29 +34,24 @@ import yaml
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
-from fastpref.data import Batch, Example
+from fastpref.data import Batch, Example, identity_of
 from fastpref.errors import UserError
 from fastpref.files import PARTIAL, write_text
 from fastpref.report.page import write_report
 
-from . import checkpoint, guard, ranks, reference, sharding
-from .cache import obtain, splits_of
+from . import checkpoint, guard, ranks, sharding
+from .batch_order import BatchOrder
 from .checkpoint import Saver, State, seed_everything
 from .config import TrainConfig, differing_keys
 from .display import Display, StepBar, evaluation_line, samples_line
-from .evaluate import (
-    MetricSums,
-    baseline,
-    collated,
-    evaluate,
-    exact_match,
-    generate,
-    loss_inputs,
-    totals_of,
-)
-from .memory import check_fits
-from .metrics import MetricsLog, NoLog, check_report_to, device_name, peak_memory_mib
+from .evaluate import evaluate, exact_match, generate
+from .fresh_samples import FreshSamples, check_prompts
+from .kl_budget import over_budget
+from .machine import device_name, peak_memory_mib
+from .memory_estimate import check_fits
+from .metrics_log import MetricsLog, NoLog, check_report_to
 from .mfu import model_flops, peak_flops
+from .micro_batches import baseline, collated, loss_inputs, totals_of
 from .model import (
     Policy,
     check_saves,
@@ -72,15 +67,18 @@ from .model import (
     weights_of,
 )
 from .optim import Updater, check_optimizer, learning_rate
-from .prepare import Data, Schedule, check_model, load_data, needs_of
+from .pair_metrics import MetricSums, StartLogps, metrics_of_pairs, take_correlation, to_sums
+from .positions import check_positions, longest_sequences
+from .prompts import decoded_prompts
 from .reference import ReferenceLogps
+from .reference_cache import cached_logps, cached_splits
 from .rendering import dated, keep_date
 from .run_folder import LEFT, clear, reference_again, reference_at_start, refuse_removed, refuse_used
 from .scorer import Scorer, load_scorer
 from .source import adapter_lines, goes_on_with_adapter
+from .stage_data import StageData, load_data
 from .summary import show_summary, summarize
 from .traits import save_config
-from .watch import Fresh, Start, check_prompts, decoded_prompts, over_budget, take_correlation, to_sums, watched
 
 MOST_SAMPLES = 12  # generations that the summary keeps, before and after
 
@@ -98,12 +96,12 @@ class TrainingError(RuntimeError):
 
 
 @dataclass
-class Given:
+class Handover:
     """What a run that is one of several (fastpref/rounds) is handed in memory, and hands on."""
 
     policy: Policy  # with the weights to begin with; at the end with those it ends with
     tokenizer: PreTrainedTokenizerBase
-    data: list[Data] | None = None  # of its stages; None: what the configuration names
+    data: list[StageData] | None = None  # of its stages; None: what the configuration names
     reference: dict[str, torch.Tensor] | None = None  # weights that the loss compares with; None: as configured
     optimizer: dict[str, Any] | None = None  # states that the optimiser begins with; at the end those it ends with
     part: tuple[int, int] = (0, 1)  # (i, n): its learning rates are part i of n of one schedule
@@ -120,7 +118,7 @@ class Run:
     dir: Path
     config: TrainConfig
     stages: list[TrainConfig]
-    data: list[Data]
+    data: list[StageData]
     tokenizer: PreTrainedTokenizerBase
     pad: int
     policy: Policy
@@ -130,11 +128,11 @@ class Run:
     state: State
     resumed: Path | None  # the checkpoint this run goes on from, until its stage has begun
     goes_on: bool  # from a checkpoint: what lies in the folder is its own
-    given: Given
+    handover: Handover
     alone: bool  # not one of several
     scorers: dict[str, Scorer] = field(default_factory=dict)  # of fresh samples, by their names in the configuration
-    given_weights: dict[str, torch.Tensor] | None = None  # that `given` came with, where fresh samples need them
-    start: Start = field(default_factory=lambda: Start([]))  # of this stage
+    given_weights: dict[str, torch.Tensor] | None = None  # that `handover` came with, where fresh samples need them
+    start: StartLogps = field(default_factory=lambda: StartLogps([]))  # of this stage
     saver: Saver = field(default_factory=Saver)
 
 
@@ -194,7 +192,7 @@ class Interrupted(Exception):
 
 
 def train(
-    config: TrainConfig, *, resume: bool = False, display: Display | None = None, given: Given | None = None
+    config: TrainConfig, *, resume: bool = False, display: Display | None = None, handover: Handover | None = None
 ) -> dict[str, Any]:
     """Runs all stages and returns the summary (also in output_dir/summary.json).
 
@@ -202,7 +200,7 @@ def train(
     checkpoints/ and reference/ (the cached reference log-probs).
 
     resume: go on from the newest checkpoint in output_dir, bitwise on the CPU; from the beginning if there is none.
-    given: a policy that is in memory already, and what else is not to be loaded; the run then prints no summary.
+    handover: a policy that is in memory already, and what else is not to be loaded; the run then prints no summary.
 
     Under torchrun the processes train one model, sharded (sharding.py): the same steps, whatever their number.
 
@@ -212,11 +210,11 @@ def train(
     with ranks.joined(config):
         if not ranks.is_first():
             with Path(os.devnull).open("w") as nowhere:
-                return _train(config, resume, Display(Console(file=nowhere)), given)
-        return _train(config, resume, display or Display(), given)
+                return _train(config, resume, Display(Console(file=nowhere)), handover)
+        return _train(config, resume, display or Display(), handover)
 
 
-def _train(config: TrainConfig, resume: bool, display: Display, given: Given | None) -> dict[str, Any]:
+def _train(config: TrainConfig, resume: bool, display: Display, handover: Handover | None) -> dict[str, Any]:
     run_dir = Path(config.output_dir)
     check_report_to(config)
     stages = config.stage_configs()
@@ -232,28 +230,28 @@ def _train(config: TrainConfig, resume: bool, display: Display, given: Given | N
             checkpoint.verify(folder, display.say, together=True)
         resumed, state = ranks.on_first(lambda: _begins(run_dir, config, resume))
         seed_everything(config.seed)
-        tokenizer = given.tokenizer if given else load_tokenizer(config)
-        if given is None:
+        tokenizer = handover.tokenizer if handover else load_tokenizer(config)
+        if handover is None:
             check_weights(config)
             check_saves(config, tokenizer)
         config = ranks.on_first(lambda: dated(config, tokenizer))
         ranks.on_first(lambda: keep_date(config))
         stages = config.stage_configs()
-        data = given.data if given and given.data else load_data(stages, tokenizer, display)
-        if resumed and state.step and state.data != reference.identity(data[state.stage].train):
+        data = handover.data if handover and handover.data else load_data(stages, tokenizer, display)
+        if resumed and state.step and state.data != identity_of(data[state.stage].train):
             raise UserError(f"{resumed}: train_dataset has other examples now than when it was saved")
-        alone = given is None
-        if given is None:
-            check_model(stages, needs_of(stages, data), display)
+        alone = handover is None
+        if handover is None:
+            check_positions(stages, longest_sequences(stages, data), display)
             if pick_device().type == "cuda":
                 check_fits(config, ranks.size(), torch.cuda.get_device_properties(pick_device()).total_memory)
-            given = Given(sharding.load(config, tokenizer, resumed), tokenizer)
+            handover = Handover(sharding.load(config, tokenizer, resumed), tokenizer)
         given_weights = None
-        if not alone and not given.reference and any(stage.sample_steps for stage in stages):
-            given_weights = checkpoint.snapshot(weights_of(given.policy))
+        if not alone and not handover.reference and any(stage.sample_steps for stage in stages):
+            given_weights = checkpoint.snapshot(weights_of(handover.policy))
         if resumed and not alone:
-            load_weights(given.policy, resumed)
-        policy = given.policy
+            load_weights(handover.policy, resumed)
+        policy = handover.policy
         scorers = _prepare_sampling(stages, data, policy, tokenizer, held)
         ranks.on_first(lambda: _prepare(run_dir, config, resumed, state))
         if alone:
@@ -271,7 +269,7 @@ def _train(config: TrainConfig, resume: bool, display: Display, given: Given | N
         log = MetricsLog(run_dir, config, state.metrics_bytes, state.global_step) if ranks.is_first() else NoLog()
         pad = pad_token(tokenizer)
         run = Run(run_dir, config, stages, data, tokenizer, pad, policy, display, log, stop, state, resumed,
-                  goes_on=bool(resumed), given=given, alone=alone, scorers=scorers,
+                  goes_on=bool(resumed), handover=handover, alone=alone, scorers=scorers,
                   given_weights=given_weights)
         try:
             for index in range(state.stage, len(stages)):
@@ -285,7 +283,7 @@ def _train(config: TrainConfig, resume: bool, display: Display, given: Given | N
 
 
 def _prepare_sampling(
-    stages: Sequence[TrainConfig], data: Sequence[Data], policy: Policy, tokenizer: PreTrainedTokenizerBase,
+    stages: Sequence[TrainConfig], data: Sequence[StageData], policy: Policy, tokenizer: PreTrainedTokenizerBase,
     held: ExitStack,
 ) -> dict[str, Scorer]:
     """Checks what fresh samples are to be taken from, and loads what scores them."""
@@ -353,22 +351,22 @@ def describe(policy: Policy) -> str:
 # ---- reference -------------------------------------------------------------------------------------------------------
 
 
-def reference_logps(run: Run, index: int, schedule: Schedule) -> tuple[ReferenceLogps, ReferenceLogps | None]:
+def reference_logps(run: Run, index: int, order: BatchOrder) -> tuple[ReferenceLogps, ReferenceLogps | None]:
     """Of the stage's examples and of the held-out ones: from the run's files where they fit, else computed and written.
 
     The reference is `ref_model_name_or_path`, or the weights that the run was given for it, or the policy as the stage
     found it. Leaves the random generators alone.
     """
-    own = run.given.reference
-    with spent(run.given.seconds, "reference"), exchanged(run.policy, own) if own else nullcontext():
-        return _reference_logps(run, index, schedule)
+    own = run.handover.reference
+    with spent(run.handover.seconds, "reference"), exchanged(run.policy, own) if own else nullcontext():
+        return _reference_logps(run, index, order)
 
 
-def _reference_logps(run: Run, index: int, schedule: Schedule) -> tuple[ReferenceLogps, ReferenceLogps | None]:
+def _reference_logps(run: Run, index: int, order: BatchOrder) -> tuple[ReferenceLogps, ReferenceLogps | None]:
     stage, data, state = run.stages[index], run.data[index], run.state
     generators = checkpoint.random_state()
     source: Policy | None = None
-    if state.step == 0 or run.given.reference:
+    if state.step == 0 or run.handover.reference:
         source = reference_at_start(stage, run.tokenizer, run.policy)
         state.reference = fingerprint(source.model)
     found: dict[str, ReferenceLogps] = {}
@@ -378,8 +376,8 @@ def _reference_logps(run: Run, index: int, schedule: Schedule) -> tuple[Referenc
         source = source or _starting_policy(run, index)
         return source
 
-    for split in splits_of(run.config, run.dir, index, stage, data, schedule):
-        found[split.name] = obtain(
+    for split in cached_splits(run.config, run.dir, index, stage, data, order):
+        found[split.name] = cached_logps(
             split, run.tokenizer, state.reference or "", run.policy, the_reference, run.display, run.stop.tick,
             replace=run.goes_on or stage.overwrite_output_dir,
         )
@@ -390,9 +388,9 @@ def _reference_logps(run: Run, index: int, schedule: Schedule) -> tuple[Referenc
     return found["train"], found.get("eval")
 
 
-def _check_reference(run: Run, index: int, examples: Sequence[Example], schedule: Schedule) -> None:
+def _check_reference(run: Run, index: int, examples: Sequence[Example], order: BatchOrder) -> None:
     generators, stage = checkpoint.random_state(), run.stages[index]
-    said = guard.check(run.policy, stage, examples, schedule.some(4), run.pad)
+    said = guard.check(run.policy, stage, examples, order.some(4), run.pad)
     checkpoint.restore_random_state(generators)
     if run.alone:
         run.display.say(f"{stage.name}: {said}")
@@ -410,9 +408,9 @@ def run_stage(run: Run, index: int) -> None:
     """Trains `run.policy` through one stage, from `run.state` on."""
     stage, data, state, policy = run.stages[index], run.data[index], run.state, run.policy
     name, loss = stage.name or "", stage.loss_fn
-    schedule = Schedule(stage, data.train, run.config.seed + index)
-    steps = schedule.steps
-    part, parts = run.given.part
+    order = BatchOrder(stage, data.train, run.config.seed + index)
+    steps = order.steps
+    part, parts = run.handover.part
 
     def rate_at(step: int) -> float:
         return learning_rate(stage, part * steps + step, parts * steps)
@@ -420,48 +418,48 @@ def run_stage(run: Run, index: int) -> None:
     updater, flops = Updater(policy.trainable().values(), stage), model_flops(policy)
     policy.model.train()
     resumed, run.resumed = run.resumed, None
-    if index == 0 and state.step == 0 and run.given.optimizer:
-        updater.optimizer.load_state_dict(run.given.optimizer)
+    if index == 0 and state.step == 0 and run.handover.optimizer:
+        updater.optimizer.load_state_dict(run.handover.optimizer)
     if resumed:
         tensors = checkpoint.read_tensors(resumed)
         if state.step:
             sharding.load_optimizer(resumed, policy, updater.optimizer, tensors["optimizer"])
         checkpoint.restore_random_state(tensors["random"])
-    state.data = reference.identity(data.train)
+    state.data = identity_of(data.train)
     state.history.setdefault(name, {})
     examples, held_out, train_ref, eval_ref = data.train, data.eval, None, None
-    run.start = Start(held_out)
+    run.start = StartLogps(held_out)
     if resumed:
         run.start.restore(tensors)
     try:
         if loss.needs_reference:
-            train_ref, eval_ref = reference_logps(run, index, schedule)
+            train_ref, eval_ref = reference_logps(run, index, order)
             examples = train_ref.attach(examples)
             held_out = eval_ref.attach(held_out) if eval_ref else held_out
         elif state.step == 0:  # what an implicit reward compares with
             state.reference = fingerprint(policy.model)
         state.history[name]["reference"] = state.reference
         if train_ref and stage.check_reference and not (state.step or stage.ref_model_name_or_path):
-            if not run.given.reference:
-                _check_reference(run, index, examples, schedule)
+            if not run.handover.reference:
+                _check_reference(run, index, examples, order)
         fresh = _fresh(run, index)
         with run.display.steps(name, state.step, steps) as bar:
             while True:
                 if fresh and fresh.is_due(state, last=state.step == _end(run, index, steps)):
-                    _sample(run, index, fresh, schedule)
+                    _sample(run, index, fresh, order)
                 due = _evaluation_is_due(stage, state.step, _end(run, index, steps))
                 if held_out and state.evaluated != state.step and due:
-                    run_evaluation(run, index, held_out, eval_ref, schedule)
+                    run_evaluation(run, index, held_out, eval_ref, order)
                 if state.history[name].get("kl_budget", {}).get("step") == state.step:
                     save_checkpoint(run, updater.optimizer)
                 if state.step == _end(run, index, steps):
                     if state.window:  # the KL budget has ended the stage between two lines
-                        _log(run, bar, name, schedule.epoch(state.step), rate_at(state.step - 1))
+                        _log(run, bar, name, order.epoch(state.step), rate_at(state.step - 1))
                     break
                 run.stop.check()
                 run.saver.check()
                 started = time.perf_counter()
-                first, micro_batches = schedule.of_step(state.step)
+                first, micro_batches = order.of_step(state.step)
                 batches = collated(examples, micro_batches, run.pad, stage.kind, policy.layout)
                 kl = []
                 if loss.needs_kl and train_ref:
@@ -470,11 +468,11 @@ def run_stage(run: Run, index: int) -> None:
                 values = train_step(policy, updater, stage, batches, rate, kl)
                 seconds = time.perf_counter() - started
                 _count(state, values, batches, seconds, flops.of(batches) if flops else math.nan)
-                run.given.seconds["training"] = run.given.seconds.get("training", 0.0) + seconds
+                run.handover.seconds["training"] = run.handover.seconds.get("training", 0.0) + seconds
                 if state.skipped_in_a_row >= stage.max_skipped_steps:
                     raise TrainingError(_why_stopped(run, name))
                 if state.step % stage.logging_steps == 0 or state.step == steps:
-                    _log(run, bar, name, schedule.epoch(state.step), rate)
+                    _log(run, bar, name, order.epoch(state.step), rate)
                 bar.advance(state.step)
                 if stage.save_steps and state.step % stage.save_steps == 0 and state.step < steps:
                     save_checkpoint(run, updater.optimizer)
@@ -490,7 +488,7 @@ def run_stage(run: Run, index: int) -> None:
         "steps": state.step, "num_tokens": state.num_tokens, "seconds": state.seconds, "skipped_steps": state.skipped,
     }
     if not run.alone and index + 1 == len(run.stages):
-        run.given.optimizer = updater.optimizer.state_dict()
+        run.handover.optimizer = updater.optimizer.state_dict()
     if index + 1 < len(run.stages):
         run.state = State(
             stage=index + 1, global_step=state.global_step, history=state.history, generated=state.generated
@@ -520,13 +518,13 @@ def train_step(
     sums, total = MetricSums(), torch.zeros((), device=policy.device)
     updater.begin(rate)
     for batch, counts in mine:
-        out = policy.score(batch, loss, totals, **loss_inputs(loss, batch, kl_logps, ref_kl))
+        out = policy.compute_loss(batch, loss, totals, **loss_inputs(loss, batch, kl_logps, ref_kl))
         value = out.loss if counts else 0 * out.loss
         if not updater.in_backward or math.isfinite(value.item()):
             value.backward()
         total += value.detach()
         sums.add(out.metrics, counts)
-        sums.add(watched(stage.kind, out, batch, batch.ref_logps), counts)
+        sums.add(metrics_of_pairs(stage.kind, out, batch, batch.ref_logps), counts)
     ranks.add_up_gradients(updater.parameters)
     values = sums.read(loss=ranks.total(total), grad_norm=updater.gradient_norm())
     to_sums(values, float(totals.pairs))
@@ -675,14 +673,14 @@ def _check_budget(run: Run, split: str, kl: float | None) -> None:
                         f"({found['of']}); checkpoint {place} is kept, {then}", "yellow")
 
 
-def _fresh(run: Run, index: int) -> Fresh | None:
+def _fresh(run: Run, index: int) -> FreshSamples | None:
     stage = run.stages[index]
     if not stage.sample_steps:
         return None
     generators = checkpoint.random_state()
     compared = _compared(run, index)
     checkpoint.restore_random_state(generators)
-    return Fresh(stage, run.tokenizer, run.data[index].prompts, compared, run.scorers.get(stage.scorer or ""))
+    return FreshSamples(stage, run.tokenizer, run.data[index].prompts, compared, run.scorers.get(stage.scorer or ""))
 
 
 def _compared(run: Run, index: int) -> Callable[[], AbstractContextManager[Policy]]:
@@ -690,7 +688,7 @@ def _compared(run: Run, index: int) -> Callable[[], AbstractContextManager[Polic
     (ref_model_name_or_path) stays on the device while the stage lasts; else the stage's first weights wait in host
     memory (LoRA's: the adapter's), and change places with the policy's."""
     stage, state, policy = run.stages[index], run.state, run.policy
-    weights = run.given.reference or run.given_weights
+    weights = run.handover.reference or run.given_weights
     if stage.ref_model_name_or_path:
         source = _starting_policy(run, index) if state.step else reference_at_start(stage, run.tokenizer, policy)
         return lambda: nullcontext(source)
@@ -715,12 +713,12 @@ def _with_weights(policy: Policy, weights: dict[str, torch.Tensor]) -> Iterator[
         yield policy
 
 
-def _sample(run: Run, index: int, fresh: Fresh, schedule: Schedule) -> None:
+def _sample(run: Run, index: int, fresh: FreshSamples, order: BatchOrder) -> None:
     """KL and reward of fresh samples, into a line of metrics; unless they take too long, and wait."""
     stage, state = run.stages[index], run.state
     name, history = stage.name or "", state.history[stage.name or ""]
     seed = (run.config.seed << 32) + (index << 24) + state.step
-    with spent(run.given.seconds, "watch"), run.display.counting(f"{name}: sampling") as show:
+    with spent(run.handover.seconds, "watch"), run.display.counting(f"{name}: sampling") as show:
         values = fresh.measure(run.policy, state, seed, run.stop.tick(show))
     record = history.setdefault("sampling", {"taken": 0})
     record["seconds"] = state.sampling["seconds"]
@@ -737,8 +735,8 @@ def _sample(run: Run, index: int, fresh: Fresh, schedule: Schedule) -> None:
         history["best"] = {"step": state.step, "checkpoint": place} | {
             key: values[key] for key in ("reward", "reward_error", "kl") if key in values
         }
-    run.log.write(name, "sample", state.step, schedule.epoch(state.step), values, state.global_step)
-    run.display.say(f"{name} {state.step}/{schedule.steps} fresh samples | {samples_line(values)}", "cyan")
+    run.log.write(name, "sample", state.step, order.epoch(state.step), values, state.global_step)
+    run.display.say(f"{name} {state.step}/{order.steps} fresh samples | {samples_line(values)}", "cyan")
     _check_budget(run, "sample", values["kl"])
 
 
@@ -750,25 +748,25 @@ def _evaluation_is_due(stage: TrainConfig, step: int, steps: int) -> bool:
 
 
 def run_evaluation(
-    run: Run, index: int, held_out: Sequence[Example], eval_ref: ReferenceLogps | None, schedule: Schedule
+    run: Run, index: int, held_out: Sequence[Example], eval_ref: ReferenceLogps | None, order: BatchOrder
 ) -> None:
-    with spent(run.given.seconds, "evaluation"):
-        _evaluate(run, index, held_out, eval_ref, schedule)
+    with spent(run.handover.seconds, "evaluation"):
+        _evaluate(run, index, held_out, eval_ref, order)
 
 
 def _evaluate(
-    run: Run, index: int, held_out: Sequence[Example], eval_ref: ReferenceLogps | None, schedule: Schedule
+    run: Run, index: int, held_out: Sequence[Example], eval_ref: ReferenceLogps | None, order: BatchOrder
 ) -> None:
     stage, state = run.stages[index], run.state
     name, size = stage.name or "", stage.per_device_eval_batch_size
     with run.display.counting(f"{name}: evaluating") as show:
         tick = run.stop.tick(show)
         if state.step == 0:
-            run.start = Start(held_out)
+            run.start = StartLogps(held_out)
         start = run.start if state.step == 0 or run.start.known else None
         values = evaluate(run.policy, held_out, stage.kind, stage.loss_fn, size, run.pad, eval_ref, tick, start)
     _check_budget(run, "eval", values.get("kl"))
-    last = state.step == _end(run, index, schedule.steps)
+    last = state.step == _end(run, index, order.steps)
     if stage.eval_generate and (last or state.step == 0):
         values |= _exact_match(run, index)
     history = state.history[name]
@@ -777,19 +775,19 @@ def _evaluate(
     if last:
         history["after"] = values
     state.evaluated = state.step
-    run.log.write(name, "eval", state.step, schedule.epoch(state.step), values, state.global_step)
+    run.log.write(name, "eval", state.step, order.epoch(state.step), values, state.global_step)
     if state.step == 0 and not stage.ref_model_name_or_path:  # the policy is its own reference: nothing to tell
         trivial = ("kl", "rewards/", "watch/chosen")
         values = {key: value for key, value in values.items() if not key.startswith(trivial)}
-    run.display.say(f"{name} {state.step}/{schedule.steps} held-out | {evaluation_line(values)}", "cyan")
+    run.display.say(f"{name} {state.step}/{order.steps} held-out | {evaluation_line(values)}", "cyan")
 
 
 def _exact_match(run: Run, index: int) -> dict[str, float]:
     """Generates, unless these very weights answered these very questions at the end of the stage before."""
     stage, data, state = run.stages[index], run.data[index], run.state
-    if index == 0 and state.step == 0 and run.given.exact_match:
-        state.generated = run.given.generated
-        return run.given.exact_match
+    if index == 0 and state.step == 0 and run.handover.exact_match:
+        state.generated = run.handover.generated
+        return run.handover.exact_match
     if index and state.step == 0 and data.questions == run.data[index - 1].questions:
         before, now = run.stages[index - 1], stage
         after = state.history.get(before.name or "", {}).get("after", {})
@@ -813,7 +811,7 @@ def finish(run: Run) -> dict[str, Any]:
     weights = None
     if ranks.size() > 1:
         weights = weights_of(run.policy) if run.config.use_peft else sharding.whole_weights(run.policy)
-    with spent(run.given.seconds, "saving"):
+    with spent(run.handover.seconds, "saving"):
         summary, report = ranks.on_first(lambda: _write_results(run, weights))
     if not run.alone:
         return summary
@@ -823,7 +821,7 @@ def finish(run: Run) -> dict[str, Any]:
 
 
 def _write_results(run: Run, weights: dict[str, torch.Tensor] | None) -> tuple[dict[str, Any], Path]:
-    if run.given.save_model:
+    if run.handover.save_model:
         checkpoint.save(run.dir / "model", lambda folder: save_model(run.policy, run.tokenizer, folder, weights))
     run.log.size()
     summary = summarize(run.stages, run.data[-1], run.state, run.policy.device)

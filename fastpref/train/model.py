@@ -39,7 +39,7 @@ from fastpref.trunk import take_apart as find_parts
 
 from .checkpoint import SHARDED, save, verify
 from .config import TrainConfig
-from .kernels import use_liger_kernels
+from .liger_kernels import use_liger_kernels
 from .rendering import set_template
 from .shards import load_sharded_weights
 from .source import Source, check_whole, load_whole, need_peft, put_adapter, some, source_of, source_of_run
@@ -105,7 +105,7 @@ class Policy:
             )
         return seen[0], out.aux_loss if isinstance(out.aux_loss, Tensor) else None
 
-    def score(
+    def compute_loss(
         self, batch: Batch, loss: Callable[..., Tensor], totals: Totals | None = None, **inputs: Any
     ) -> PreferenceOutput:
         """One call of `linear_preference_loss` on a batch that is on the device. `inputs` go to it as they are."""
@@ -137,7 +137,7 @@ class Policy:
     def sequence_logps(self, batch: Batch) -> Tensor:
         """[S] fp32, detached: one forward pass."""
         with torch.no_grad():
-            return self.score(batch, SFT()).logps
+            return self.compute_loss(batch, SFT()).logps
 
     def token_logps(self, batch: Batch) -> Tensor:
         """[N] fp32, detached: of every scored token, sequence after sequence."""
@@ -166,7 +166,7 @@ class Policy:
 
 
 class RewardOutput(NamedTuple):
-    """What a reward model's `score` returns. It has no log-probs."""
+    """What a reward model's `compute_loss` returns. It has no log-probs."""
 
     loss: Tensor  # scalar, differentiable
     rewards: Tensor  # [S] fp32 at least, detached
@@ -192,7 +192,7 @@ class RewardPolicy(Policy):
         with torch.autocast(self.device.type, enabled=False):
             return F.linear(hidden.to(exact), weight.to(exact), None if bias is None else bias.to(exact)).squeeze(1)
 
-    def score(  # type: ignore[override]
+    def compute_loss(  # type: ignore[override]
         self, batch: Batch, loss: Callable[..., Tensor], totals: Totals | None = None, **inputs: Any
     ) -> RewardOutput:
         """loss: `fastpref.losses.BradleyTerry`. Metrics have the names that TRL's RewardTrainer gives them, those of

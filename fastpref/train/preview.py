@@ -22,8 +22,8 @@ from fastpref.errors import UserError
 from .config import TrainConfig
 from .display import Display
 from .model import load_tokenizer
-from .prepare import data_options
 from .rendering import dated
+from .stage_data import data_options
 
 STYLES = {"prompt": "dim", "scored": "green", "end": "bold magenta", "other": "yellow", "cut": "red"}
 WHOLE = 1 << 30  # a length that cuts nothing

@@ -22,7 +22,7 @@ import hashlib
 import json
 import struct
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain
 from pathlib import Path
@@ -35,15 +35,26 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from fastpref.data import Batch, Example, Examples, Kind, Layout, collate, eval_order, hashes_of, mismatched_parts
+from fastpref.data import (
+    Batch,
+    Example,
+    Examples,
+    Kind,
+    Layout,
+    collate,
+    eval_order,
+    identity_of,
+    mismatched_parts,
+)
 from fastpref.errors import SaveError
 from fastpref.files import replacing
 
 from . import ranks
 from .config import TrainConfig
+from .display import Tick
+from .micro_batches import by_turns
 from .model import Policy
 
-Tick = Callable[[int, int], None]  # (done, of): called between forward passes; may raise to stop
 Steps = Sequence[Sequence[Sequence[int]]]  # global batches, each as its micro-batches of examples
 
 
@@ -77,14 +88,9 @@ def header_of(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, dtype: to
         "tokenizer": str(tokenizer.name_or_path),
         "chat_template": hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest()[:16],
         "truncation": [config.max_length, config.max_prompt_length, config.truncation_mode, config.overlong_response],
-        "records": "stream" if stream else identity(examples),
+        "records": "stream" if stream else identity_of(examples),
         "batches": None if steps is None else hashlib.sha256(json.dumps(steps).encode()).hexdigest()[:32],
     }
-
-
-def identity(examples: Sequence[Example]) -> str:
-    """Of a tokenised data set: its examples and their order."""
-    return hashlib.sha256("".join(hashes_of(examples)).encode()).hexdigest()[:32]
 
 
 def mismatched(
@@ -145,14 +151,6 @@ def compute(policy: Policy, examples: Sequence[Example], kind: Kind, batch_size:
     policy.model.train(was_training)
     offsets = torch.tensor([0, *accumulate(len(part) for part in kl)])
     return ReferenceLogps(logps, torch.cat([part.cpu() for part in kl]) if kl else torch.empty(0), offsets)
-
-
-def by_turns(policy: Policy, batches: Sequence[Batch]) -> list[Tensor]:
-    """[S] of each batch on every rank; each computes one of them."""
-    if not batches:
-        return []
-    ((mine, _),) = ranks.share(batches)
-    return ranks.gathered(policy.sequence_logps(mine.to(policy.device)), [batch.num_sequences for batch in batches])
 
 
 def read(path: Path, header: dict[str, Any]) -> ReferenceLogps | None:

@@ -26,8 +26,8 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 from fastpref.errors import UserError
 
 from . import ranks
+from .display import Tick
 from .model import Policy, pad_token
-from .reference import Tick
 
 
 @dataclass(frozen=True)

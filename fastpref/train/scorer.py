@@ -40,11 +40,11 @@ from fastpref.errors import UserError, first_line
 from .checkpoint import random_state, read_state, restore_random_state, verify
 from .config import load_config_of_run
 from .model import Policy, load_policy, load_tokenizer, pad_token, pick_device
+from .prompts import Prompt
 from .rendering import ends_of_generation, rendering_of
 from .run_folder import recorded_reference, reference_again, weights_of_run
 from .source import load_whole, put_adapter, source_of
 
-Prompt = str | list[dict[str, Any]]  # a text, or messages
 FUNCTION = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
 FORMS = "module:function, the folder or hub id of a reward model, or implicit:FOLDER"
 START_TIMEOUT = 120.0  # seconds that a function's module may take to import

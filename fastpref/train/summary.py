@@ -12,11 +12,11 @@ from .checkpoint import State
 from .config import TrainConfig
 from .display import Display, duration, evaluation_table
 from .evaluate import is_right
-from .metrics import device_name, peak_memory_mib, versions
-from .prepare import Data
+from .machine import device_name, peak_memory_mib, versions
+from .stage_data import StageData
 
 
-def summarize(stages: Sequence[TrainConfig], data: Data, state: State, device: torch.device) -> dict[str, Any]:
+def summarize(stages: Sequence[TrainConfig], data: StageData, state: State, device: torch.device) -> dict[str, Any]:
     """What summary.json holds. data: of the last stage, whose held-out metrics at its start and end are `before` and
     `after`; state: at the run's end.
     """

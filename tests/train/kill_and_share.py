@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from fastpref.train import cache, reference
+from fastpref.train import reference, reference_cache
 from fastpref.train.config import load_config
 from fastpref.train.display import Display
 
@@ -30,7 +30,7 @@ def child(config) -> int:
     if pid:
         return pid
     try:
-        cache.cache_reference(config, Display(Console(file=io.StringIO())))
+        reference_cache.cache_reference(config, Display(Console(file=io.StringIO())))
         os._exit(0)
     except BaseException as error:  # noqa: BLE001 - the parent must hear of anything
         print("child:", type(error).__name__, error, file=sys.stderr)
@@ -39,7 +39,7 @@ def child(config) -> int:
 
 def main(path: str, kills: int, seed: int) -> None:
     torch.set_num_threads(1)
-    reference.Progress.EVERY, cache.WAIT = 1, 0.01
+    reference.Progress.EVERY, reference_cache.WAIT = 1, 0.01
     rng, config, killed = random.Random(seed), load_config(path), 0
     while True:
         runs = [child(replace(config, output_dir=str(Path(config.output_dir, name)), learning_rate=rate))

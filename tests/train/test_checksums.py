@@ -14,11 +14,11 @@ from tiny import make
 from fastpref.errors import UserError
 from fastpref.files import read_checksums
 from fastpref.train import checkpoint
-from fastpref.train.cache import cache_reference
 from fastpref.train.display import Display
-from fastpref.train.held_out import evaluate_run
+from fastpref.train.evaluate_run import evaluate_run
 from fastpref.train.loop import train
 from fastpref.train.model import load_policy, load_tokenizer
+from fastpref.train.reference_cache import cache_reference
 from fastpref.train.scorer import load_scorer
 
 

@@ -7,11 +7,12 @@ import torch
 import torch.nn.functional as F
 from tiny import make, make_tokenizer, write_rows
 
-from fastpref.data import load_records, tokenize_records
+from fastpref.data import eval_order, load_records, tokenize_records
 from fastpref.losses import DPO, KTO, SFT
 from fastpref.train import reference
-from fastpref.train.evaluate import eval_order, evaluate, exact_match, generate, is_right, questions
+from fastpref.train.evaluate import evaluate, exact_match, generate, is_right
 from fastpref.train.model import load_policy, load_tokenizer
+from fastpref.train.prompts import questions
 
 
 def tick(done, of):

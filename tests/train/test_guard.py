@@ -78,12 +78,12 @@ def test_rows_that_depend_on_their_batch_and_stale_log_probs_stop_the_run(world,
     because = "likely reference log-probs of other weights.*a model whose log-probs depend on the rest of the batch"
     run_is_stopped(make(world, tmp_path / "run", eval_dataset=None), because)
     monkeypatch.setattr(LlamaMLP, "forward", own)
-    obtained = loop.obtain
+    obtained = loop.cached_logps
 
     def stale(*args, **options):
         found = obtained(*args, **options)
         return dataclasses.replace(found, logps=found.logps - 0.01)
 
-    monkeypatch.setattr(loop, "obtain", stale)
+    monkeypatch.setattr(loop, "cached_logps", stale)
     because = r"differ by up to 1.0e-02 nats.*delete the cached file"
     run_is_stopped(make(world, tmp_path / "stale", eval_dataset=None), because)

@@ -22,13 +22,13 @@ from tiny import make, make_config, make_pairs, make_tokenizer, read_metrics, se
 from fastpref.data import collate, load_records, tokenize_records
 from fastpref.errors import SaveError, UserError
 from fastpref.train import checkpoint, loop, reference
+from fastpref.train.batch_order import BatchOrder
 from fastpref.train.config import config_from_dict
 from fastpref.train.display import Display
 from fastpref.train.dry_run import dry_run
-from fastpref.train.evaluate import baseline, loss_inputs, totals_of
 from fastpref.train.loop import Stopped, TrainingError, train
+from fastpref.train.micro_batches import baseline, loss_inputs, totals_of
 from fastpref.train.model import load_policy, load_tokenizer
-from fastpref.train.prepare import Schedule
 
 # ---- one step --------------------------------------------------------------------------------------------------------
 
@@ -47,7 +47,7 @@ def gradients(policy, config, examples, parts, kl_parts):
     value = 0.0
     totals = totals_of(batches(parts))
     for batch in batches(parts):
-        out = policy.score(batch, loss, totals, **loss_inputs(loss, batch, *kl))
+        out = policy.compute_loss(batch, loss, totals, **loss_inputs(loss, batch, *kl))
         out.loss.backward()
         value += out.loss.item()
     return value, torch.cat([p.grad.reshape(-1) for p in policy.model.parameters()])
@@ -92,7 +92,7 @@ def test_micro_batches_add_up_to_one_batch(world, tmp_path, options):
 def test_schedule_covers_every_epoch_once(world, tmp_path):
     config = make(world, tmp_path, max_steps=-1, num_train_epochs=2.5, gradient_accumulation_steps=2)
     examples = [types.SimpleNamespace(length=3 + i % 5) for i in range(22)]  # 6 micro-batches, 3 steps an epoch
-    schedule = Schedule(config, examples, seed=1)
+    schedule = BatchOrder(config, examples, seed=1)
     assert schedule.steps == 8 and [schedule.epoch(step) for step in (0, 3, 6)] == [0, 1, 2]
     steps = [schedule.of_step(step) for step in range(8)]
     assert [first for first, _ in steps] == [0, 2, 4, 6, 8, 10, 12, 14]
@@ -100,8 +100,8 @@ def test_schedule_covers_every_epoch_once(world, tmp_path):
         seen = [i for _, batches in steps[3 * epoch : 3 * epoch + 3] for batch in batches for i in batch]
         assert sorted(seen) == [*range(22)]
     assert steps[0] != steps[3]
-    assert Schedule(config, examples, seed=1).of_step(4) == steps[4]  # without having walked there
-    assert Schedule(config, examples, seed=2).of_step(0) != steps[0]
+    assert BatchOrder(config, examples, seed=1).of_step(4) == steps[4]  # without having walked there
+    assert BatchOrder(config, examples, seed=2).of_step(0) != steps[0]
     assert schedule.all_steps() == [batches for _, batches in steps]
 
 

@@ -15,8 +15,8 @@ from fastpref.data import Example, collate
 from fastpref.errors import UserError
 from fastpref.losses import DPO
 from fastpref.train.dry_run import dry_run
-from fastpref.train.evaluate import totals_of
 from fastpref.train.loop import train
+from fastpref.train.micro_batches import totals_of
 from fastpref.train.model import load_policy, save_model
 from fastpref.train.traits import has_table, hush, noise_of, positions_of
 
@@ -257,7 +257,7 @@ def test_the_routers_loss_is_the_models_own(name, layout, checkpointing, world, 
     policy.model.train()
     ref = torch.tensor([-5.0, -4.0, -6.0, -9.0])
     batch = collate(EXAMPLES, 0, layout=layout)
-    out = policy.score(batch, DPO(), ref_logps=ref)
+    out = policy.compute_loss(batch, DPO(), ref_logps=ref)
     out.loss.backward()
     model = transformers.AutoModelForCausalLM.from_pretrained(source).train()
     plain = collate(EXAMPLES, 0)
@@ -286,7 +286,7 @@ def test_the_routers_loss_adds_up_over_micro_batches_and_is_in_the_metrics(world
     policy = load_policy(make(world, tmp_path, **options), make_tokenizer())
     batches = [collate(EXAMPLES[:1], 0), collate(EXAMPLES, 0)]
     totals = totals_of(batches)
-    bare = [policy.score(b, lambda seq: seq.logps.sum() * 0, totals) for b in batches]
+    bare = [policy.compute_loss(b, lambda seq: seq.logps.sum() * 0, totals) for b in batches]
     aux = [float(out.metrics["aux_loss"][0]) for out in bare]
     assert sum(float(out.loss) for out in bare) == pytest.approx(0.1 * (2 * aux[0] + 4 * aux[1]) / 6, abs=1e-6)
 

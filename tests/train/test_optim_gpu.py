@@ -13,8 +13,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from fastpref import linear_preference_loss
 from fastpref.data import collate, load_records, tokenize_records
 from fastpref.losses import DPO
-from fastpref.train import loop, memory
-from fastpref.train.memory import CONTEXT, RECIPES, measure, terms
+from fastpref.train import loop, memory_estimate
+from fastpref.train.memory_estimate import CONTEXT, RECIPES, measure, terms
 from fastpref.train.model import Policy, enable_checkpointing, load_policy, load_tokenizer
 from fastpref.train.optim import Updater, join
 from fastpref.trunk import take_apart
@@ -130,7 +130,7 @@ def test_counting_is_what_a_gpu_step_takes(tmp_path):
     """Activations alone, of two layers, against torch's counter."""
     config = LlamaConfig(vocab_size=512, hidden_size=1024, intermediate_size=4096, num_hidden_layers=2,
                          num_attention_heads=16, num_key_value_heads=4)
-    counted = memory._activations(memory._on_meta(config), 4096, "none")
+    counted = memory_estimate._activations(memory_estimate._on_meta(config), 4096, "none")
     with torch.device("cuda"):
         model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa").train()
     ids = torch.zeros(1, 4096, dtype=torch.int64, device="cuda")

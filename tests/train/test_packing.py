@@ -16,10 +16,10 @@ from tiny import make, make_pairs, make_tokenizer, read_metrics, write_rows
 
 from fastpref.data import collate, load_records, tokenize_records
 from fastpref.errors import UserError
+from fastpref.train.batch_order import BatchOrder
 from fastpref.train.display import Display
 from fastpref.train.loop import Stopped, train
 from fastpref.train.model import load_policy, load_tokenizer
-from fastpref.train.prepare import Schedule
 
 
 def long_prompts(path, count=22):
@@ -84,7 +84,7 @@ def test_tokens_are_told_as_read_scored_and_saved(world, tmp_path):
     assert "| tok/s " in text and "| scored " in text and "| saved " in text
     row = next(row for row in read_metrics(tmp_path / "run") if row["split"] == "train")
     examples, _ = tokenize_records(load_records(data), make_tokenizer(), "pair", max_length=64)
-    schedule = Schedule(config.stage_configs()[0], examples, config.seed)
+    schedule = BatchOrder(config.stage_configs()[0], examples, config.seed)
     batches = [[examples[i] for i in schedule.of_step(step)[1][0]] for step in range(2)]
     seen = [collate(batch, 0, layout="shared") for batch in batches]
     assert row["num_tokens"] == sum(batch.processed_tokens for batch in seen)
@@ -130,7 +130,7 @@ def test_schedule_of_token_budgets(world, tmp_path):
     options = {"packing": None, "max_tokens_per_batch": 120, "per_device_train_batch_size": None, "max_steps": -1,
                "gradient_accumulation_steps": 2, "num_train_epochs": 2.5}
     (stage,) = make(world, tmp_path, **options).stage_configs()
-    schedule = Schedule(stage, examples, seed=1)
+    schedule = BatchOrder(stage, examples, seed=1)
     steps = [schedule.of_step(step) for step in range(schedule.steps)]
     assert [first for first, _ in steps] == [sum(len(batches) for _, batches in steps[:i]) for i in range(len(steps))]
     epochs = [int(schedule.epoch(step)) for step in range(schedule.steps)]
@@ -140,12 +140,12 @@ def test_schedule_of_token_budgets(world, tmp_path):
         assert sorted(i for batch in batches for i in batch) == list(range(60))
         assert max(sum(examples[i].tokens(True) for i in batch) for batch in batches) <= 120
     (longer,) = make(world, tmp_path, **options | {"num_train_epochs": 3}).stage_configs()
-    third = Schedule(longer, examples, seed=1).steps - epochs.count(0) - epochs.count(1)
+    third = BatchOrder(longer, examples, seed=1).steps - epochs.count(0) - epochs.count(1)
     assert epochs.count(2) == math.ceil(third / 2)
     for step in (schedule.steps - 1, 3, 0):  # without having walked there, and back again
-        assert Schedule(stage, examples, seed=1).of_step(step) == schedule.of_step(step) == steps[step]
+        assert BatchOrder(stage, examples, seed=1).of_step(step) == schedule.of_step(step) == steps[step]
     both = make(world, tmp_path, **options | {"per_device_train_batch_size": 2}).stage_configs()[0]
-    assert max(len(batch) for step in Schedule(both, examples, seed=1).all_steps() for batch in step) == 2
+    assert max(len(batch) for step in BatchOrder(both, examples, seed=1).all_steps() for batch in step) == 2
 
 
 def test_an_example_beyond_the_budget(world, tmp_path):

@@ -18,7 +18,7 @@ from transformers import LlamaForCausalLM
 from fastpref.errors import UserError
 from fastpref.train import checkpoint, ranks
 from fastpref.train.config import TrainConfig
-from fastpref.train.held_out import evaluate_run
+from fastpref.train.evaluate_run import evaluate_run
 from fastpref.train.loop import train
 from fastpref.train.optim import check_shards, make_optimizer
 

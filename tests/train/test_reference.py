@@ -23,11 +23,11 @@ from tiny import make, make_pairs, read_metrics, settings, write_rows
 from fastpref.data import batch_order, collate, load_records, tokenize_records
 from fastpref.errors import UserError
 from fastpref.files import FileLock
-from fastpref.train import cache, reference
-from fastpref.train.cache import cache_reference
+from fastpref.train import reference, reference_cache
 from fastpref.train.display import Display
 from fastpref.train.loop import train
 from fastpref.train.model import Policy, load_policy, load_tokenizer
+from fastpref.train.reference_cache import cache_reference
 
 
 def tick(done, of):
@@ -298,7 +298,7 @@ def test_waits_for_the_run_that_holds_the_lock(world, tmp_path, monkeypatch):
             other.release()
 
     assert other.take() == ""
-    monkeypatch.setattr(cache.time, "sleep", meanwhile)
+    monkeypatch.setattr(reference_cache.time, "sleep", meanwhile)
     monkeypatch.setattr(reference, "compute", lambda *args: pytest.fail("computed again"))
     cache_reference(make(world, tmp_path / "second", eval_dataset=None, reference_dir=str(shared.parent)), said)
     text = said.console.file.getvalue()

@@ -14,14 +14,14 @@ from transformers import GenerationConfig
 from transformers.utils import chat_template_utils
 
 from fastpref.errors import UserError
-from fastpref.train import cache, rendering
-from fastpref.train.cache import cache_reference
+from fastpref.train import reference_cache, rendering
 from fastpref.train.config import config_from_dict
 from fastpref.train.dry_run import dry_run
-from fastpref.train.held_out import evaluate_run
+from fastpref.train.evaluate_run import evaluate_run
 from fastpref.train.loop import Stopped, train
 from fastpref.train.model import load_tokenizer
-from fastpref.train.prepare import load_data
+from fastpref.train.reference_cache import cache_reference
+from fastpref.train.stage_data import load_data
 
 DATED = (
     "{{ strftime_now('%d %b %Y') }}{% for m in messages %}[{{ m.role }}]{{ m.content }}</s>\n{% endfor %}"
@@ -64,7 +64,7 @@ def test_a_run_keeps_its_date(chat_world, tmp_path, quiet, monkeypatch):
     cache_reference(config, quiet)
     assert (tmp_path / "shared" / "chat_template_date.txt").read_text() == "2031-02-03\n"
     set_clock(monkeypatch, "2031-02-04")
-    monkeypatch.setattr(cache.reference, "compute", None)  # its log-probs are there
+    monkeypatch.setattr(reference_cache.reference, "compute", None)  # its log-probs are there
     with monkeypatch.context() as patch:
         stop_after(patch, 2, signal.SIGTERM)
         with pytest.raises(Stopped):

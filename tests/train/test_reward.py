@@ -21,9 +21,9 @@ from fastpref.data import LAYOUTS, Example, collate, load_records, tokenize_reco
 from fastpref.errors import UserError
 from fastpref.report.metrics import METRICS
 from fastpref.train.display import Display
-from fastpref.train.evaluate import totals_of
-from fastpref.train.held_out import evaluate_run
+from fastpref.train.evaluate_run import evaluate_run
 from fastpref.train.loop import Stopped, train
+from fastpref.train.micro_batches import totals_of
 from fastpref.train.model import load_policy, load_tokenizer, prepared, take_apart
 
 EXAMPLES = [
@@ -93,7 +93,7 @@ def test_loss_and_gradient_of_the_whole_model_in_fp64(world, tmp_path, layout):
     config = reward_config(world, tmp_path, packing=layout != "padded", center_coefficient=0.05)
     policy = dataclasses.replace(prepared(other, config, make_tokenizer()), compute_dtype=torch.float64)
     batch = collate(EXAMPLES, 0, layout=layout)
-    out = policy.score(batch, config.loss_fn, totals_of([batch]))
+    out = policy.compute_loss(batch, config.loss_fn, totals_of([batch]))
     out.loss.backward()
     assert out.loss.dtype == torch.float64 and out.loss.item() == pytest.approx(truth.item(), rel=1e-6)
     for (name, p), (_, q) in zip(model.named_parameters(), other.named_parameters(), strict=True):
@@ -117,7 +117,7 @@ def test_micro_batches_add_up_to_one_batch(world, tmp_path):
     def gradients(parts):
         batches = [collate([examples[i] for i in part], 0, layout="shared") for part in parts]
         policy.model.zero_grad()
-        outs = [policy.score(batch, config.loss_fn, totals_of(batches)) for batch in batches]
+        outs = [policy.compute_loss(batch, config.loss_fn, totals_of(batches)) for batch in batches]
         sum(out.loss for out in outs).backward()
         return sum(out.loss.item() for out in outs), torch.cat([p.grad.reshape(-1) for p in policy.model.parameters()])
 

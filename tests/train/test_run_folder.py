@@ -16,7 +16,7 @@ from fastpref.rounds.config import config_from
 from fastpref.rounds.driver import rounds
 from fastpref.train import checkpoint
 from fastpref.train.dry_run import dry_run
-from fastpref.train.held_out import evaluate_run
+from fastpref.train.evaluate_run import evaluate_run
 from fastpref.train.loop import train
 from fastpref.train.scorer import load_scorer
 

@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from fastpref.errors import UserError
 from fastpref.train import checkpoint
-from fastpref.train.held_out import evaluate_run
+from fastpref.train.evaluate_run import evaluate_run
 from fastpref.train.loop import train
 from fastpref.train.scorer import load_scorer
 from fastpref.train.shards import load_sharded_weights, read_sharded, sharded_metadata

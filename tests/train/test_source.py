@@ -13,11 +13,11 @@ from tiny import make, make_config, make_pairs, make_tokenizer, read_metrics, se
 from transformers import GenerationConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 from fastpref.errors import UserError
-from fastpref.train.cache import cache_reference
 from fastpref.train.dry_run import dry_run
-from fastpref.train.held_out import evaluate_run
+from fastpref.train.evaluate_run import evaluate_run
 from fastpref.train.loop import train
 from fastpref.train.model import load_policy, load_reference, load_tokenizer, load_weights
+from fastpref.train.reference_cache import cache_reference
 from fastpref.train.scorer import load_scorer
 
 # peft asks transformers with a name of its that is on its way out

@@ -13,9 +13,10 @@ from tiny import make, make_pairs, read_metrics, write_rows
 
 from fastpref.data import load_records, stream_records
 from fastpref.errors import UserError
-from fastpref.train import loop, prepare, reference
-from fastpref.train.cache import cache_reference
+from fastpref.train import loop, reference, stage_data
+from fastpref.train.batch_order import BatchOrder
 from fastpref.train.loop import Stopped, train
+from fastpref.train.reference_cache import cache_reference
 
 datasets = pytest.importorskip("datasets")
 
@@ -36,7 +37,7 @@ def endless(monkeypatch):
         return datasets.IterableDataset.from_generator(rows)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    monkeypatch.setattr(prepare, "STREAM_PART", 5)
+    monkeypatch.setattr(stage_data, "STREAM_PART", 5)
     return read
 
 
@@ -75,16 +76,16 @@ def test_an_endless_stream_is_a_file_of_its_first_records(world, tmp_path, endle
 def test_as_much_as_the_steps_take(world, tmp_path, endless, quiet, change):
     """24 pairs, or 4 x 2 x 60 tokens: then no micro-batch lacks anything, whatever fills it."""
     config = make(world, tmp_path, **STREAM | ({"per_device_train_batch_size": None} if change else {}) | change)
-    (data,) = prepare.load_data([config], loop.load_tokenizer(config), quiet)
+    (data,) = stage_data.load_data([config], loop.load_tokenizer(config), quiet)
     tokens = [e.tokens(True) for e in data.train]
     if change:
         assert sum(tokens[:-1]) < 4 * 2 * 60 <= sum(tokens) and max(tokens) <= 60
     else:
         assert len(data.train) == 24
-    schedule = prepare.Schedule(config, data.train, 0)
+    schedule = BatchOrder(config, data.train, 0)
     assert all(len(schedule.of_step(step)[1]) == 2 for step in range(4)) and schedule.epoch(3) < 1
     source = STREAM | {"dataset_streaming": False, "train_dataset": first(tmp_path, len(data.train))}
-    (whole,) = prepare.load_data([make(world, tmp_path, **source)], loop.load_tokenizer(config), quiet)
+    (whole,) = stage_data.load_data([make(world, tmp_path, **source)], loop.load_tokenizer(config), quiet)
     assert list(whole.train) == list(data.train)
 
 

@@ -23,13 +23,15 @@ from fastpref.data import Example, load_records, tokenize_records
 from fastpref.errors import UserError
 from fastpref.report.metrics import METRICS
 from fastpref.report.page import write_report
-from fastpref.train import checkpoint, loop, watch
+from fastpref.train import checkpoint, fresh_samples, loop, pair_metrics
 from fastpref.train.checkpoint import State
 from fastpref.train.config import config_from_dict
-from fastpref.train.evaluate import MetricSums, evaluate
+from fastpref.train.evaluate import evaluate
+from fastpref.train.fresh_samples import FreshSamples
 from fastpref.train.loop import Stopped, train
 from fastpref.train.model import load_policy, load_tokenizer
-from fastpref.train.watch import Fresh, FreshPrompt, Start
+from fastpref.train.pair_metrics import MetricSums, StartLogps
+from fastpref.train.prompts import TokenizedPrompt
 
 EOS, LENGTH = 2, 3
 
@@ -84,7 +86,7 @@ def estimates(two):
     stage = config_from_dict(
         config.to_dict() | {"sample_steps": 1, "sample_max_new_tokens": LENGTH, "per_device_eval_batch_size": 300}
     )
-    fresh = Fresh(stage, tokenizer, [FreshPrompt("", prompt)] * 300, lambda: nullcontext(policies[1]), None)
+    fresh = FreshSamples(stage, tokenizer, [TokenizedPrompt("", prompt)] * 300, lambda: nullcontext(policies[1]), None)
     found = [fresh._measure(policies[0], seed, tick) for seed in range(10)]
     return exact, found
 
@@ -120,7 +122,7 @@ def test_k3_has_the_lower_variance_and_both_come_from_temperature_one(estimates)
 
 def test_a_policy_has_no_distance_from_itself(two):
     policies, tokenizer, config, prompt, _ = two
-    fresh = Fresh(config, tokenizer, [FreshPrompt("", prompt)] * 4, lambda: nullcontext(policies[0]), None)
+    fresh = FreshSamples(config, tokenizer, [TokenizedPrompt("", prompt)] * 4, lambda: nullcontext(policies[0]), None)
     values = fresh._measure(policies[0], 0, tick)
     assert values["kl_k1"] == values["kl_k3"] == 0.0
 
@@ -137,12 +139,12 @@ def test_correlation_is_that_of_all_pairs_together():
     for step in ((0, 1), (1, 9, 11), (11, 20, 21, 23)):
         sums = MetricSums()
         for a, b in itertools.pairwise(step):
-            sums.add(watch.moments(torch.from_numpy(margins[a:b]), torch.from_numpy(gaps[a:b])))
+            sums.add(pair_metrics.moments(torch.from_numpy(margins[a:b]), torch.from_numpy(gaps[a:b])))
         values = sums.read()
-        watch.to_sums(values, step[-1] - step[0])
+        pair_metrics.to_sums(values, step[-1] - step[0])
         for name, value in json.loads(json.dumps(values)).items():
             window[name] = window.get(name, 0.0) + value
-    found = watch.take_correlation(window)
+    found = pair_metrics.take_correlation(window)
     assert found["watch/length_correlation"] == pytest.approx(numpy.corrcoef(margins, gaps)[0, 1], abs=1e-10)
     assert window == {}
 
@@ -150,10 +152,10 @@ def test_correlation_is_that_of_all_pairs_together():
 def test_what_does_not_vary_has_no_correlation():
     for x, y in ((torch.full((4,), 3.0), torch.arange(4)), (1e-6 * torch.arange(4), torch.tensor([3.0, 1, 4, 1])),
                  (torch.arange(4), torch.ones(4))):
-        values = {name: float(v.mean()) for name, v in watch.moments(x, y).items()}
-        watch.to_sums(values, 4)
-        assert watch.take_correlation(values) == {}
-    assert watch.take_correlation({"loss": 1.0}) == {}
+        values = {name: float(v.mean()) for name, v in pair_metrics.moments(x, y).items()}
+        pair_metrics.to_sums(values, 4)
+        assert pair_metrics.take_correlation(values) == {}
+    assert pair_metrics.take_correlation({"loss": 1.0}) == {}
 
 
 def logps_of(model, example):
@@ -184,7 +186,7 @@ def test_held_out_changes_are_against_the_stages_start(world, tmp_path, loss):
     before = torch.tensor([logps_of(policy.model, e) for e in examples])
     if loss == "dpo":
         examples = [Example(**vars(e) | {"ref_logps": (-20.0, -30.0)}) for e in examples]
-    start = Start(examples)
+    start = StartLogps(examples)
     values = evaluate(policy, examples, "pair", config.loss_fn, 4, 0, None, tick, start)
     assert values["watch/chosen_change"] == values["watch/rejected_change"] == values["watch/chosen_fell"] == 0
     generator = torch.Generator().manual_seed(2)
@@ -192,7 +194,7 @@ def test_held_out_changes_are_against_the_stages_start(world, tmp_path, loss):
         for p in policy.model.parameters():
             p.add_(0.02 * torch.randn(p.shape, generator=generator))
     after = torch.tensor([logps_of(policy.model, e) for e in examples])
-    copy = Start(examples)
+    copy = StartLogps(examples)
     copy.restore(start.tensors())  # as from a checkpoint
     values = evaluate(policy, examples, "pair", config.loss_fn, 4, 0, None, tick, copy)
     change = (after - before).numpy()
@@ -210,35 +212,35 @@ def test_held_out_changes_are_against_the_stages_start(world, tmp_path, loss):
 
 def test_start_of_other_data_is_not_used(world):
     examples = [Example(i, [1], ([4, 2], [5, 2])) for i in range(3)]
-    start = Start(examples)
+    start = StartLogps(examples)
     start.of([2, 0, 1], torch.tensor([-1.0, -2, -3, -4, -5, -6]), counts=True)
     start.complete()
     assert start.logps.tolist() == [[-2, -5], [-3, -6], [-1, -4]]
     assert start.of([1, 2], torch.zeros(4), counts=True).tolist() == [-3, -1, -6, -4]
-    other = Start(examples[:2])
+    other = StartLogps(examples[:2])
     other.restore(start.tensors())
     assert not other.known
 
 
 def test_kto_counts_each_kind_by_itself():
     change = torch.tensor([-1.0, 2.0, 0.5, -3.0])
-    found = watch.changes(change, torch.tensor([True, False, True, False]))
+    found = pair_metrics.changes(change, torch.tensor([True, False, True, False]))
     assert found["watch/chosen_change"].nanmean() == -0.25 and found["watch/rejected_change"].nanmean() == -0.5
     assert found["watch/chosen_fell"].nanmean() == 0.5
-    pairs = watch.changes(torch.tensor([-0.011, -0.009, 4.0, 5.0]), None)
+    pairs = pair_metrics.changes(torch.tensor([-0.011, -0.009, 4.0, 5.0]), None)
     assert pairs["watch/chosen_fell"].tolist() == [1.0, 0.0]  # rounding is no fall
 
 
 def test_training_lines_are_means_over_what_the_steps_saw(world, tmp_path, quiet, monkeypatch):
     """Three micro-batches a step: KL, changes and correlation of a line against the log-probs of its steps."""
     seen = []
-    own = loop.watched
+    own = loop.metrics_of_pairs
 
     def watched(kind, out, batch, start):
         seen.append((out.logps.double(), start.double(), out.lengths.double()))
         return own(kind, out, batch, start)
 
-    monkeypatch.setattr(loop, "watched", watched)
+    monkeypatch.setattr(loop, "metrics_of_pairs", watched)
     config = make(world, tmp_path / "run", train_dataset=uneven(tmp_path), eval_dataset=None, max_steps=2,
                   per_device_train_batch_size=3, gradient_accumulation_steps=3, beta=0.2)
     train(config, display=quiet)
@@ -335,7 +337,7 @@ def test_rewards_of_fresh_samples_and_the_best_checkpoint(world, tmp_path, quiet
     body = "return 1 / 0 if prompt.startswith(FIRST) else float(len(response.encode()) + len(prompt))"
     prompts = [json.loads(line)["prompt"] for line in (world / "heldout.jsonl").read_text().splitlines()]
     scorer = write_scorer(tmp_path, monkeypatch, body.replace("FIRST", repr(prompts[0])))
-    rewards, own = iter([5.0, 9.0, 8.0, 7.0, 6.0]), watch.mean_and_error
+    rewards, own = iter([5.0, 9.0, 8.0, 7.0, 6.0]), fresh_samples.mean_and_error
 
     def mean_and_error(name, values):
         if name == "reward":
@@ -343,7 +345,7 @@ def test_rewards_of_fresh_samples_and_the_best_checkpoint(world, tmp_path, quiet
             return {"reward": next(rewards), "reward_error": 0.1}
         return own(name, values)
 
-    monkeypatch.setattr(watch, "mean_and_error", mean_and_error)
+    monkeypatch.setattr(fresh_samples, "mean_and_error", mean_and_error)
     config = make(world, tmp_path / "run", max_steps=8, save_steps=2, save_total_limit=1, scorer=scorer, **SAMPLED)
     summary = train(config, display=quiet)
     rows = [row for row in read_metrics(tmp_path / "run") if row["split"] == "sample"]
@@ -361,9 +363,9 @@ def test_rewards_of_fresh_samples_and_the_best_checkpoint(world, tmp_path, quiet
 def test_time_share(world, tmp_path, quiet, monkeypatch):
     """Sampling never takes more than its share, but for one batch of the first: what is due waits, and comes later."""
     clock = [0.0]
-    monkeypatch.setattr(watch, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    monkeypatch.setattr(fresh_samples, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
     stage = make(world, tmp_path, sample_steps=10, sample_time_share=0.2)
-    fresh, state, taken = Fresh(stage, None, [], None, None), State(), []
+    fresh, state, taken = FreshSamples(stage, None, [], None, None), State(), []
 
     def measure(policy, seed, tick):
         for batch in range(4):
@@ -379,7 +381,7 @@ def test_time_share(world, tmp_path, quiet, monkeypatch):
         assert state.sampling.get("seconds", 0.0) <= max(0.2 * step, 3.0)
     assert taken == [25, 45, 65, 85]  # broken off once at step 10, after one batch: 1 + 4 n seconds fit in a fifth
     assert state.sampling["seconds"] == 17
-    none = Fresh(make(world, tmp_path, sample_steps=10, sample_time_share=None), None, [], None, None)
+    none = FreshSamples(make(world, tmp_path, sample_steps=10, sample_time_share=None), None, [], None, None)
     monkeypatch.setattr(none, "_measure", measure)
     state, taken = State(), []
     for step in range(26):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-import fastpref as fp
+from fastpref.head import linear_token_stats
 
 try:
     import trl
@@ -68,7 +68,7 @@ class ChunkedLogProbs:
             weight = weight.to(hidden.dtype)
             bias = None if bias is None else bias.to(hidden.dtype)
         asked = tuple(ours for theirs, ours in _OUTPUTS.items() if theirs in outputs)
-        stats = fp.linear_token_stats(
+        stats = linear_token_stats(
             hidden,
             weight,
             targets,

@@ -14,9 +14,10 @@ from .config import load_config, load_config_of_run
 from .display import Display, evaluation_table
 from .evaluate import evaluate, exact_match, generate
 from .model import load_policy, load_tokenizer, pad_token
-from .prepare import check_model, load_data, needs_of
+from .positions import check_positions, longest_sequences
 from .rendering import dated
 from .run_folder import file_of, recorded_reference, reference_again, reference_at_start, weights_of_run
+from .stage_data import load_data
 
 
 def evaluate_run(
@@ -45,7 +46,7 @@ def evaluate_run(
     tokenizer = load_tokenizer(config)
     stage = dated(config, tokenizer).stage_configs()[index]
     data = load_data([stage], tokenizer, display, held_out_only=True)[0]
-    check_model([stage], needs_of([stage], [data]), display)
+    check_positions([stage], longest_sequences([stage], [data]), display)
     policy = load_policy(config, tokenizer, weights)
     examples, size, pad, loss = data.eval, stage.per_device_eval_batch_size, pad_token(tokenizer), stage.loss_fn
     logps = None

@@ -1,4 +1,4 @@
-"""Where the numbers go: metrics.jsonl always, TensorBoard and Weights & Biases if asked; and the machine's own numbers.
+"""Where the numbers go: metrics.jsonl always, TensorBoard and Weights & Biases if asked.
 
 One JSON object a line: {"stage", "split": "train" | "eval", "step", "epoch", ...}, values under TRL's names. A value
 that is not finite is written as null, so that every line is JSON for every reader.
@@ -10,14 +10,8 @@ import importlib.util
 import json
 import math
 import os
-import platform
-import resource
-import sys
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from fastpref.errors import SaveError, UserError
 
@@ -91,36 +85,3 @@ class NoLog:
         return 0
 
     def close(self) -> None: ...
-
-
-def peak_memory_mib(device: torch.device) -> float:
-    """The most this process has held: allocated by torch on a GPU, resident on the CPU (weights, Python and all)."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes on macOS, KiB on Linux
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
-
-
-def device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{_cpu_model()}, {torch.get_num_threads()} threads"
-
-
-def _cpu_model() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def versions() -> dict[str, str]:
-    """Of Python and of the packages that a result depends on."""
-    found = {"python": platform.python_version()}
-    for package in ("fastpref", "torch", "transformers", "triton", "peft", "safetensors", "numpy"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found

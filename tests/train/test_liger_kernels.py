@@ -10,7 +10,7 @@ import transformers
 from tiny import make, make_config, make_tokenizer
 
 from fastpref.errors import UserError
-from fastpref.train import kernels
+from fastpref.train import liger_kernels
 from fastpref.train.model import load_policy
 
 liger_kernel = pytest.importorskip("liger_kernel")
@@ -31,10 +31,10 @@ def test_what_is_refused(world, tmp_path, monkeypatch):
         with pytest.raises(UserError, match="use_liger_kernel: liger-kernel's Triton kernels take a CUDA device"):
             load_policy(make(world, tmp_path, use_liger_kernel=True), make_tokenizer())
     with pytest.raises(UserError, match="use_liger_kernel: liger-kernel has none for bloom models"):
-        kernels.use_liger_kernels(OnCuda(transformers.BloomConfig()))
+        liger_kernels.use_liger_kernels(OnCuda(transformers.BloomConfig()))
     monkeypatch.setitem(sys.modules, "liger_kernel.transformers.monkey_patch", None)
     with pytest.raises(UserError, match="use_liger_kernel needs liger-kernel: pip install liger-kernel"):
-        kernels.use_liger_kernels(OnCuda(make_config()))
+        liger_kernels.use_liger_kernels(OnCuda(make_config()))
 
 
 def test_kernels_that_change_the_logits_are_refused(monkeypatch):
@@ -47,7 +47,7 @@ def test_kernels_that_change_the_logits_are_refused(monkeypatch):
     monkeypatch.setattr(liger_kernel.transformers, "_apply_liger_kernel_to_instance", wrong)
     model = transformers.LlamaForCausalLM(make_config()).train()
     with pytest.raises(UserError, match=r"change this model's logits \(relative difference 0.01\)"):
-        kernels.apply_kernels(model)
+        liger_kernels.apply_kernels(model)
     assert asked == {"cross_entropy": False, "fused_linear_cross_entropy": False} and model.training
 
 
@@ -60,7 +60,7 @@ def test_the_same_losses_on_a_gpu(world, tmp_path):
     for use in (False, True):  # in this order: Liger patches the class as well
         policy = load_policy(make(world, tmp_path, use_liger_kernel=use, bf16=False), make_tokenizer())
         batch = collate([Example(0, [1, 20, 21], ([30, 31, 2], [40, 2]))], 0).to(policy.device)
-        out = policy.score(batch, SFT())
+        out = policy.compute_loss(batch, SFT())
         out.loss.backward()
         found.append((out.logps, {name: p.grad for name, p in policy.trainable().items()}))
         assert ("Liger" in policy.trunk.norm._get_name()) == use

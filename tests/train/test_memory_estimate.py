@@ -14,11 +14,11 @@ from transformers import Gemma2Config, LlamaConfig, LlamaForCausalLM, MixtralCon
 
 from fastpref import cli
 from fastpref.errors import UserError
-from fastpref.train import loop, memory
+from fastpref.train import loop, memory_estimate
 from fastpref.train.config import TrainConfig
-from fastpref.train.memory import GIB, KINDS, RECIPES, Activations, choose, measure, terms
+from fastpref.train.memory_estimate import GIB, KINDS, RECIPES, Activations, choose, measure, terms
 from fastpref.train.model import enable_checkpointing
-from fastpref.train.prepare import Data
+from fastpref.train.stage_data import StageData
 
 LLAMA_3_8B = LlamaConfig(
     vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
@@ -62,22 +62,22 @@ def test_what_is_chosen_for_a_card(llama):
     assert best(48) == ("+ in backward", "full")
     assert best(24) == ("bf16, states on host", "offload")
     assert best(15) is None
-    text = memory.plan_text("m", llama, 48)
+    text = memory_estimate.plan_text("m", llama, 48)
     assert "model_name_or_path=m dtype=bfloat16 optim=adamw_torch_8bit optim_in_backward=true max_grad_norm=0 " in text
     assert text.endswith("gradient_checkpointing=full max_tokens_per_batch=16384")
-    assert "nothing fits 9 GiB" in memory.plan_text("m", llama, 9)
+    assert "nothing fits 9 GiB" in memory_estimate.plan_text("m", llama, 9)
 
 
 @pytest.mark.parametrize("kind", KINDS[:3])
 def test_activations_against_a_real_step(kind):
     """Against a bf16 model on the CPU, whose attention kernel keeps what a flash kernel does."""
     config = make_config(hidden_size=64, intermediate_size=160)
-    counted = memory._activations(memory._on_meta(config), 96, kind)
+    counted = memory_estimate._activations(memory_estimate._on_meta(config), 96, kind)
     config._attn_implementation = "sdpa"
     model = LlamaForCausalLM(config).bfloat16().train()
     if kind != "none":
         enable_checkpointing(model, kind)
-    real = memory.count(model, torch.zeros(1, 96, dtype=torch.int64))
+    real = memory_estimate.count(model, torch.zeros(1, 96, dtype=torch.int64))
     assert counted.kept == pytest.approx(real.kept, rel=0.02)
     assert counted.work == pytest.approx(real.work, rel=0.05)
 
@@ -91,12 +91,12 @@ def test_other_families():
     mixture = measure(MixtralConfig(**sizes, num_local_experts=4), 64)
     assert mixture.parameters > 4 * 3 * 64 * 96 * 2
     if mixture.no_lora:
-        assert "without LoRA: " in memory.plan_text("m", mixture, 1)
-        assert "LoRA on bf16" not in memory.plan_text("m", mixture, 1)
+        assert "without LoRA: " in memory_estimate.plan_text("m", mixture, 1)
+        assert "LoRA on bf16" not in memory_estimate.plan_text("m", mixture, 1)
 
 
 def test_counting_sees_tensors_live_and_die():
-    with memory._Live() as live:
+    with memory_estimate._Live() as live:
         a = torch.zeros(1000, device="meta")
         b = a.view(10, 100)  # the same storage
         assert live.now == 4000
@@ -148,23 +148,23 @@ def llama_8b(tmp_path_factory):
 def test_too_few_gpus_are_told_before_the_model_is_loaded(llama_8b, keys, bytes_each):
     config, needed = fitting(llama_8b, **keys), 8_030_261_248 * bytes_each
     for count in (1, 2, 3):
-        memory.check_fits(config, count, int(needed / count + memory.CONTEXT) + 2)
-    each = int(needed / 2.5 + memory.CONTEXT)
+        memory_estimate.check_fits(config, count, int(needed / count + memory_estimate.CONTEXT) + 2)
+    each = int(needed / 2.5 + memory_estimate.CONTEXT)
     line = f"are {needed / GIB:.1f} GiB; there are 2 GPUs of {each / GIB:.1f} GiB: take at least 3 GPUs, or what"
     with pytest.raises(UserError, match=re.escape(line)):
-        memory.check_fits(config, 2, each)
+        memory_estimate.check_fits(config, 2, each)
 
 
 def test_weights_that_do_not_fit_one_gpu_are_told(llama_8b):
     with pytest.raises(UserError, match="the weights alone 15.0; there are 64 GPUs of 14.0 GiB: what `fastpref plan"):
-        memory.check_fits(fitting(llama_8b, dtype="bfloat16", optim="adamw_fp32_master"), 64, 14 * 2**30)
+        memory_estimate.check_fits(fitting(llama_8b, dtype="bfloat16", optim="adamw_fp32_master"), 64, 14 * 2**30)
 
 
 def test_lora_needs_room_for_the_base_alone(llama_8b):
     config = fitting(llama_8b, dtype="bfloat16", use_peft=True)
     with pytest.raises(UserError, match="there is 1 GPU of 15.0 GiB"):
-        memory.check_fits(config, 1, 15 * 2**30)
-    memory.check_fits(config, 1, 17 * 2**30)
+        memory_estimate.check_fits(config, 1, 15 * 2**30)
+    memory_estimate.check_fits(config, 1, 17 * 2**30)
 
 
 def test_the_run_asks_before_it_loads(monkeypatch, llama_8b, tmp_path):
@@ -175,7 +175,8 @@ def test_the_run_asks_before_it_loads(monkeypatch, llama_8b, tmp_path):
     monkeypatch.setattr(loop, "check_optimizer", lambda *args: None)
     monkeypatch.setattr(loop, "load_tokenizer", lambda config: None)
     monkeypatch.setattr(loop, "check_saves", lambda *args: None)
-    monkeypatch.setattr(loop, "load_data", lambda *args: asked.append("data") or [Data([])])
+    monkeypatch.setattr(loop, "dated", lambda config, tokenizer: config)
+    monkeypatch.setattr(loop, "load_data", lambda *args: asked.append("data") or [StageData([])])
     monkeypatch.setattr(loop.sharding, "load", lambda *args: pytest.fail("the model was loaded"))
     config = dataclasses.replace(fitting(llama_8b), output_dir=str(tmp_path / "run"))
     with pytest.raises(UserError, match="weights, gradients and optimiser states are"):

@@ -12,24 +12,26 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from fastpref.data import Example, eval_order, hashes_of
+from fastpref.data import Example, eval_order, hashes_of, identity_of
 from fastpref.errors import UserError
 from fastpref.files import FileLock, remove_partials
 
 from . import checkpoint, ranks, reference
+from .batch_order import BatchOrder
 from .config import TrainConfig
-from .display import Display, duration
+from .display import Display, Tick, duration
 from .model import Policy, fingerprint, load_policy, load_tokenizer, pad_token
-from .prepare import Data, Schedule, check_model, load_data, needs_of
-from .reference import ReferenceLogps, Steps, Tick
+from .positions import check_positions, longest_sequences
+from .reference import ReferenceLogps, Steps
 from .rendering import dated, keep_date
 from .run_folder import file_of, reference_at_start
+from .stage_data import StageData, load_data
 
 WAIT = 0.5  # seconds between two looks at a lock that another run holds
 
 
 @dataclass(frozen=True)
-class Split:
+class CachedSplit:
     """Examples of a stage, and the file that their reference log-probs are in."""
 
     stage: TrainConfig
@@ -40,22 +42,23 @@ class Split:
     stream: bool = False  # the examples are the first of a stream: the file may have others too
 
 
-def splits_of(
-    config: TrainConfig, run_dir: Path, index: int, stage: TrainConfig, data: Data, schedule: Schedule
-) -> Iterator[Split]:
+def cached_splits(
+    config: TrainConfig, run_dir: Path, index: int, stage: TrainConfig, data: StageData, order: BatchOrder
+) -> Iterator[CachedSplit]:
     """The training examples, and the held-out ones if there are any."""
     for name, examples in (("train", data.train), ("eval", data.eval)):
         if examples:
             steps: Steps | None = None
             if stage.loss_fn.needs_kl:
                 held_out = eval_order(examples, stage.per_device_eval_batch_size)
-                steps = schedule.all_steps() if name == "train" else [held_out]
+                steps = order.all_steps() if name == "train" else [held_out]
             path = file_of(config, run_dir, index, stage, name)
-            yield Split(stage, name, examples, steps, path, stage.dataset_streaming and name == "train")
+            yield CachedSplit(stage, name, examples, steps, path, stage.dataset_streaming and name == "train")
 
 
-def obtain(split: Split, tokenizer: PreTrainedTokenizerBase, weights: str, like: Policy, source: Callable[[], Policy],
-           display: Display, watch: Callable[[Any], Tick], *, replace: bool) -> ReferenceLogps:
+def cached_logps(split: CachedSplit, tokenizer: PreTrainedTokenizerBase, weights: str, like: Policy,
+                 source: Callable[[], Policy], display: Display, watch: Callable[[Any], Tick], *,
+                 replace: bool) -> ReferenceLogps:
     """From the file if its header is what it has to be; else computed and written.
 
     weights: fingerprint of the reference; like: a policy of the same dtype and layout; source: makes the reference;
@@ -95,7 +98,7 @@ def obtain(split: Split, tokenizer: PreTrainedTokenizerBase, weights: str, like:
         started = time.monotonic()
         size, pad = stage.per_device_eval_batch_size, pad_token(tokenizer)
         new = [example for example, code in zip(examples, hashes) if code not in known] if known else examples
-        progress = reference.Progress(path, header | {"records": reference.identity(new)}, size, like.layout)
+        progress = reference.Progress(path, header | {"records": identity_of(new)}, size, like.layout)
         found = logps = reference.compute(source(), new, stage.kind, size, pad, watch(show), split.steps, progress)
         if stream:
             if known:
@@ -152,18 +155,18 @@ def cache_reference(config: TrainConfig, display: Display | None = None) -> list
         keep_date(config)
         stages = config.stage_configs()
         every = load_data(stages, tokenizer, display)
-        check_model(stages, needs_of(stages, every), display)
+        check_positions(stages, longest_sequences(stages, every), display)
         policy = load_policy(config, tokenizer)
         for index in wanted:
             stage, data = stages[index], every[index]
             if index not in known:
                 display.say(f"{stage.name}: its reference is what the stage before ends with; cached when it begins")
                 continue
-            schedule = Schedule(stage, data.train, config.seed + index)
+            order = BatchOrder(stage, data.train, config.seed + index)
             source = reference_at_start(stage, tokenizer, policy)
             weights = fingerprint(source.model)
-            for split in splits_of(config, run_dir, index, stage, data, schedule):
-                obtain(split, tokenizer, weights, policy, lambda source=source: source, display,  # type: ignore[misc]
-                       lambda show: show, replace=config.overwrite_output_dir)
+            for split in cached_splits(config, run_dir, index, stage, data, order):
+                cached_logps(split, tokenizer, weights, policy, lambda source=source: source, display,  # type: ignore[misc]
+                             lambda show: show, replace=config.overwrite_output_dir)
                 found.append(split.path)
     return found
