@@ -218,14 +218,18 @@ def _headlines(run: Run, pairs: Pairs) -> list[Row]:
 
 
 def change_card(label: str, before: float | None, after: float, show: Callable[[float], str], better: str,
-                was: str) -> Row:
-    """A figure, what it was before, and whether that is for the better. before None: there was nothing to compare."""
+                was: str, error: float = 0.0) -> Row:
+    """A figure, what it was before, and whether that is for the better: not said of less than two standard errors of
+    the change. before None: there was nothing to compare."""
     if before is None:
         return {"label": label, "value": show(after), "was": f"{was}: all tied"}
     change = after - before
     arrow = "▲" if change > 0 else "▼" if change < 0 else "="
     amount = f"{abs(100 * change):.1f} points" if show is percent else number(abs(change))
-    mood = "" if not better or change == 0 else "better" if (change > 0) == (better == "higher") else "worse"
+    if error:
+        amount += f" ± {number(error, 2)}"
+    known = better and change and abs(change) >= 2 * error
+    mood = "" if not known else "better" if (change > 0) == (better == "higher") else "worse"
     return {"label": label, "value": show(after), "change": f"{arrow} {amount}", "mood": mood,
             "was": f"{was}: {show(before)}"}
 

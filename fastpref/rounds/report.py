@@ -6,11 +6,12 @@ The page, report/templates/rounds.html, is made of files alone (summary.json, co
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from markupsafe import Markup
 from rich.table import Table
@@ -45,7 +46,7 @@ def round_lines(values: Values, of: int) -> list[str]:
 
 
 def _results(name: str, values: Values) -> list[str]:
-    found = [f"{label} {show(value)}" for label, value, show in _columns(values) if value is not None]
+    found = [f"{held.label} {held.show(held.value)}" for held in _values(values)]
     return [f"{name} held-out | {' | '.join(found)}"] if found else []
 
 
@@ -68,14 +69,21 @@ def time_split(seconds: Values) -> str:
     )
 
 
-def _columns(values: Values) -> list[tuple[str, float | None, Any]]:
-    """(label, value, how to show it) of what is known of a round's weights on held-out prompts."""
-    after, best = values.get("after", {}), values.get("best_of_n", [])
-    found: list[tuple[str, float | None, Any]] = [("exact match", after.get("exact_match"), percent)]
-    found.append(("reward", best[0]["reward"] if best else None, number))
-    if len(best) > 1:
-        found.append((f"best of {best[-1]['n']}", best[-1]["reward"], number))
-    return [*found, ("KL", after.get("kl"), number)]
+class Value(NamedTuple):
+    """What is known of a round's weights on held-out prompts: its name, how to show it, and its standard error."""
+
+    label: str
+    value: float
+    show: Callable[[float], str]
+    error: float = 0.0
+
+
+def _values(row: Values) -> list[Value]:
+    after, best = row.get("after", {}), row.get("best_of_n", [])
+    found = [Value("exact match", after.get("exact_match"), percent)]
+    for label, one in [("reward", one) for one in best[:1]] + [(f"best of {one['n']}", one) for one in best[1:][-1:]]:
+        found.append(Value(label, one["reward"], number, one.get("error") or 0.0))
+    return [value for value in (*found, Value("KL", after.get("kl"), number)) if value.value is not None]
 
 
 def show_table(display: Display, summary: Values) -> None:
@@ -116,8 +124,9 @@ def write_page(run_dir: Path) -> Path:
     path = run_dir / "report.html"
     write_text(path, render(
         "rounds.html", title=f"{name} · fastpref rounds", name=name, device=summary.get("device", ""),
-        cards=_headlines(rows), charts=_charts(rows), labels=_labels(rows), rows=[_row(run_dir, row) for row in rows],
-        rounds=rounds, parts_of_time=[part for part in PARTS if any(row["seconds"].get(part) for row in rounds)],
+        cards=_headlines(rows), findings=_findings(rows), charts=_charts(rows), labels=_labels(rows), rounds=rounds,
+        rows=[_row(run_dir, row) for row in rows],
+        parts_of_time=[part for part in PARTS if any(row["seconds"].get(part) for row in rounds)],
         pairs=_pairs(run_dir / f"round-{rounds[-1]['round']:03d}" / "pairs.jsonl"), config=config.rstrip(),
     ))
     return path
@@ -125,11 +134,11 @@ def write_page(run_dir: Path) -> Path:
 
 def _labels(rows: Sequence[Values]) -> list[str]:
     """Of the columns in which a row has a value."""
-    return list(dict.fromkeys(label for row in rows for label, value, _ in _columns(row) if value is not None))
+    return list(dict.fromkeys(held.label for row in rows for held in _values(row)))
 
 
 def _shown(row: Values) -> dict[str, str]:
-    return {label: show(value) for label, value, show in _columns(row) if value is not None}
+    return {held.label: held.show(held.value) for held in _values(row)}
 
 
 def _row(run_dir: Path, row: Values) -> dict[str, Any]:
@@ -138,44 +147,63 @@ def _row(run_dir: Path, row: Values) -> dict[str, Any]:
     return {**row, "to": to if (run_dir / to).is_file() else "", "held_out": _shown(row)}
 
 
-def _series(rows: Sequence[Values], label: str) -> list[tuple[float, float]]:
+def _series(rows: Sequence[Values], label: str) -> list[tuple[int, Value]]:
     """Of the start (round 0) and every round."""
-    return [(float(row["round"]), float(value)) for row in rows for name, value, _ in _columns(row)
-            if name == label and value is not None]
+    return [(row["round"], held) for row in rows for held in _values(row) if held.label == label]
 
 
 def _headlines(rows: Sequence[Values]) -> list[dict[str, Any]]:
     cards = []
-    for label, _, show in _columns(rows[-1]):
+    for label in _goals(rows):
         points = _series(rows, label)
-        if label != "KL" and len(points) >= 2:
-            cards.append(change_card(f"Held-out {label}", points[0][1], points[-1][1], show, "higher",
-                                     "before round 1"))
+        if len(points) >= 2:
+            (_, first), (_, last) = points[0], points[-1]
+            cards.append(change_card(f"Held-out {label}", first.value, last.value, last.show, "higher",
+                                     "before round 1", math.hypot(first.error, last.error)))
     time, _, split = time_split(_total_seconds(rows[1:])).partition(" | ")
     return [*cards, {"label": "Wall time", "value": time, "was": split}]
 
 
+def _goals(rows: Sequence[Values]) -> list[str]:
+    """What is better the larger it is."""
+    return [held.label for held in _values(rows[-1]) if held.label != "KL"]
+
+
+def _findings(rows: Sequence[Values]) -> list[str]:
+    """Where the best round was not the last, by two standard errors of the difference or more."""
+    said = []
+    for label in _goals(rows):
+        *_, (_, last) = points = _series(rows, label)
+        at, best = max(points, key=lambda point: point[1].value)
+        if 0 < 2 * math.hypot(best.error, last.error) <= best.value - last.value:
+            where = f"after round {at}" if at else "before round 1"
+            said.append(f"Held-out {label} was highest {where} ({best.show(best.value)}) and ended at "
+                        f"{last.show(last.value)}: the rounds went on past their best.")
+    return said
+
+
 def _charts(rows: Sequence[Values]) -> list[Markup]:
     """Against the round; 0 is the model before the first."""
-    last = next(label for label, _, _ in reversed(_columns(rows[-1])[:-1]))
+    def line(label: str, name: str = "held-out", role: str = "eval") -> Line:
+        found = _series(rows, label)
+        return Line(name, [(at, held.value) for at, held in found], role, "marked", [held.error for _, held in found])
 
     def of_rounds(value: Callable[[Values], float | None]) -> list[tuple[float, float]]:
-        found = [(float(row["round"]), value(row)) for row in rows[1:]]
-        return [(x, float(y)) for x, y in found if y is not None]
+        return [(row["round"], y) for row in rows[1:] if (y := value(row)) is not None]
 
-    rewards = [Line("held-out sample", _series(rows, "reward"), "eval", "marked")]
-    if last.startswith("best of"):
-        rewards.append(Line(f"held-out {last}", _series(rows, last), "rejected", "marked"))
+    rewards = [line("reward", "held-out sample")]
+    rewards += [line(label, f"held-out {label}", "rejected") for label in _goals(rows) if label.startswith("best of")]
     rewards.append(Line("sampled, as the round began", of_rounds(lambda row: row["reward"]), "train", "marked"))
     pairs = [Line("kept", of_rounds(lambda row: row["pairs"]), "chosen", "marked"),
              Line("dropped", of_rounds(lambda row: sum(row["dropped"].values())), "rejected", "marked")]
-    match, kl = ([Line("held-out", _series(rows, label), "eval", "marked")] for label in ("exact match", "KL"))
     chart = partial(line_chart, x_label="round", x_name="round")
     return [
-        chart("Exact match of greedy generations", match, y_label="held-out prompts", shares=True,
+        chart("Exact match of greedy generations", [line("exact match")], y_label="held-out prompts", shares=True,
               note="Round 0 is the model before the first."),
-        chart("Reward", rewards, y_label="score, mean over responses"),
-        chart("KL to the reference, on the data's responses", kl, y_label="nats per response", from_zero=True),
+        chart("Reward", rewards, y_label="score, mean over responses",
+              note="Bars are standard errors." if any(any(line.errors) for line in rewards) else ""),
+        chart("KL to the reference, on the data's responses", [line("KL")], y_label="nats per response",
+              from_zero=True),
         chart("What pairing kept", pairs, y_label="pairs", from_zero=True),
     ]
 

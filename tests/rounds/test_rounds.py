@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from fastpref.errors import UserError
 from fastpref.rounds import driver
 from fastpref.rounds.config import config_from
 from fastpref.rounds.driver import rounds
-from fastpref.rounds.report import PARTS
+from fastpref.rounds.report import PARTS, write_page
 from fastpref.train import loop
 from fastpref.train.config import config_from_dict
 from fastpref.train.model import fingerprint, weights_of
@@ -152,6 +153,35 @@ def test_the_page(whole):
     for row in summary["rounds"]:
         assert f"{row['counts']['duplicates']}" in page.text
     assert "Reward" in page.text and "Wall time" in page.text and "best of 4" in page.text
+    assert "held-out sample, round 0: " in page.text and "step 0" not in page.text
+
+
+def made_up(number, reward, error, kl):
+    counts = dict.fromkeys(("prompts", "responses", "empty", "duplicates", "failed", "cut"), 7)
+    return {"round": number, "counts": counts, "pairs": 5, "dropped": {"all equal": 2}, "reward": 0.5, "offline": 0,
+            "after": {"kl": kl, "exact_match": 0.5}, "best_of_n": [{"n": 1, "reward": reward, "error": error}],
+            "seconds": {"sampling": 3.0, "total": 4.0}, "resumed": False}
+
+
+@pytest.mark.parametrize(("last", "mood"), [(0.9, "better"), (0.62, ""), (0.1, "worse")])
+def test_the_page_says_what_the_errors_allow(tmp_path, last, mood):
+    """A change of 0.4, 0.12 and -0.4 with standard errors of 0.06 and 0.08, 0.1 together: two of them are 0.2."""
+    rounds = [made_up(1, 1.0, 0.06, 0.53), made_up(2, last, 0.08, 0.58)]
+    start = {"round": 0, "best_of_n": [{"n": 1, "reward": 0.5, "error": 0.06}], "seconds": {}}
+    (tmp_path / "summary.json").write_text(json.dumps({"start": start, "rounds": rounds}))
+    (tmp_path / "config.yaml").write_text("seed: 1\n")
+    html = write_page(tmp_path).read_text(encoding="utf-8")
+    page = Page(html)
+    change = f"{'▲' if last > 0.5 else '▼'} {abs(last - 0.5):.3g} ± 0.1 {mood} before round 1"
+    assert " ".join(change.split()) in page.text
+    past = f"Held-out reward was highest after round 1 (1) and ended at {last}: the rounds went on past their best."
+    assert (past in page.text) == (last < 0.9)  # 0.1 is one standard error, 0.38 nearly four
+    kl = html[html.index("<h3>KL to the reference"):]
+    ticks = re.findall(r'<text class="tick"[^>]*text-anchor="(end|middle)">([^<]*)<', kl[:kl.index("</figure>")])
+    assert [text for side, text in ticks if side == "end"][0] == "0"  # not from 0.53 on
+    assert [text for side, text in ticks if side == "middle"] == ["1", "2"]  # no round 1.5
+    assert html.count('class="error"') == 3
+    assert "2 all equal" in page.text
 
 
 # ---- weights ---------------------------------------------------------------------------------------------------------
