@@ -208,7 +208,7 @@ def test_every_round_begins_and_compares_with_the_weights_asked_for(
     own_train, own_load = loop.train, AutoModelForCausalLM.from_pretrained
 
     def train(config, **more):
-        begun.append({name: tensor.clone() for name, tensor in weights_of(more["given"].policy).items()})
+        begun.append({name: tensor.clone() for name, tensor in weights_of(more["handover"].policy).items()})
         return own_train(config, **more)
 
     monkeypatch.setattr(driver, "train", train)
