@@ -4,79 +4,30 @@ file, every loss and its options, every metric.
     python docs/config_tables.py            rewrites what stands between the markers of the pages
     python docs/config_tables.py --check    exits with 1 where that would change them
 
-A key's meaning is the comment beside its field in fastpref/train/config.py (rounds/config.py), a table's title the
-comment above it.
+What a key means and takes stands in its declaration in fastpref/train/config.py (rounds/config.py).
 """
 
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import io
+import itertools
 import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from rich.console import Console
 from transformers import AutoTokenizer
 
-from fastpref import losses
 from fastpref.data import records_from_rows
 from fastpref.report.metrics import METRICS, SAMPLES
 from fastpref.rounds.config import RoundsConfig
-from fastpref.rounds.pairing import Pairing
 from fastpref.train import config, preview
-from fastpref.train.vllm_engine import EngineName
+from fastpref.train.keys import keys_of
 
 PAGE, ROUNDS, WATCH = (Path(__file__).with_name(name) for name in ("training.md", "rounds.md", "watch.md"))
-FIELD = re.compile(r"    (?P<name>\w+): (?P<type>[^=#]+?)(?: = (?P<default>.+?))?(?:  # (?P<comment>.*))?$")
-COMMENT = re.compile(r"    # (.*)$")
-
-
-def sections(cls: type) -> list[tuple[str, list[tuple[str, str, str, str]]]]:
-    """(title, [(key, type, default, meaning)]) in the order of the source. A field without a section joins the last."""
-    source = inspect.getsource(cls).partition('"""')[2].partition('"""')[2]
-    fields = {field.name: field for field in dataclasses.fields(cls)}
-    found: list[tuple[str, list[tuple[str, str, str, str]]]] = []
-    pending: list[str] = []  # comment lines that stand alone, above what they belong to
-    blank = True
-    for line in source.partition("    def ")[0].splitlines():
-        comment, field = COMMENT.match(line), FIELD.match(line)
-        if not line.strip():
-            blank = True
-        elif comment:
-            pending.append(comment[1])
-        elif field and field["name"] in fields:
-            if blank and pending:
-                found.append((pending.pop(0), []))
-            elif not found:
-                found.append(("run", []))
-            name, kind = field["name"], field["type"].strip()
-            if name not in ("loss_options", "stages"):
-                meaning = " ".join([*pending, field["comment"] or ""]).strip()
-                found[-1][1].append((name, pretty_type(kind), pretty_default(fields[name]), meaning))
-            pending, blank = [], False
-    return [section for section in found if section[1]]
-
-
-def pretty_type(kind: str) -> str:
-    kind = re.sub(r"Literal\[(.*)\]", lambda match: match[1].replace('"', "").replace(", ", " / "), kind)
-    kind = kind.replace("tuple[str, ...]", "list of names").replace(" | None", "").replace("Any", "data")
-    words = {"str": "text", "int": "whole number", "float": "number", "bool": "true / false"}
-    words |= {"Pairing": " / ".join(get_args(Pairing)), "EngineName": " / ".join(get_args(EngineName))}
-    return words.get(kind, kind)
-
-
-def pretty_default(field: dataclasses.Field) -> str:
-    if field.default is dataclasses.MISSING:
-        return "required"
-    if isinstance(field.default, tuple):
-        return f"`{', '.join(field.default)}`" if field.default else "none"
-    if field.default is None:
-        return "none"
-    return f"`{str(field.default).lower() if isinstance(field.default, bool) else field.default}`"
 
 
 def escaped(text: str) -> str:
@@ -84,17 +35,14 @@ def escaped(text: str) -> str:
 
 
 def config_tables(cls: type = config.TrainConfig) -> str:
-    parts = []
-    for title, rows in sections(cls):
-        parts += [f"### {title[0].upper()}{title[1:]}", "", "| key | takes | default | |", "|---|---|---|---|"]
-        parts += [f"| `{key}` | {escaped(kind)} | {default} | {escaped(what)} |" for key, kind, default, what in rows]
+    parts: list[str] = []
+    for section, found in itertools.groupby(keys_of(cls).values(), lambda key: key.section):
+        parts += [f"### {section[0].upper()}{section[1:]}", "", "| key | takes | default | |", "|---|---|---|---|"]
+        for key in found:
+            default = key.shown if key.default in (None, (), {}, dataclasses.MISSING) else f"`{key.shown}`"
+            parts.append(f"| `{key.name}` | {escaped(key.takes)} | {default} | {escaped(key.meaning)} |")
         parts.append("")
     return "\n".join(parts)
-
-
-def loss_classes() -> dict[str, type[losses.Loss]]:
-    """What a configuration may name."""
-    return dict(sorted(config._loss_classes().items()))
 
 
 def plain(value: object) -> str:
@@ -103,7 +51,7 @@ def plain(value: object) -> str:
 
 def loss_table() -> str:
     lines = ["| `loss` | formula | data | reference | options and defaults |", "|---|---|---|---|---|"]
-    for name, cls in loss_classes().items():
+    for name, cls in sorted(config.loss_classes().items()):
         loss = cls()
         options = ", ".join(f"`{f.name}={plain(getattr(loss, f.name))}`" for f in dataclasses.fields(cls)) or "none"
         data = "labelled" if loss.needs_desirable else "pairs" if loss.pairwise else "completions"

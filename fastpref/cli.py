@@ -90,6 +90,14 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return options
 
 
+class _Command(argparse.ArgumentParser):
+    """A command whose --help ends with what its default `keys` tells."""
+
+    def format_help(self) -> str:
+        keys = self.get_default("keys")
+        return super().format_help() + (keys() if keys else "")
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="fastpref",
@@ -98,21 +106,19 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"fastpref {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Command)
 
     command = commands.add_parser("train", help="train as a configuration file says")
-    command.add_argument("config", help="YAML file; its keys are those of fastpref.train.config.TrainConfig")
-    command.add_argument("overrides", nargs="*", metavar="key=value", help="instead of what the file says")
+    _takes_config(command, "YAML file, of the keys below")
     how = command.add_mutually_exclusive_group()
     how.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in output_dir")
     how.add_argument("--dry-run", action="store_true", help="check and count everything; no weights, nothing written")
-    command.set_defaults(run=_train)
+    command.set_defaults(run=_train, keys=_train_keys)
 
     command = commands.add_parser("rounds", help="sample, score, pair and train, again and again")
-    command.add_argument("config", help="YAML file, as for train, with a section `rounds`")
-    command.add_argument("overrides", nargs="*", metavar="key=value", help="instead of what the file says")
+    _takes_config(command, "YAML file, as for train, with a section `rounds` of the keys below")
     command.add_argument("--resume", action="store_true", help="go on with the rounds in output_dir")
-    command.set_defaults(run=_rounds)
+    command.set_defaults(run=_rounds, keys=_rounds_keys)
 
     command = commands.add_parser("eval", help="held-out metrics of a trained run, or of a configuration's model")
     command.add_argument("source", metavar="RUN_DIR|CONFIG", help="folder of a run, or a YAML file")
@@ -120,8 +126,7 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=_eval)
 
     command = commands.add_parser("cache-ref", help="compute the reference log-probs that training starts with")
-    command.add_argument("config", help="YAML file, as for train")
-    command.add_argument("overrides", nargs="*", metavar="key=value", help="instead of what the file says")
+    _takes_config(command, "YAML file, as for train")
     command.set_defaults(run=_cache_ref)
 
     command = commands.add_parser("preview", help="the first records as training sees them, token by token")
@@ -153,6 +158,25 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("arguments", nargs=argparse.REMAINDER, metavar="COMMAND ...", help="none: lists them")
     command.set_defaults(run=_bench)
     return parser
+
+
+def _takes_config(command: argparse.ArgumentParser, what: str) -> None:
+    command.add_argument("config", help=what)
+    command.add_argument("overrides", nargs="*", metavar="key=value", help="instead of what the file says")
+
+
+def _train_keys() -> str:
+    from .train.config import TrainConfig
+    from .train.keys import help_text
+
+    return help_text(TrainConfig)
+
+
+def _rounds_keys() -> str:
+    from .rounds.config import RoundsConfig
+    from .train.keys import help_text
+
+    return help_text(RoundsConfig)
 
 
 def _train(options: argparse.Namespace) -> None:

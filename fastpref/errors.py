@@ -1,5 +1,7 @@
 """What is raised for a user to read, and how another library's error becomes one line of it."""
 
+from typing import Any
+
 
 class UserError(ValueError):
     """Something the user can put right; its text is the one line shown."""
@@ -7,6 +9,13 @@ class UserError(ValueError):
 
 class SaveError(RuntimeError):
     """A save that failed; what was saved before is untouched. Its text is the one line shown."""
+
+
+def refuse(*rules: tuple[Any, str]) -> None:
+    """Raises UserError with the first message whose condition holds."""
+    for wrong, message in rules:
+        if wrong:
+            raise UserError(message)
 
 
 def first_line(error: BaseException) -> str:

@@ -78,6 +78,17 @@ def test_version_info_and_plan(capsys):
     assert "4096 scored rows in 8 sequences" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("command", "line"), [
+    ("train", "  save_steps [500] 0: only where a stage ends, and when stopped (whole number, at least 0)"),
+    ("rounds", "  generation_batch_size [32] responses generated at once (whole number, at least 1)"),
+])
+def test_help_of_a_command_lists_the_keys_of_its_file(capsys, command, line):
+    with pytest.raises(SystemExit) as ended:
+        cli.parse([command, "--help"])
+    assert ended.value.code == 0
+    assert line in capsys.readouterr().out.splitlines()
+
+
 @pytest.mark.parametrize("columns", [80, 160])
 def test_losses(capsys, monkeypatch, columns):
     monkeypatch.setenv("COLUMNS", str(columns))

@@ -117,7 +117,7 @@ class Run:
 
     dir: Path
     config: TrainConfig
-    stages: list[TrainConfig]
+    stages: Sequence[TrainConfig]
     data: list[StageData]
     tokenizer: PreTrainedTokenizerBase
     pad: int

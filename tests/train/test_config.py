@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
 
 from fastpref import losses
 from fastpref.errors import UserError
+from fastpref.rounds.config import RoundsConfig, config_from, differing
 from fastpref.train.config import TrainConfig, config_from_dict, differing_keys, load_config
+from fastpref.train.keys import BOUNDS, FREE, RUN, help_text, key, keys_of
 
 BASE = """
 model_name_or_path: m
@@ -147,3 +150,54 @@ def test_differing_keys_names_what_changes_the_weights(tmp_path):
     assert sorted(differing_keys(config.to_dict(), other)) == [
         "beta (0.2 there, 0.25 now)", "stages.1.eta (0.5 there, 0.6 now)",
     ]
+
+
+def test_a_run_written_before_there_was_a_key_had_its_default(tmp_path):
+    now = load(tmp_path, BASE).to_dict()
+    older = {name: value for name, value in now.items() if name not in ("chat_template_kwargs", "tail", "stages")}
+    assert differing_keys(older, now) == []
+    assert differing_keys(older, now | {"tail": "rank1"}) == ["tail (exact there, rank1 now)"]
+    rounds = config_from({"model_name_or_path": "m", "output_dir": "o", "train_dataset": "t",
+                          "rounds": {"scorer": "a:b"}}).to_dict()
+    older = rounds | {"rounds": {k: v for k, v in rounds["rounds"].items() if k != "engine"}}
+    assert differing(older, rounds) == []
+
+
+@pytest.mark.parametrize("config", [TrainConfig, RoundsConfig])
+def test_every_key_says_what_it_means_and_keeps_its_own_bound(config):
+    fields = {field.name for field in dataclasses.fields(config)} - {"loss_options"}
+    keys = keys_of(config)
+    assert set(keys) == fields
+    assert all(about.meaning and about.section for about in keys.values())
+    for about in keys.values():
+        if about.bound and about.default not in (None, (), dataclasses.MISSING):
+            assert BOUNDS[about.bound](about.default), about
+
+
+def test_what_holds_for_the_whole_run_and_what_may_differ(tmp_path):
+    keys = keys_of(TrainConfig)
+    assert {"seed", "dtype", "tail", "stages", "output_dir"} <= {k for k in keys if RUN in keys[k].rules}
+    assert {"output_dir", "save_steps", "kl_budget", "fsdp"} <= {k for k in keys if FREE in keys[k].rules}
+    learnt = ("seed", "dtype", "learning_rate", "max_length", "loss", "prefix_sharing", "train_dataset", "optim")
+    assert not [name for name in learnt if FREE in keys[name].rules]
+    with pytest.raises(TypeError, match="rules of a key: got {'at least'}"):
+        key(1, "", "at least")
+
+
+def test_stages_are_computed_once(tmp_path):
+    config = load(tmp_path, STAGES)
+    assert config.stage_configs() is config.stage_configs()
+    assert dataclasses.replace(config, seed=3).stage_configs()[1].seed == 3  # another configuration, its own stages
+
+
+def test_help_lists_every_key_with_its_default():
+    text = help_text(TrainConfig)
+    assert set(keys_of(TrainConfig)) == set(re.findall(r"^  (\w+) \[", text, flags=re.M))
+    for line in (
+        "  lora_r [16] rank of the adapter (whole number, at least 1)",
+        "  bf16 [none] autocast over fp32 weights; None: on a GPU that has it (true / false)",
+        "  disable_dropout [true] the model's own dropout and router jitter are off (true / false)",
+        "  model_name_or_path [required] hub id, or a local folder (text)",
+        "  max_steps [-1] above 0: so many, whatever the epochs (whole number, -1 or at least 1)",
+    ):
+        assert line in text.splitlines()

@@ -79,7 +79,8 @@ def moments_of_shards(size):
     """Of the same gradients the same moments and weights, bit by bit."""
     mesh = init_device_mesh("cpu", (size,))
     gen = torch.Generator().manual_seed(0)
-    settings = TrainConfig("m", output_dir="o", train_dataset="d", optim="adamw_torch_8bit", learning_rate=1e-3)
+    settings = TrainConfig(model_name_or_path="m", output_dir="o", train_dataset="d", optim="adamw_torch_8bit",
+                           learning_rate=1e-3)
     whole = [torch.nn.Parameter(torch.randn(shape, generator=gen)) for shape in ((23, 512), (300,), (8, 96))]
     shards = [torch.nn.Parameter(distribute_tensor(p.detach(), mesh, [Shard(0)])) for p in whole]
     one, other = make_optimizer(whole, settings), make_optimizer(shards, settings)
