@@ -21,6 +21,22 @@ from fastpref.walk import HiddenGrad, Scored, Walk, _add_mv, full_sums, gradient
 VOCAB, HIDDEN = 128256, 4096
 
 
+def _meta_addmm_fails() -> str:
+    """Torch's own words where its decomposition of addmm(out_dtype=), which meta tensors go by, is broken (2.11: it
+    takes out_dtype for beta); GPUs are not concerned. "": it works."""
+    a, b = (torch.empty(2, 2, device="meta", dtype=torch.bfloat16) for _ in range(2))
+    total = torch.empty(2, 2, device="meta")
+    try:
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    except TypeError as error:
+        return f"torch's addmm(out_dtype=) of meta tensors: {error}"
+    return ""
+
+
+META_ADDMM = _meta_addmm_fails()
+sums_of_groups = pytest.mark.xfail(bool(META_ADDMM), reason=META_ADDMM, raises=TypeError, strict=False)
+
+
 class MetaRows:
     """Row kernels that allocate what the real ones do: a few floats a row."""
 
@@ -111,6 +127,7 @@ EVEN = [512] * 32
 LONG = [20000, 200, 300, 400, 19000, 220, 280, 420]
 
 
+@sums_of_groups
 @pytest.mark.parametrize(
     "lengths, budget, options, scheme, gemms",
     [
@@ -139,6 +156,7 @@ def test_bytes_and_flops_are_the_plans(walked, lengths, budget, options, scheme,
     assert recorder.peak - gradients == pytest.approx(found.bytes, rel=0.02)
 
 
+@sums_of_groups
 def test_a_loss_that_couples_the_batch_is_recomputed_within_its_budget(walked):
     class Coupled(fp.DPO):
         coupling = "batch"
@@ -149,6 +167,7 @@ def test_a_loss_that_couples_the_batch_is_recomputed_within_its_budget(walked):
     assert recorder.peak - gradients == pytest.approx(found.bytes, rel=0.02)
 
 
+@sums_of_groups
 @pytest.mark.parametrize("rows_wanted, budget", [(2000, None), (16384, None), (16384, 8192 * MIB)])
 @pytest.mark.parametrize("weight_grad", [True, False])
 def test_bytes_and_flops_of_an_entropy_gradient(monkeypatch, weight_grad, rows_wanted, budget):
@@ -177,6 +196,7 @@ def test_bytes_and_flops_of_an_entropy_gradient(monkeypatch, weight_grad, rows_w
         assert 2 * late.schedule.stash_rows * VOCAB * 2 <= late.schedule.budget
 
 
+@sums_of_groups
 def test_a_main_gradient_needs_no_second_sum(walked):
     into = torch.empty(VOCAB, HIDDEN, device="meta")
     recorder, found, _ = walked(EVEN, accumulate_into=into)
@@ -232,6 +252,7 @@ def matmul():
     setattr(found, name, True)
 
 
+@sums_of_groups
 @pytest.mark.parametrize("wanted", [True, False])
 def test_gemms_add_up_in_fp32_and_leave_the_setting(walked, matmul, wanted):
     matmul.allow_bf16_reduced_precision_reduction = wanted
@@ -254,6 +275,7 @@ def test_the_rest_of_the_setting_stays(matmul):
     assert not matmul.allow_bf16_reduced_precision_reduction_split_k
 
 
+@sums_of_groups
 def test_rows_of_several_groups_are_neither_gathered_nor_scattered(walked):
     with Names() as calls:
         _, found, _ = walked(EVEN)
