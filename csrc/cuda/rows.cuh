@@ -127,9 +127,9 @@ struct Logits {
     return kMap == Map::softcap || (kMap == Map::any && a.tile.softcap != 0.0f);
   }
 
-  // z, and the part of dz/dlogit that differs between columns.
-  FASTPREF_DEVICE float softcap(float x, float& slope) const {
-    const float u = x * a.pre, magnitude = fabsf(u);
+  // z, and the part of dz/dlogit that differs between columns, from u = (x + bias) * pre.
+  FASTPREF_DEVICE float softcap(float u, float& slope) const {
+    const float magnitude = fabsf(u);
     // 1 - 2 e / (1 + e) and 4 e / (1 + e)^2, e = exp(-2 |u|): nothing overflows, and the slope keeps its relative
     // precision where the cap saturates. Near 0 the first would cancel: a polynomial there (relative error 9e-8 up to
     // 0.55).
@@ -142,30 +142,35 @@ struct Logits {
 
   template <class Block>
   FASTPREF_DEVICE void z(Block& block, const Raw<T>& raw, int unit, float* z, float* slope) const {
-    unpack(raw, z);
+    float x[kPerLane];
+    unpack(raw, x);
     if (a.tile.bias) {
 #pragma unroll
       for (int i = 0; i < kPerLane; i += 4) {
         const float* bias = a.tile.bias + unit * kUnit + lane_column<T>(block.lane, i);
         const float4 b =
             bias_aligned ? *reinterpret_cast<const float4*>(bias) : float4{bias[0], bias[1], bias[2], bias[3]};
-        z[i] += b.x, z[i + 1] += b.y, z[i + 2] += b.z, z[i + 3] += b.w;
+        z[i] = (x[i] + b.x) * a.pre, z[i + 1] = (x[i + 1] + b.y) * a.pre;
+        z[i + 2] = (x[i + 2] + b.z) * a.pre, z[i + 3] = (x[i + 3] + b.w) * a.pre;
       }
+    } else {  // multiplied here and there: after the branch, each x would be copied before it
+#pragma unroll
+      for (int i = 0; i < kPerLane; ++i) z[i] = x[i] * a.pre;
     }
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) slope[i] = 1.0f;
     if (capped()) {
 #pragma unroll
       for (int i = 0; i < kPerLane; ++i) z[i] = softcap(z[i], slope[i]);
-    } else {
-#pragma unroll
-      for (int i = 0; i < kPerLane; ++i) z[i] *= a.pre, slope[i] = 1.0f;
     }
   }
 
   FASTPREF_DEVICE float one(int column, float& slope) const {
     float x = to_float(in.row[column]);
     if (a.tile.bias) x += a.tile.bias[column];
+    x *= a.pre;
     slope = 1.0f;
-    return capped() ? softcap(x, slope) : x * a.pre;
+    return capped() ? softcap(x, slope) : x;
   }
 };
 
@@ -487,14 +492,11 @@ FASTPREF_DEVICE void given_lse_row(Block& block, const Args& a, int64_t row) {
   const float lse = a.given.lse[row];
   const float gl = kEntropy ? a.given.grad_logps[row] : 1.0f, gh = kEntropy ? a.given.grad_entropy[row] : 0.0f;
   const float constant = kEntropy ? gl + gh * a.given.entropy[row] : 1.0f;
-  const auto gradient = [&](float z, bool at_y) {
+  // Without what the target's column adds, gl.
+  const auto gradient = [&](float z) {
     const float log_p = z - lse, p = exp_fast(log_p);
-    if constexpr (kEntropy) {
-      const float flat = p != 0.0f ? -p * (gh * log_p + constant) : 0.0f;  // log p may be -inf
-      return at_y ? gl + flat : flat;
-    } else {
-      return at_y ? 1.0f - p : -p;
-    }
+    if constexpr (kEntropy) return p != 0.0f ? -p * (gh * log_p + constant) : 0.0f;  // log p may be -inf
+    else return -p;
   };
   const int cols = static_cast<int>(a.tile.cols), units = cols / kUnit;
   const int edge = units * kUnit + block.thread;
@@ -514,14 +516,22 @@ FASTPREF_DEVICE void given_lse_row(Block& block, const Args& a, int64_t row) {
       if (unit(k) >= units) continue;
       float u[kPerLane], slope[kPerLane];
       logits.z(block, raw[k], unit(k), u, slope);
+      const int within = y - unit(k) * kUnit;
 #pragma unroll
-      for (int i = 0; i < kPerLane; ++i)
-        u[i] = gradient(u[i], unit(k) * kUnit + lane_column<T>(block.lane, i) == y) * slope[i];
+      for (int i = 0; i < kPerLane; ++i) u[i] = gradient(u[i]);
+      if (static_cast<unsigned>(within) < kUnit) {  // one unit of a row
+#pragma unroll
+        for (int i = 0; i < kPerLane; ++i) u[i] += lane_column<T>(block.lane, i) == within ? gl : 0.0f;
+      }
+      if (logits.capped()) {
+#pragma unroll
+        for (int i = 0; i < kPerLane; ++i) u[i] *= slope[i];
+      }
       out.write(block, unit(k), u);
     }
   }
   if (a.narrow_in_place) block.sync();
-  if (has_edge) out.write_one(edge, gradient(edge_z, edge == y) * edge_slope);
+  if (has_edge) out.write_one(edge, (gradient(edge_z) + (edge == y ? gl : 0.0f)) * edge_slope);
 }
 
 // ---- which instance a call takes ------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ and the machine code that nvcc made has no spills and touches memory 16 bytes at
 from __future__ import annotations
 
 import functools
+import heapq
 import importlib.util
 import os
 import re
@@ -208,6 +209,7 @@ def cuobjdump() -> str:
     return found or pytest.skip("no cuobjdump: neither CUDA's nor Triton's")
 
 
+@functools.cache
 def dump(what: str, binary: Path) -> str:
     done = subprocess.run([cuobjdump(), what, str(binary)], capture_output=True, text=True, check=True)
     return subprocess.run(["c++filt"], input=done.stdout, capture_output=True, text=True, check=True).stdout
@@ -286,6 +288,68 @@ def check_machine_code(binary: Path) -> None:
 @needs_cuda_build
 def test_the_extension_holds_no_spills_and_16_byte_accesses():
     check_machine_code(Path(_native.__file__))
+
+
+def shortest_turn(sass: str, wanted: dict[str, int]) -> int:
+    """Instructions of a loop's shortest way round that holds each pattern as often as wanted: no bias, aligned rows,
+    neither the target nor a larger maximum in sight. Branches are followed both ways."""
+    code = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,6})\*/\s+(.*?);", sass)]
+    branch = r"(@!?U?P\d )?BRA (?:U?!?U?P\d, )?(0x[0-9a-f]+)"
+    jumps = {at: (int(m[2], 16), m[1] is None) for at, text in code if (m := re.match(branch, text))}
+    starts = sorted({0, *(to for to, _ in jumps.values()), *(at + 16 for at in jumps)})
+    blocks = {}  # address: (instructions, patterns found, where it goes on)
+    for start, end in zip(starts, [*starts[1:], code[-1][0] + 16], strict=True):
+        block = [(at, text) for at, text in code if start <= at < end]
+        if block:
+            last, text = block[-1]
+            to, always = jumps.get(last, (None, bool(re.match("EXIT|RET", text))))
+            found = tuple(sum(bool(re.search(pattern, text)) for _, text in block) for pattern in wanted)
+            after = [place for place, there in ((to, to is not None), (end, not always)) if there]
+            blocks[start] = len(block), found, after
+    need = tuple(wanted.values())
+    best = len(code)
+    for head in {to for at, (to, _) in jumps.items() if to < at}:
+        heap, seen = [(0, head, (0,) * len(need))], set()
+        while heap and heap[0][0] < best:
+            cost, at, got = heapq.heappop(heap)
+            if cost and at == head:
+                best = cost if got == need else best
+            elif (at, got) not in seen and at in blocks:
+                seen.add((at, got))
+                count, found, after = blocks[at]
+                more = tuple(min(a + b, limit) for a, b, limit in zip(got, found, need, strict=True))
+                for to in after:
+                    heapq.heappush(heap, (cost + count, to, more))
+    assert best < len(code), "no such loop"
+    return best
+
+
+# kernel: logits that a thread takes a turn, exponentials a logit, and instructions a logit on the day they were
+# counted (sm_90a, nvcc 13.0): they can only fall.
+COUNTED = {
+    "residual_kernel<float, bf16, 0, false>": (16, 1, 15.6),
+    "residual_kernel<float, float, 0, false>": (16, 1, 13.2),
+    "residual_kernel<bf16, bf16, 0, false>": (32, 1, 13.7),
+    "residual_kernel<float, bf16, 1, false>": (16, 2, 35.9),
+    "residual_kernel<float, None, 0, false>": (16, 1, 10.5),
+    "given_lse_kernel<float, false>": (16, 1, 16.2),
+}
+
+
+@needs_cuda_build
+def test_instructions_a_logit_only_fall():
+    sass = {(arch, name): text for arch, name, text in per_kernel(
+        dump("-sass", Path(_native.__file__)), r"\s*Function : (.*)\n")}
+    if ("sm_90a", "fold_kernel<float>") not in sass:
+        pytest.skip("built for other architectures")
+    found = {}
+    for kernel, (logits, exps, _) in COUNTED.items():
+        dtypes = [*re.findall(r"float|bf16|None", kernel), "bf16"][:2]
+        pieces = [logits * {"float": 4, "bf16": 2, "None": 0}[dtype] // 16 for dtype in dtypes]
+        wanted = {"MUFU.EX2": logits * exps, r"\bLDG?\.E\.128": pieces[0], r"\bSTG?\.E\.128": pieces[1]}
+        found[kernel] = shortest_turn(sass["sm_90a", kernel], wanted) / logits
+    print(found)
+    assert all(found[kernel] <= most for kernel, (*_, most) in COUNTED.items()), found
 
 
 @pytest.mark.slow
