@@ -88,7 +88,7 @@ def collect(
     tried = failed = 0
 
     def submit(batch: list[tuple[int, list[Sample]]]) -> None:
-        unscored = [(index, _responses(samples, of_reference)) for index, samples in batch]
+        unscored = [(index, _responses(samples, prompts.shown[index], of_reference)) for index, samples in batch]
         asked = [(prompts.shown[index], r.text) for index, responses in unscored for r in responses if not r.skipped]
         with spent(seconds, "scoring"):
             waiting.append((scorer.submit([p for p, _ in asked], [text for _, text in asked]), unscored))
@@ -135,10 +135,10 @@ def collect(
     return [found[i] for i in range(len(prompts.ids))]
 
 
-def _responses(samples: Sequence[Sample], of_reference: bool) -> Scored:
+def _responses(samples: Sequence[Sample], prompt: Prompt, of_reference: bool) -> Scored:
     why = reason_to_skip([sample.text for sample in samples])
     return [
-        Response(sample.ids, sample.text, sample.ended, of_reference, skipped)
+        Response(sample.ids, sample.after(prompt), sample.ended, of_reference, skipped)
         for sample, skipped in zip(samples, why, strict=True)
     ]
 

@@ -130,7 +130,9 @@ class FreshSamples:
             "ended": sum(sampled.ended for sampled in samples) / len(samples),
         }
         if self.scorer is not None:
-            scores = self.scorer.score([prompt.prompt for prompt in self.prompts], [s.text for s in samples])
+            prompts = [prompt.prompt for prompt in self.prompts]
+            texts = [sampled.after(prompt) for prompt, sampled in zip(prompts, samples, strict=True)]
+            scores = self.scorer.score(prompts, texts)
             there = [score for score in scores if score is not None]
             if there:
                 values |= mean_and_error("reward", torch.tensor(there, dtype=torch.float64))

@@ -37,6 +37,13 @@ class Sample:
     ids: list[int]  # its tokens, the one that ends it included
     text: str  # decoded without special tokens, and stripped
     ended: bool  # False: cut at max_new_tokens, or where a prompt of its batch has used up the model's positions
+    before: str = ""  # the white space that stood before the text
+
+    def after(self, prompt: Any) -> str:
+        """The text as a scorer reads it behind `prompt`, a text or messages: with the white space before it where it
+        goes on with a turn that the prompt has begun."""
+        begun = isinstance(prompt, Sequence) and not isinstance(prompt, str) and prompt[-1]["role"] == "assistant"
+        return self.before + self.text if begun else self.text
 
 
 @dataclass(frozen=True)
@@ -128,8 +135,9 @@ def _stream(engine: Engine, tokenizer: PreTrainedTokenizerBase, prompts: Sequenc
 
 def _sample(tokenizer: PreTrainedTokenizerBase, ids: list[int], stops: frozenset[int]) -> Sample:
     ended = ids[-1] in stops
-    text = tokenizer.decode(ids[:-1] if ended else ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    return Sample(ids, str(text).strip(), ended)
+    kept = ids[:-1] if ended else ids
+    text = str(tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+    return Sample(ids, text.strip(), ended, text[: len(text) - len(text.lstrip())])
 
 
 def _seed(seed: int, index: int, number: int) -> int:

@@ -26,7 +26,7 @@ from fastpref.train.checkpoint import snapshot
 from fastpref.train.config import config_from_dict
 from fastpref.train.display import Display
 from fastpref.train.model import exchanged, load_policy, load_weights, save_model, set_weights, weights_of
-from fastpref.train.sample import InMemory, Sample
+from fastpref.train.sample import InMemory, Sample, _sample
 from fastpref.train.scorer import Scorer
 
 COUNT, N = 7, 2
@@ -133,6 +133,20 @@ def test_duplicates_and_empty_ones_are_not_scored(tmp_path):
     assert [r.skipped for r in found[0]] == [None, "empty", "duplicate", None, None]
     assert [r.score for r in found[0]] == [1.0, None, None, None, 1.0] and found[0][3].failed
     assert [text for asked in scorer.asked for _, text in asked] == ["a", "bad", "b"] * COUNT
+
+
+def test_a_begun_turn_is_gone_on_with_as_it_was_sampled(tmp_path):
+    """'The answer is' and ' 4': a scorer that put '4' behind it would read another text."""
+    begun = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "The answer is"}]
+    scorer = Beside()
+    scorer.free.set()
+    prompts = Prompts(["2 + 2 =", begun[:1], begun], [[3], [4], [5]])
+    tokenizer = make_tokenizer()
+    (ids,) = tokenizer([" 4\n"], add_special_tokens=False)["input_ids"]
+    sampled = _sample(tokenizer, [*ids, tokenizer.eos_token_id], frozenset({tokenizer.eos_token_id}))
+    found = collect(tmp_path / "r.jsonl", prompts, lambda done: ((i, [sampled]) for i in range(3)), scorer, group=3,
+                    seconds={})
+    assert [text for _, text in scorer.asked[0]] == [r.text for r, in found] == ["4", "4", " 4"]
 
 
 def test_prompts_alone(tmp_path):
