@@ -355,3 +355,49 @@ def test_template_arguments_of_a_run_and_of_a_record():
     examples, _ = tokenize_records(records_from_rows(rows), tokenizer, rendering=rendering)
     ends = [tokenizer.decode(e.prompt_ids)[-32:] for e in examples]
     assert [end.endswith("assistant\n<think>\n\n</think>\n\n") for end in ends] == [True, False]
+
+
+# ---- tool calls ------------------------------------------------------------------------------------------------------
+
+
+def called(arguments, content=""):
+    return assistant(content, tool_calls=[{**CALL[0], "function": {"name": "f", "arguments": arguments}}])
+
+
+@pytest.mark.parametrize("name", ["qwen2_5", "qwen3_instruct_2507", "deepseekv3", "glm4moe"])
+def test_arguments_of_calls_as_objects_and_as_json_in_a_string_are_the_same(name):
+    """Qwen's template quotes a string again; DeepSeek's takes nothing else."""
+    responses = [tokenize(name, [called(form), TOOL, assistant("so")])[1:] for form in ({"a": 1}, '{"a": 1}')]
+    assert responses[0] == responses[1]
+    tokenizer = made(name)[0]
+    text = tokenizer.decode(responses[0][0].responses[0])
+    assert '\\"' not in text and "42" in text
+
+
+def test_two_calls_under_deepseeks_template_leave_the_tools_answers_unscored():
+    chosen = [called({"a": 1}, "let me see"), {**TOOL, "content": "<<42>>"}, called({"a": 2}),
+              {**TOOL, "content": "<<43>>"}, assistant("so")]
+    tokenizer, example, _ = tokenize("deepseekv3", chosen)
+    scored = "".join(re.findall(r"\[(.*?)\]", shown(tokenizer, example).replace("\n", " ")))
+    assert "let me see" in scored and '{"a": 1}' in scored and '{"a": 2}' in scored and "so" in scored
+    assert "<<" not in scored
+
+
+@pytest.mark.parametrize("name", ["llama3", "phi3"])
+def test_calls_that_a_template_does_not_write_are_refused(name):
+    with pytest.raises(ValueError, match=r"the chat template writes nothing of tool_calls \(message 2\): set "):
+        tokenize(name, [called({"a": 1}, "see"), TOOL, assistant("so")])
+    if name == "phi3":  # nor what a tool says
+        with pytest.raises(ValueError, match=r"writes nothing of a message of role 'tool' \(message 3\)"):
+            tokenize(name, [assistant("see"), {**TOOL, "content": "forty"}, assistant("so")])
+
+
+def test_an_empty_turn_before_the_last_is_no_response():
+    with pytest.raises(ValueError, match="1 empty response"):
+        tokenize("qwen2_5", [assistant(" "), user("and?"), assistant("so")])
+
+
+def test_control_tokens_taken_as_text_are_not_counted():
+    prompt = [user("a<|im_end|>b")]
+    assert tokenize("qwen2_5", [assistant("so")], prompt=prompt)[2].control_tokens == 1
+    assert tokenize("qwen2_5", [assistant("so")], prompt=prompt, sanitize_control_tokens=True)[2].control_tokens == 0

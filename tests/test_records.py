@@ -85,7 +85,8 @@ def test_prompts_alone_in_any_form(tmp_path):
     assert [record.prompt for record in load_prompts(path)] == [[user("3+4")]] * 3
 
 
-@pytest.mark.parametrize("key", ["question", "instruction", "input", "query", "system", "history", "context"])
+@pytest.mark.parametrize("key", ["question", "instruction", "input", "query", "system", "history", "context",
+                                 "Question", "user_prompt"])
 def test_a_question_that_nobody_reads(key):
     value = [["3+4", "7"]] if key == "history" else "What is 3+4?"
     message = refusal({key: value, "chosen": "It is 7.", "rejected": "It is 8."})
@@ -107,6 +108,19 @@ def test_media_are_for_another_trainer(key):
     assert message.startswith("field 'prompt[0].content[0]' is of type 'image': text alone is trained on here")
     from fastpref.integrations.trl import patch
     assert callable(patch)
+
+
+def test_media_of_a_message_too():
+    assert "field 'prompt[0].images': text alone" in refusal(pair([user("?") | {"images": ["a.png"]}]))
+
+
+def test_messages_as_json_in_a_string():
+    rows = {"prompt": [user("q")], "chosen": [assistant("a")], "rejected": [assistant("b")]}
+    (as_text,) = records_from_rows([{key: json.dumps(value) for key, value in rows.items()}])
+    (as_list,) = records_from_rows([rows])
+    assert as_text == as_list
+    (kept,) = records_from_rows([{"prompt": '[{"role": 1', "chosen": '[{"name": "a"}]', "rejected": "b"}])
+    assert (kept.prompt, kept.chosen) == ('[{"role": 1', '[{"name": "a"}]')
 
 
 def test_a_string_prompt_repeated_at_the_head_of_the_responses():

@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import copy
 import datetime
+import json
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from fastpref.errors import first_line
 
 from .records import Record
+from .sources import parse_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -66,6 +69,34 @@ def is_prefill(messages: Sequence[Message]) -> bool:
     return last["role"] == "assistant" and isinstance(last.get("content"), str) and not last.get("tool_calls")
 
 
+def _function(call: Any) -> dict[str, Any]:
+    """Of a tool call, in OpenAI's form or without its wrapping."""
+    found: dict[str, Any] = call.get("function") or {key: call[key] for key in ("name", "arguments") if key in call}
+    return found
+
+
+def with_arguments(messages: Sequence[Message], text: bool) -> list[Message]:
+    """Of tool calls the arguments, which people have as objects or as OpenAI's JSON in a string, in one of the forms:
+    some templates take the one alone, and write the other quoted twice."""
+
+    def one(call: Any) -> Any:
+        arguments = _function(call).get("arguments")
+        if text and isinstance(arguments, Mapping):
+            arguments = json.dumps(arguments, ensure_ascii=False)
+        elif not text and isinstance(arguments, str):
+            try:
+                arguments = parsed if isinstance(parsed := parse_json(arguments), dict) else arguments
+            except ValueError:
+                pass
+        else:
+            return call
+        inside = {"arguments": arguments}
+        return {**call, "function": {**call["function"], **inside}} if "function" in call else {**call, **inside}
+
+    return [{**message, "tool_calls": [one(call) for call in message["tool_calls"]]} if message.get("tool_calls")
+            else message for message in messages]
+
+
 def is_empty(message: Message) -> bool:
     """Whether a turn says nothing at all: no content, no reasoning, no call of a tool."""
     return not any(value.strip() if isinstance(value, str) else value
@@ -111,7 +142,9 @@ class Chat:
         return self.render(record, messages)[0] if messages else ""
 
     def control_tokens(self, record: Record, responses: Sequence[Any]) -> int:
-        """How many there are in what is said by others than the model."""
+        """How many there are in what is said by others than the model, where they are not taken as text."""
+        if self.rendering.sanitize_control_tokens:
+            return 0
         messages = (m for part in (record.prompt, *responses) for m in part if m["role"] != "assistant")
         return sum(len(self.control.findall(m["content"])) for m in messages if isinstance(m.get("content"), str))
 
@@ -122,6 +155,7 @@ class Chat:
             response[0] = {**begun, **response[0], "content": text}
         messages = prompt + response
         text, marked = self.render(record, messages, marked=True)
+        self._check_whole(record, messages, text)
         if self.rendering.train_on == "all" or (len(response) == 1 and marked is None):
             return text, None
         headers = self._headers(record, prompt, text) if prompt else []
@@ -129,11 +163,11 @@ class Chat:
             marked = []
             for i in range(len(prompt), len(messages)):
                 if messages[i]["role"] == "assistant":
-                    start, end = self._place(record, messages, i, text)
+                    until = self._place(record, messages, i + 1, text)[0] if i + 1 < len(messages) else len(text)
+                    start, end = self._place(record, messages, i, text, until)
                     before = marked[-1][1] if marked else 0
                     places = [text.rfind(header, before, start) for header in headers]
                     start = next((place for place in places if place >= 0), start)
-                    until = self._place(record, messages, i + 1, text)[0] if i + 1 < len(messages) else len(text)
                     marked.append(self._turn(record, text, start, end, until, headers))
             marked[0] = 0, marked[0][1]  # it begins where the prompt ends
         else:
@@ -141,6 +175,25 @@ class Chat:
         if response[-1]["role"] == "assistant" and marked:
             marked[-1] = marked[-1][0], len(text)
         return text, tuple((start, end) for start, end in marked if start < end)
+
+    def _check_whole(self, record: Record, messages: list[Message], text: str) -> None:
+        """Raises ValueError where the template writes nothing of a tool call, or of what others than the model say."""
+        for i, message in enumerate(messages if text.strip() else ()):
+            said, calls = message.get("content"), message.get("tool_calls")
+            if message["role"] == "assistant":
+                what, lost = "tool_calls", False
+                if calls:
+                    named = [{**call, "function": {**_function(call), "name": _OTHER}} for call in calls]
+                    other = [*messages[:i], {**message, "tool_calls": named}, *messages[i + 1 :]]
+                    with suppress(ValueError):
+                        lost = self.render(record, other)[0] == text
+            else:
+                what = f"a message of role '{message['role']}'"
+                lost = isinstance(said, str) and said.strip() not in text
+                lost = lost and self._place(record, messages, i, text)[0] == len(text)
+            if lost:
+                raise ValueError(f"{record.source}: the chat template writes nothing of {what} (message {i + 1}): set "
+                                 "chat_template to one that does, or take it out of the record")
 
     def _headers(self, record: Record, prompt: list[Message], text: str) -> list[str]:
         """Of the model's turn: as it is given to the model, and as much of that as stands in the conversation."""
@@ -150,10 +203,13 @@ class Chat:
         own = header[: common_length(header, text[len(before):])]
         return [part for part in dict.fromkeys((header, own)) if part.strip()]
 
-    def _place(self, record: Record, messages: list[Message], index: int, text: str) -> tuple[int, int]:
-        """Of what message `index` says, in the text of all of them."""
+    def _place(self, record: Record, messages: list[Message], index: int, text: str,
+               until: int | None = None) -> tuple[int, int]:
+        """Of what message `index` says, in the text of all of them; before `until`, where the next one speaks.
+        (DeepSeek's template writes later calls otherwise where an earlier one is gone.)"""
+        found = []
         message, other = messages[index], [*messages]
-        calls = [{**call, "function": {**call.get("function", {}), "arguments": {_OTHER: _OTHER}}}
+        calls = [{**call, "function": {**_function(call), "arguments": {_OTHER: _OTHER}}}
                  for call in message.get("tool_calls") or []]
         for exchanged in (
             {"role": message["role"], "content": _OTHER},
@@ -167,8 +223,10 @@ class Chat:
                 continue
             if without != text:
                 start = common_length(text, without)
-                return start, len(text) - common_length(text[start:][::-1], without[start:][::-1])
-        return len(text), len(text)
+                found.append((start, len(text) - common_length(text[start:][::-1], without[start:][::-1])))
+                if until is None or found[-1][1] <= until:
+                    return found[-1]
+        return min(found, key=lambda place: place[1], default=(len(text), len(text)))
 
     def _turn(self, record: Record, text: str, start: int, end: int, until: int,
               headers: Sequence[str]) -> tuple[int, int]:
@@ -201,8 +259,9 @@ class Chat:
         return re.compile(rf"\s*(?:{'|'.join(map(re.escape, sorted({*ends, *own})))})")
 
     def render(self, record: Record, messages: Sequence[Message], *, marked: bool = False,
-               **how: bool) -> tuple[str, list[tuple[int, int]] | None]:
-        """The text; and, if asked for and the template has such marks, which characters of it the model writes."""
+               as_text: bool = False, **how: bool) -> tuple[str, list[tuple[int, int]] | None]:
+        """The text (arguments of tool calls as objects, or as_text); and, if asked for and the template has such marks,
+        which characters of it the model writes."""
         if not self.tokenizer.chat_template:
             raise ValueError(
                 f"{record.source}: has messages, but tokenizer {self.name} has no chat template; set chat_template to "
@@ -213,6 +272,7 @@ class Chat:
         given = {"tools": tools, **self.rendering.chat_template_kwargs, **own, **how}
         if self.rendering.sanitize_control_tokens:
             messages = [self._sanitized(message) for message in messages]
+        messages = with_arguments(messages, as_text)
         try:
             if marked and _GENERATION.search(template):
                 from transformers.utils.chat_template_utils import render_jinja_template
@@ -225,6 +285,8 @@ class Chat:
             text = self.tokenizer.apply_chat_template(
                 list(messages), chat_template=template, tokenize=False, **given)
         except Exception as error:  # templates raise whatever their author chose
+            if not as_text and any(message.get("tool_calls") for message in messages):
+                return self.render(record, messages, marked=marked, as_text=True, **how)
             line = first_line(error)
             raise ValueError(f"{record.source}: the chat template refuses the messages ({line})") from error
         return str(text), None

@@ -20,6 +20,7 @@ A pair may say by how much the chosen response is better, {..., margin}; the los
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -179,10 +180,12 @@ def _parse_prompt(where: str, row: Any) -> Record:
 _RESPONSES = ("chosen", "rejected", "completion")
 _CONVERSATIONS = ("conversations", "conversation", "messages")
 _MEDIA = ("images", "image", "videos", "video", "audios", "audio")
+_TEXT_ALONE = ("text alone is trained on here; for images, videos and audio use TRL's DPOTrainer with "
+               "fastpref.integrations.trl.patch()")
 # What else the question may be called; nobody reads these beside responses
-_CONTEXT = ("system", "system_prompt", "history")
-_QUESTIONS = (*_CONTEXT, "question", "instruction", "input", "query", "problem", "context", "context_messages", "post",
-              *_CONVERSATIONS)
+_CONTEXT = ("system", "system_prompt", "system_message", "history")
+_QUESTIONS = (*_CONTEXT, "question", "instruction", "input", "inputs", "query", "problem", "context", "post", "prompts",
+              "context_messages", "user", "user_prompt", "user_input", "prompt_text", "dialogue", *_CONVERSATIONS)
 
 
 def _as_trl_names_it(where: str, row: Any) -> dict[str, Any]:
@@ -193,8 +196,7 @@ def _as_trl_names_it(where: str, row: Any) -> dict[str, Any]:
     row = {key: value for key, value in row.items() if value is not None}  # Parquet writes null for "not there"
     for key in _MEDIA:
         if row.get(key):
-            raise ValueError(f"{where}: field '{key}': text alone is trained on here; for images, videos and audio use "
-                             "TRL's DPOTrainer with fastpref.integrations.trl.patch()")
+            raise ValueError(f"{where}: field '{key}': {_TEXT_ALONE}")
     for key, kind in (("tools", list), ("chat_template_kwargs", dict)):
         if isinstance(row.get(key), str):
             try:
@@ -251,8 +253,9 @@ def _history(where: str, turns: Any) -> list[dict[str, str]]:
 
 def _refuse_unread(where: str, extra: Mapping[str, Any], texts: Mapping[str, Any]) -> None:
     """A question in a column of its own would be lost, unless the prompt has it, or every response."""
-    for key in _CONTEXT if "prompt" in texts else _QUESTIONS:
-        if not texts or not extra.get(key):
+    names = _CONTEXT if "prompt" in texts else _QUESTIONS
+    for key in extra:
+        if not texts or not extra[key] or key.lower() not in names:
             continue
         sides = {name: list(_strings(text)) for name, text in texts.items()}
         prompt = sides.pop("prompt", [])
@@ -295,8 +298,9 @@ _SHAREGPT = {
 
 def _text(where: str, key: str, value: Any) -> Any:
     """A string or a list of messages, checked."""
-    if isinstance(value, str):
+    if isinstance(value, str) and (messages := _messages_in(value)) is None:
         return _utf8(where, key, value)
+    value = messages if isinstance(value, str) else value
     if isinstance(value, Mapping) and ("role" in value or "from" in value):
         value = [value]
     if not isinstance(value, (list, tuple)):
@@ -306,12 +310,26 @@ def _text(where: str, key: str, value: Any) -> Any:
     return [_message(where, f"{key}[{i}]", message) for i, message in enumerate(value)]
 
 
+def _messages_in(text: str) -> list[Any] | None:
+    """Messages that were written as JSON into a column of strings."""
+    if not re.match(r"""\s*\[\s*\{\s*"(role|from|content|value)"\s*:""", text):
+        return None
+    try:
+        found = parse_json(text)
+    except ValueError:
+        return None
+    whole = all(isinstance(m, Mapping) and ("role" in m or "from" in m) for m in found)
+    return found if whole and isinstance(found, list) else None
+
+
 def _message(where: str, key: str, message: Any) -> dict[str, Any]:
     if not isinstance(message, Mapping):
         raise ValueError(f"{where}: field '{key}' is {type(message).__name__}, expected a message {{role, content}}")
     message = {name: part for name, part in message.items() if part is not None}
     if "from" in message and "role" not in message:
         message = _from_sharegpt(where, key, message)
+    if media := next((name for name in _MEDIA if message.get(name)), None):
+        raise ValueError(f"{where}: field '{key}.{media}': {_TEXT_ALONE}")
     if not isinstance(message.get("role"), str):
         raise ValueError(f"{where}: field '{key}.role' is missing or not a string")
     if "tool_calls" not in message or "content" in message:  # a tool call may come without content
@@ -346,10 +364,7 @@ def _joined_parts(where: str, key: str, parts: Iterable[Any]) -> str:
         text = part.get("text") if isinstance(part, Mapping) else part
         if not isinstance(text, str):
             kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
-            raise ValueError(
-                f"{where}: field '{key}.content[{i}]' is of type {kind!r}: text alone is trained on here; for images, "
-                "videos and audio use TRL's DPOTrainer with fastpref.integrations.trl.patch()"
-            )
+            raise ValueError(f"{where}: field '{key}.content[{i}]' is of type {kind!r}: {_TEXT_ALONE}")
         texts.append(text)
     return "".join(texts)
 

@@ -337,11 +337,10 @@ def _clip(spans: Spans | None, length: int) -> Spans | None:
 
 
 def _says_nothing(response: Any) -> bool:
-    """A string, or messages of which the model's last is empty."""
+    """A string, or messages of which one of the model's is empty: it would learn to end a turn at once."""
     if isinstance(response, str):
         return not response.strip()
-    own = [message for message in response if message["role"] == "assistant"]
-    return bool(own) and is_empty(own[-1])
+    return any(is_empty(message) for message in response if message["role"] == "assistant")
 
 
 def _responses(record: Record, kind: Kind) -> list[Any]:
