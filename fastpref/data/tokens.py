@@ -186,55 +186,22 @@ def tokenize_records(
     Raises ValueError, one line, for a tokenizer without EOS, messages without a chat template, a record without the
     fields that `kind` needs, an overlong response under "error", and when no record is usable.
     """
-    for name, value, allowed in (
-        ("kind", kind, KINDS),
-        ("truncation_mode", truncation_mode, ("keep_start", "keep_end")),
-        ("overlong_response", overlong_response, ("error", "drop", "truncate")),
-    ):
-        if value not in allowed:
-            raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(allowed)}")
-    if max_length < 2:
-        raise ValueError(f"max_length: got {max_length}, expected at least 2 (one prompt and one response token)")
-    if max_prompt_length is not None and not 1 <= max_prompt_length < max_length:
-        raise ValueError(f"max_prompt_length: got {max_prompt_length}, expected 1 to max_length - 1 = {max_length - 1}")
+    _check_limits(kind, max_length, max_prompt_length, truncation_mode, overlong_response)
     if not records:
         raise ValueError("records: got none, expected at least one")
-
     encoder = _Encoder(tokenizer, rendering)
     report = TokenizeReport(kind, records=len(records))
-    said: dict[int, list[Any]] = {}
-    conversations: dict[int, Conversation] = {}
-    for record_id, record in enumerate(records):
-        try:
-            texts = _responses(record, kind)
-            if record.conversational:
-                conversations[record_id] = encoder.chat.conversation(record, texts)
-            said[record_id] = texts
-        except ValueError as error:
-            if invalid is None or not encoder.tokenizer.chat_template and record.conversational:
-                raise
-            invalid.add(error)
-
+    said, conversations = _said(records, kind, encoder, invalid)
     examples: list[Example] = []
     overlong: list[str] = []
     for record_id, (prompt, answers, scored) in encoder.encode(records, said, conversations, report).items():
-        record, texts = records[record_id], said[record_id]
+        record = records[record_id]
         report.prompts_repeated += record.repeated
         longest = max(map(len, answers))
         too_long = longest >= max_length
-        reason = None
-        if kind == "sft" and record.label is False:
-            reason = "completion labelled false"
-        elif any(map(_says_nothing, texts)) or any(map(encoder.is_end, answers)):
-            reason = "empty response"
-        elif not all(spans is None or spans for spans in scored):
-            reason = "no turn of the model in a response"
-        elif len(answers) == 2 and answers[0] == answers[1]:
-            reason = "chosen equals rejected"
-        elif not prompt:
-            reason = "empty prompt, and the tokenizer has no BOS"
-        elif too_long and overlong_response == "drop":
-            reason = f"response of max_length = {max_length} tokens or more"
+        reason = _unusable(record, said[record_id], kind, encoder, prompt, answers, scored)
+        if too_long and overlong_response == "drop":
+            reason = reason or f"response of max_length = {max_length} tokens or more"
         if reason:
             report.dropped.setdefault(reason, []).append(record.source)
             continue
@@ -253,25 +220,10 @@ def tokenize_records(
         if len(prompt) > room:
             prompt = encoder.cut(record, prompt, room, truncation_mode)
             report.prompts_truncated += 1
-        if len(answers) == 2 and answers[0] == answers[1]:  # they differed only in what was cut off
-            report.dropped.setdefault("chosen equals rejected once truncated", []).append(record.source)
+        if reason := _nothing_to_learn(answers, scored):  # two answers may have differed only in what was cut off
+            report.dropped.setdefault(f"{reason} once truncated", []).append(record.source)
             continue
-        if not all(spans is None or spans for spans in scored):
-            report.dropped.setdefault("no turn of the model in a response once truncated", []).append(record.source)
-            continue
-        runs = tuple(((0, len(ids)),) if spans is None else spans for ids, spans in zip(answers, scored, strict=True))
-        some = None if all(spans is None for spans in scored) else runs
-        report.responses_with_other_turns += sum(spans is not None for spans in scored)
-        report.tokens_of_other_turns += sum(map(len, answers)) - sum(end - start for run in runs for start, end in run)
-        if kind == "kto" and record.completion is None:
-            examples += [
-                Example(record_id, prompt, (ids,), good, scored=None if spans is None else (spans,))
-                for ids, spans, good in zip(answers, scored, (True, False), strict=True)
-            ]
-        else:
-            label = record.label if kind == "kto" else None
-            examples.append(Example(record_id, prompt, tuple(answers), label, scored=some))
-
+        examples += _examples(record_id, record, kind, prompt, answers, scored, report)
     if overlong:
         raise ValueError(
             f"{overlong[0]} leaves no room for a prompt in max_length={max_length} ({len(overlong)} of {len(records)} "
@@ -281,6 +233,69 @@ def tokenize_records(
         raise ValueError(f"{records[0].source}: {report.none_usable()}")
     report.count(examples)
     return examples, report
+
+
+def _check_limits(kind: str, max_length: int, max_prompt_length: int | None, truncation_mode: str,
+                  overlong_response: str) -> None:
+    for name, value, allowed in (
+        ("kind", kind, KINDS),
+        ("truncation_mode", truncation_mode, ("keep_start", "keep_end")),
+        ("overlong_response", overlong_response, ("error", "drop", "truncate")),
+    ):
+        if value not in allowed:
+            raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(allowed)}")
+    if max_length < 2:
+        raise ValueError(f"max_length: got {max_length}, expected at least 2 (one prompt and one response token)")
+    if max_prompt_length is not None and not 1 <= max_prompt_length < max_length:
+        raise ValueError(f"max_prompt_length: got {max_prompt_length}, expected 1 to max_length - 1 = {max_length - 1}")
+
+
+def _said(records: Sequence[Record], kind: Kind, encoder: _Encoder, invalid: Invalid | None
+          ) -> tuple[dict[int, list[Any]], dict[int, Conversation]]:
+    """The responses of each record that has them, and the conversations among those records."""
+    said: dict[int, list[Any]] = {}
+    conversations: dict[int, Conversation] = {}
+    for record_id, record in enumerate(records):
+        try:
+            texts = _responses(record, kind)
+            if record.conversational:
+                conversations[record_id] = encoder.chat.conversation(record, texts)
+            said[record_id] = texts
+        except ValueError as error:
+            if invalid is None or not encoder.tokenizer.chat_template and record.conversational:
+                raise
+            invalid.add(error)
+    return said, conversations
+
+
+def _unusable(record: Record, texts: list[Any], kind: Kind, encoder: _Encoder, prompt: list[int],
+              answers: list[list[int]], scored: Sequence[Spans | None]) -> str | None:
+    """Why a record is left out, or None."""
+    if kind == "sft" and record.label is False:
+        return "completion labelled false"
+    if any(map(_says_nothing, texts)) or any(map(encoder.is_end, answers)):
+        return "empty response"
+    if reason := _nothing_to_learn(answers, scored):
+        return reason
+    return None if prompt else "empty prompt, and the tokenizer has no BOS"
+
+
+def _nothing_to_learn(answers: list[list[int]], scored: Sequence[Spans | None]) -> str | None:
+    if not all(spans is None or spans for spans in scored):
+        return "no turn of the model in a response"
+    return "chosen equals rejected" if len(answers) == 2 and answers[0] == answers[1] else None
+
+
+def _examples(record_id: int, record: Record, kind: Kind, prompt: list[int], answers: list[list[int]],
+              scored: Sequence[Spans | None], report: TokenizeReport) -> list[Example]:
+    runs = tuple(((0, len(ids)),) if spans is None else spans for ids, spans in zip(answers, scored, strict=True))
+    report.responses_with_other_turns += sum(spans is not None for spans in scored)
+    report.tokens_of_other_turns += sum(map(len, answers)) - sum(end - start for run in runs for start, end in run)
+    if kind == "kto" and record.completion is None:
+        return [Example(record_id, prompt, (ids,), good, scored=None if spans is None else (spans,))
+                for ids, spans, good in zip(answers, scored, (True, False), strict=True)]
+    some = None if all(spans is None for spans in scored) else runs
+    return [Example(record_id, prompt, tuple(answers), record.label if kind == "kto" else None, scored=some)]
 
 
 def tokenize_prompts(
