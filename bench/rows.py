@@ -21,7 +21,7 @@ from torch import Tensor
 
 import fastpref
 from fastpref import rows as row_kernels
-from fastpref.rows import FoldState, RowStats, Transform, fold_finish
+from fastpref.rows import FoldState, RowStats, Tile, Transform, fold_finish
 
 from . import command
 from .harness import Contestant, all_right, clock_under, fill_times, l2_flush, time_interleaved, told
@@ -56,30 +56,22 @@ class TileShape(NamedTuple):
     softcap: float | None
 
 
-class Tile(NamedTuple):
-    logits: Tensor  # [rows, V]
-    targets: Tensor
-    stash: Tensor
-    transform: Transform
-
-    @property
-    def bytes_each(self) -> tuple[int, int]:
-        return self.logits.itemsize, self.stash.itemsize
-
-
-def make_tile(shape: TileShape, logits: torch.dtype, residuals: torch.dtype, device: torch.device) -> Tile:
+def make_tile(
+    shape: TileShape, logits: torch.dtype, residuals: torch.dtype, device: torch.device
+) -> tuple[Tile, Tensor]:
+    """A tile over the whole vocabulary, and the stash for its residuals."""
     gen = torch.Generator(device=device).manual_seed(0)
     values = torch.randn(shape.rows, shape.vocab, generator=gen, device=device).mul_(LOGITS_STD).to(logits)
     targets = torch.randint(0, shape.vocab, (shape.rows,), generator=gen, device=device)
-    return Tile(values, targets, torch.empty_like(values, dtype=residuals), Transform(softcap=shape.softcap))
+    return Tile(values, targets, Transform(softcap=shape.softcap)), torch.empty_like(values, dtype=residuals)
 
 
 class Sweep:
     """One kernel over one tile, in place over a copy of it."""
 
-    def __init__(self, backend: str, op: str, tile: Tile) -> None:
-        self.kernels = row_kernels.choose(backend, tile.logits.device, tile.stash.dtype)
-        self.op, self.tile = op, tile
+    def __init__(self, backend: str, op: str, tile: Tile, stash: Tensor) -> None:
+        self.kernels = row_kernels.choose(backend, tile.logits.device, stash.dtype)
+        self.op, self.tile, self.stash = op, tile, stash
         self.work = tile.logits.clone() if op == "in_place" else tile.logits
         if op == "residual_given_lse":
             state = self.fold()
@@ -99,7 +91,7 @@ class Sweep:
         state = FoldState.new(
             len(tile.targets), dtype=row_kernels.stats_dtype(tile.logits.dtype), device=tile.logits.device
         )
-        self.kernels.fold(tile.logits, tile.targets, state, col_offset=0, transform=tile.transform)
+        self.kernels.fold(tile, state)
         return state
 
     def __call__(self) -> RowStats | FoldState | None:
@@ -107,12 +99,10 @@ class Sweep:
         if self.op == "fold":
             return self.fold()
         if self.op == "residual_given_lse":
-            return self.kernels.residual_given_lse(
-                tile.logits, tile.targets, self.lse, tile.stash, col_offset=0, transform=tile.transform
-            )
-        out = {"forward": None, "in_place": self.work}.get(self.op, tile.stash)
+            return self.kernels.residual_given_lse(tile, self.lse, self.stash)
+        out = {"forward": None, "in_place": self.work}.get(self.op, self.stash)
         extras = row_kernels.EXTRAS if self.op == "entropy" else ()
-        return self.kernels.residual(self.work, tile.targets, out, transform=tile.transform, extras=extras)
+        return self.kernels.residual(tile._replace(logits=self.work), out, extras)
 
     def check(self, row: KernelRow) -> None:
         """Runs it once and compares a few rows with fp64."""
@@ -137,9 +127,9 @@ class Sweep:
             residuals[torch.arange(len(some), device=z.device), targets] += 1
             if cap is not None:
                 residuals *= 1 - (z / cap).square()
-            out = (self.work if self.op == "in_place" else tile.stash)[some].double()
+            out = (self.work if self.op == "in_place" else self.stash)[some].double()
             row.u_rel_err = relative(out if scale is None else out * scale[some, None].double(), residuals)
-            if not row.u_rel_err <= (1e-4 if tile.stash.dtype == torch.float32 else 2e-2):
+            if not row.u_rel_err <= (1e-4 if self.stash.dtype == torch.float32 else 2e-2):
                 wrong.append(f"residuals off by {row.u_rel_err:.2g}")
         if wrong:
             row.status, row.note = "wrong", "; ".join(wrong)
@@ -170,8 +160,8 @@ class Cell(NamedTuple):
 def measure(cell: Cell, backends: Sequence[str], run: command.Session) -> list[KernelRow]:
     rows, device = [cell.row(backend) for backend in backends], run.device
     try:
-        tile = make_tile(cell.shape, DTYPES[cell.logits_dtype], DTYPES[cell.dtype], device)
-        moved = sum(OPS[cell.op](*tile.bytes_each)) * tile.logits.numel()
+        tile, stash = make_tile(cell.shape, DTYPES[cell.logits_dtype], DTYPES[cell.dtype], device)
+        moved = sum(OPS[cell.op](tile.logits.itemsize, stash.itemsize)) * tile.logits.numel()
         source = torch.zeros(moved // 8, dtype=torch.float32, device=device)
         copied = torch.empty_like(source)
         flush = l2_flush(device) if cell.l2 == "cold" else None
@@ -189,7 +179,7 @@ def measure(cell: Cell, backends: Sequence[str], run: command.Session) -> list[K
     contestants, running = [Contestant(flush or (copy if cell.l2 else before), copy)], []
     for row, backend in zip(rows, backends):
         try:
-            sweep = Sweep(backend, cell.op, tile)
+            sweep = Sweep(backend, cell.op, tile, stash)
             sweep.check(row)
         except Exception as error:
             row.status, row.note = told(error)

@@ -1,5 +1,5 @@
 // The row contract as C structs, shared by the CPU and CUDA kernels. The semantics (what is written, NaN, ignored
-// rows) are those of fastpref/rows/__init__.py; here are only addresses, sizes and strides: nothing of torch, nothing
+// rows) are those of fastpref/rows/contract.py; here are only addresses, sizes and strides: nothing of torch, nothing
 // of Python.
 //
 // Only plain data in this header: it is included by translation units that are compiled for different instruction

@@ -200,8 +200,8 @@ class _ShardWalk(Walk):
             out = stash[place : place + end - first] if stash is not None and place + end - first <= kept else None
             logits = self.logits(first, end, out)
             state = rows.FoldState(*(values[mine] for values in self.state))
-            head.kernels.fold(logits, self.scored.targets[mine], state, col_offset=0, transform=head.transform,
-                              bias=head.bias, ignore_index=IGNORED)
+            tile = rows.Tile(logits, self.scored.targets[mine], head.transform, head.bias, IGNORED)
+            head.kernels.fold(tile, state)
             if out is not None:
                 # 0 where all columns are -inf: exp(z - lse) then is 0
                 self.lse[mine] = torch.where(state.sum_exp == 0, 0.0, _lse(state))

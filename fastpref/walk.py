@@ -131,10 +131,8 @@ class Head(NamedTuple):
     tail_eps: float | None
 
     def residual(self, logits: Tensor, targets: Tensor, out: Tensor | None) -> rows.RowStats:
-        return self.kernels.residual(
-            logits, targets, out, transform=self.transform, bias=self.bias, ignore_index=self.ignore_index,
-            extras=self.extras,
-        )
+        tile = rows.Tile(logits, targets, self.transform, self.bias, self.ignore_index)
+        return self.kernels.residual(tile, out, self.extras)
 
 
 def score(
@@ -522,10 +520,7 @@ class Walk:
         if grads is not None:
             known += [self.extras["entropy"][mine], grads[0][mine], grads[1][mine]]
             sweep = head.kernels.gradient_given_lse
-        sweep(
-            logits, self.scored.targets[mine], *known, out,
-            col_offset=start, transform=head.transform, bias=bias, ignore_index=head.ignore_index,
-        )
+        sweep(rows.Tile(logits, self.scored.targets[mine], head.transform, bias, head.ignore_index, start), *known, out)
 
     def late_scale(self, ga: Tensor, gh: Tensor | None) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
         """What rows made again are multiplied with at the end, [N], and what is swept into them."""

@@ -65,10 +65,10 @@ def test_a_wrong_row_kernel_is_reported_and_not_timed(tmp_path, monkeypatch, op)
     for name in ("residual", "fold", "residual_given_lse"):
         right = getattr(kernels, name)
 
-        def wrong(logits, *rest, right=right, **named):
-            logits = logits.clone()
+        def wrong(tile, *rest, right=right):
+            logits = tile.logits.clone()
             logits[:, -1] -= 5.0
-            return right(logits, *rest, **named)
+            return right(tile._replace(logits=logits), *rest)
 
         monkeypatch.setattr(kernels, name, wrong)
     monkeypatch.setattr(rows, "LOGITS_STD", 0.1)

@@ -41,17 +41,17 @@ class MetaRows:
     """Row kernels that allocate what the real ones do: a few floats a row."""
 
     @staticmethod
-    def residual(logits, targets, out, *, transform, bias=None, ignore_index=-100, extras=()):
-        stats = [torch.empty(logits.shape[0], device="meta") for _ in range(3)]
+    def residual(tile, out, extras=()):
+        stats = [torch.empty(tile.logits.shape[0], device="meta") for _ in range(3)]
         return RowStats(*stats, **{name: torch.empty_like(stats[0]) for name in extras})
 
     @staticmethod
-    def residual_given_lse(logits, targets, lse, out, **_):
-        assert out.shape == logits.shape and out.dtype == torch.bfloat16
+    def residual_given_lse(tile, lse, out):
+        assert out.shape == tile.logits.shape and out.dtype == torch.bfloat16
 
     @staticmethod
-    def gradient_given_lse(logits, targets, lse, entropy, grad_logps, grad_entropy, out, **_):
-        assert out.shape == logits.shape and out.dtype == torch.bfloat16
+    def gradient_given_lse(tile, lse, entropy, grad_logps, grad_entropy, out):
+        assert out.shape == tile.logits.shape and out.dtype == torch.bfloat16
 
 
 class Recorder(TorchDispatchMode):

@@ -1,6 +1,5 @@
 // The row kernels on the CPU: one sweep over each row, whatever it holds. CMake compiles this file once per
-// instruction set with -DFASTPREF_KERNELS=kernels_<name>, -DFASTPREF_NAME="<name>"; dispatch.cpp picks one at run
-// time.
+// instruction set with -DFASTPREF_KERNELS=kernels_<name>, -DFASTPREF_NAME="<name>"; cpu.cpp picks one at run time.
 //
 // A row is walked in blocks that stay in the L1 cache. Pass 1 over a block turns logits into z and finds its maximum;
 // pass 2 writes E = exp(z - m) (times the softcap's slope) and adds up s = sum E. m is the maximum of the row's FIRST

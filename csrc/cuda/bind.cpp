@@ -40,10 +40,4 @@ void bind_cuda(py::module_& m) {
         cuda::gradient_given_lse(tile, given, out, {device, stream});
       },
       py::arg("tile"), py::arg("given"), py::arg("out"), py::arg("device"), py::arg("stream"), no_gil());
-  c.def(
-      "scale_unless_one",
-      [](const Out& x, int64_t n, uintptr_t factor, int device, uintptr_t stream) {
-        cuda::scale_unless_one(x.data, x.dtype, n, reinterpret_cast<const float*>(factor), {device, stream});
-      },
-      py::arg("x"), py::arg("n"), py::arg("factor"), py::arg("device"), py::arg("stream"), no_gil());
 }

@@ -29,7 +29,4 @@ void gradient_given_lse(const Tile&, const Given&, const Out&, Where);
 // Thread blocks that share a row of logits in the cluster sweep; 0: this device, or rows this wide, cannot.
 int cluster_size(DType logits, int64_t cols, int device);
 
-// x[i] *= *factor, n elements; nothing but *factor is read where it is 1.
-void scale_unless_one(void* x, DType dtype, int64_t n, const float* factor, Where);
-
 }  // namespace fastpref::cuda

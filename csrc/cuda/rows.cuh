@@ -1,5 +1,5 @@
 // The row algorithms, one thread block a row: residual, fold, residual_given_lse and gradient_given_lse of
-// fastpref/rows/__init__.py.
+// fastpref/rows/contract.py.
 //
 // The sweep reads each logit once. Warps take units of 256 columns in turn and never wait for one another: m, the
 // number that E = exp(z - m) is taken relative to, starts as the maximum of the row's first chunk (the sweep's one

@@ -17,27 +17,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import FoldState, RowStats, Transform, views
+from .checks import DTYPES
+from .contract import RowStats, Tile
+from .extension import ExtensionRows
 
 _native: Any = None
-_kernels: Any = None
 try:
     _native = importlib.import_module("fastpref._native")
 except ImportError as error:
     _why_not = f"the extension fastpref._native is not built: {error}"
 else:
-    _kernels = getattr(_native, "cuda", None)
     _why_not = "fastpref._native was built without CUDA: put nvcc on PATH or set CUDACXX, and install again"
 
-_DEVICE = "cuda"
 _CAPABILITY = 80
 
 
 def available(device: torch.device | None = None) -> tuple[bool, str]:
-    if _kernels is None:
+    if _rows.kernels is None:
         return False, _why_not
     try:
-        capabilities = _kernels.devices()
+        capabilities = _rows.kernels.devices()
     except RuntimeError as error:
         return False, str(error)
     if not torch.cuda.is_available():
@@ -51,7 +50,7 @@ def available(device: torch.device | None = None) -> tuple[bool, str]:
 
 
 def supports(device: torch.device, dtype: torch.dtype) -> bool:
-    return device.type == _DEVICE and dtype in views.DTYPES
+    return device.type == _rows.device and dtype in DTYPES
 
 
 def _where(tensor: Tensor) -> tuple[int, int]:
@@ -59,98 +58,21 @@ def _where(tensor: Tensor) -> tuple[int, int]:
     return tensor.device.index, torch.cuda.current_stream(tensor.device).cuda_stream
 
 
+_rows = ExtensionRows(_native, getattr(_native, "cuda", None), "cuda", _where)
+fold, residual_given_lse, gradient_given_lse = _rows.fold, _rows.residual_given_lse, _rows.gradient_given_lse
+
+
 @lru_cache(maxsize=64)
 def _cluster_size(dtype: torch.dtype, cols: int, device: int) -> int:
-    return _kernels.cluster_size(_native.Tile(0, views.DTYPES[dtype], 0, 0, cols, 0, 0, 0, 0, 1.0, 0.0, 1.0), device)
+    return _rows.kernels.cluster_size(_native.Tile(0, DTYPES[dtype], 0, 0, cols, 0, 0, 0, 0, 1.0, 0.0, 1.0), device)
 
 
 def residual(
-    logits: Tensor,
-    targets: Tensor,
-    out: Tensor | None,
-    *,
-    transform: Transform,
-    bias: Tensor | None = None,
-    ignore_index: int = -100,
-    extras: tuple[str, ...] = (),
-    cluster: bool | None = None,
+    tile: Tile, out: Tensor | None, extras: tuple[str, ...] = (), *, cluster: bool | None = None
 ) -> RowStats:
-    """See the contract in `fastpref.rows`. Beyond it, `out` may be a narrower view of the memory of its own rows, and
+    """See the contract (contract.py). Beyond it, `out` may be a narrower view of the memory of its own rows, and
     `cluster` picks the sweep for measurements (True raises where a cluster cannot hold a row)."""
-    tile, alive = views.tile(_native, _DEVICE, logits, targets, transform, bias, ignore_index)
-    out_view = views.out(_native, out, logits)
-    view, found = views.stats(_native, logits, out is not None, extras)
-    device, stream = _where(logits)
     if cluster is None:
-        fp16 = out is not None and out.dtype == torch.float16
-        cluster = fp16 and _cluster_size(logits.dtype, logits.shape[1], device) > 0
-    _kernels.residual(tile, out_view, view, cluster, device, stream)
-    del alive
-    return found
-
-
-def fold(
-    logits: Tensor,
-    targets: Tensor,
-    state: FoldState,
-    *,
-    col_offset: int,
-    transform: Transform,
-    bias: Tensor | None = None,
-    ignore_index: int = -100,
-) -> None:
-    tile, alive = views.tile(_native, _DEVICE, logits, targets, transform, bias, ignore_index, col_offset)
-    _kernels.fold(tile, views.state(_native, state, logits), *_where(logits))
-    del alive
-
-
-def residual_given_lse(
-    logits: Tensor,
-    targets: Tensor,
-    lse: Tensor,
-    out: Tensor,
-    *,
-    col_offset: int,
-    transform: Transform,
-    bias: Tensor | None = None,
-    ignore_index: int = -100,
-) -> None:
-    tile, alive = views.tile(_native, _DEVICE, logits, targets, transform, bias, ignore_index, col_offset)
-    given, vectors = views.given(_native, logits, lse=lse)
-    _kernels.residual_given_lse(tile, given, views.out(_native, out, logits), *_where(logits))
-    del alive, vectors
-
-
-def gradient_given_lse(
-    logits: Tensor,
-    targets: Tensor,
-    lse: Tensor,
-    entropy: Tensor,
-    grad_logps: Tensor,
-    grad_entropy: Tensor,
-    out: Tensor,
-    *,
-    col_offset: int,
-    transform: Transform,
-    bias: Tensor | None = None,
-    ignore_index: int = -100,
-) -> None:
-    tile, alive = views.tile(_native, _DEVICE, logits, targets, transform, bias, ignore_index, col_offset)
-    given, vectors = views.given(
-        _native, logits, lse=lse, entropy=entropy, grad_logps=grad_logps, grad_entropy=grad_entropy
-    )
-    _kernels.gradient_given_lse(tile, given, views.out(_native, out, logits), *_where(logits))
-    del alive, vectors
-
-
-def scale_unless_one_(tensor: Tensor, factor: Tensor) -> Tensor:
-    """tensor *= factor, where factor is one float on the same device: nothing is read or written if it is 1, and the
-    host does not wait to know."""
-    if factor.numel() != 1 or factor.device != tensor.device:
-        raise ValueError(f"factor is {list(factor.shape)} on {factor.device}; it takes one float on {tensor.device}")
-    if not tensor.is_contiguous() or not supports(tensor.device, tensor.dtype):
-        return tensor.mul_(factor.reshape(()))
-    factor = factor.float()
-    x = _native.Out(tensor.data_ptr(), views.DTYPES[tensor.dtype], 0)
-    _kernels.scale_unless_one(x, tensor.numel(), factor.data_ptr(), *_where(tensor))
-    return tensor
+        fp16, logits = out is not None and out.dtype == torch.float16, tile.logits
+        cluster = fp16 and _cluster_size(logits.dtype, logits.shape[-1], _rows.where(logits)[0]) > 0
+    return _rows.residual(tile, out, extras, cluster)

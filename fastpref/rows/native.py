@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import FoldState, RowStats, Transform, views
+from .checks import DTYPES
+from .extension import ExtensionRows
 
 try:
     from fastpref import _native
@@ -26,7 +27,7 @@ def available(device: torch.device | None = None) -> tuple[bool, str]:
 
 
 def supports(device: torch.device, dtype: torch.dtype) -> bool:
-    return device.type == "cpu" and dtype in views.DTYPES
+    return device.type == "cpu" and dtype in DTYPES
 
 
 def advise_huge(tensor: Tensor) -> bool:
@@ -42,75 +43,12 @@ def advise_huge(tensor: Tensor) -> bool:
     return _native.advise_huge(storage.data_ptr(), storage.nbytes())
 
 
-def residual(
-    logits: Tensor,
-    targets: Tensor,
-    out: Tensor | None,
-    *,
-    transform: Transform,
-    bias: Tensor | None = None,
-    ignore_index: int = -100,
-    extras: tuple[str, ...] = (),
-) -> RowStats:
-    tile, alive = views.tile(_native, "cpu", logits, targets, transform, bias, ignore_index)
-    view, found = views.stats(_native, logits, out is not None, extras)
-    _native.residual(tile, views.out(_native, out, logits), view, torch.get_num_threads())
-    del alive
-    return found
+_rows = ExtensionRows(_native, _native, "cpu", lambda _: (torch.get_num_threads(),))
+residual, fold = _rows.residual, _rows.fold
+residual_given_lse, gradient_given_lse = _rows.residual_given_lse, _rows.gradient_given_lse
 
 
-def fold(
-    logits: Tensor,
-    targets: Tensor,
-    state: FoldState,
-    *,
-    col_offset: int,
-    transform: Transform,
-    bias: Tensor | None = None,
-    ignore_index: int = -100,
-) -> None:
-    tile, alive = views.tile(_native, "cpu", logits, targets, transform, bias, ignore_index, col_offset)
-    _native.fold(tile, views.state(_native, state, logits), torch.get_num_threads())
-    del alive
-
-
-def residual_given_lse(
-    logits: Tensor,
-    targets: Tensor,
-    lse: Tensor,
-    out: Tensor,
-    *,
-    col_offset: int,
-    transform: Transform,
-    bias: Tensor | None = None,
-    ignore_index: int = -100,
-) -> None:
-    tile, alive = views.tile(_native, "cpu", logits, targets, transform, bias, ignore_index, col_offset)
-    given, vectors = views.given(_native, logits, lse=lse)
-    _native.residual_given_lse(tile, given, views.out(_native, out, logits), torch.get_num_threads())
-    del alive, vectors
-
-
-def gradient_given_lse(
-    logits: Tensor,
-    targets: Tensor,
-    lse: Tensor,
-    entropy: Tensor,
-    grad_logps: Tensor,
-    grad_entropy: Tensor,
-    out: Tensor,
-    *,
-    col_offset: int,
-    transform: Transform,
-    bias: Tensor | None = None,
-    ignore_index: int = -100,
-) -> None:
-    tile, alive = views.tile(_native, "cpu", logits, targets, transform, bias, ignore_index, col_offset)
-    given, vectors = views.given(
-        _native, logits, lse=lse, entropy=entropy, grad_logps=grad_logps, grad_entropy=grad_entropy
-    )
-    _native.gradient_given_lse(tile, given, views.out(_native, out, logits), torch.get_num_threads())
-    del alive, vectors
+# What tail.py asks of residuals.
 
 
 def peaks(stash: Tensor, scale: Tensor, peak: Tensor, total: Tensor, squares: Tensor) -> None:
@@ -119,17 +57,15 @@ def peaks(stash: Tensor, scale: Tensor, peak: Tensor, total: Tensor, squares: Te
 
 
 def split(stash: Tensor, columns: Tensor, active: Tensor, rest: Tensor) -> None:
-    out = _native.Out(active.data_ptr(), views.DTYPES[active.dtype], active.stride(0))
-    threads = torch.get_num_threads()
-    _native.split(_residuals(stash, rest), columns.data_ptr(), columns.shape[0], out, rest.data_ptr(), threads)
+    size, threads = columns.shape[0], torch.get_num_threads()
+    _native.split(_residuals(stash, rest), columns.data_ptr(), size, _rows.out(active), rest.data_ptr(), threads)
 
 
 def add_rows(total: Tensor, part: Tensor, columns: Tensor) -> None:
-    rows = _native.Out(part.data_ptr(), views.DTYPES[part.dtype], part.stride(0))
-    threads = torch.get_num_threads()
-    _native.add_rows(total.data_ptr(), rows, columns.data_ptr(), columns.shape[0], total.shape[1], threads)
+    sizes, threads = (columns.shape[0], total.shape[1]), torch.get_num_threads()
+    _native.add_rows(total.data_ptr(), _rows.out(part), columns.data_ptr(), *sizes, threads)
 
 
 def _residuals(stash: Tensor, scale: Tensor) -> Any:
-    dtype = views.DTYPES[stash.dtype]
+    dtype = DTYPES[stash.dtype]
     return _native.Residuals(stash.data_ptr(), dtype, stash.stride(0), *stash.shape, scale.data_ptr())

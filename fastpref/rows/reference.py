@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import FoldState, RowStats, Transform, stats_dtype
+from .contract import FoldState, RowStats, Tile, stats_dtype
 
 
 def available(device: torch.device | None = None) -> tuple[bool, str]:
@@ -16,8 +16,9 @@ def supports(device: torch.device, dtype: torch.dtype) -> bool:
     return dtype.is_floating_point
 
 
-def _transformed(logits: Tensor, transform: Transform, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def _transformed(tile: Tile) -> tuple[Tensor, Tensor | None]:
     """z, and the part of dz/dlogits that differs between columns (None where it is 1)."""
+    logits, transform, bias = tile.logits, tile.transform, tile.bias
     z = logits.to(stats_dtype(logits.dtype), copy=True)
     if bias is not None:
         z += bias.to(z.dtype)
@@ -33,21 +34,15 @@ def _transformed(logits: Tensor, transform: Transform, bias: Tensor | None) -> t
     return z, slope
 
 
-def residual(
-    logits: Tensor,
-    targets: Tensor,
-    out: Tensor | None,
-    *,
-    transform: Transform,
-    bias: Tensor | None = None,
-    ignore_index: int = -100,
-    extras: tuple[str, ...] = (),
-) -> RowStats:
-    vocab = logits.shape[1]
-    ignored = targets == ignore_index
-    valid = (targets >= 0) & (targets < vocab)
-    column = targets.clamp(0, vocab - 1)[:, None]
-    z, slope = _transformed(logits, transform, bias)
+def _target_columns(tile: Tile) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each row: its target's column in the tile, [rows, 1], whether it is there, and whether the row is ignored."""
+    column, cols = tile.targets - tile.col_offset, tile.logits.shape[1]
+    return column.clamp(0, cols - 1)[:, None], (column >= 0) & (column < cols), tile.targets == tile.ignore_index
+
+
+def residual(tile: Tile, out: Tensor | None, extras: tuple[str, ...] = ()) -> RowStats:
+    column, valid, ignored = _target_columns(tile)
+    z, slope = _transformed(tile)
     found = {"mean_logit": z.mean(1)} if "mean_logit" in extras else {}
     # From here on relative to the row's maximum: at logits of 1e4 an ulp of lse is 1e-3, in every probability alike.
     highest = z.amax(1)
@@ -60,7 +55,7 @@ def residual(
     if "entropy" in extras:
         found["entropy"] = -torch.where(probs > 0, probs * (z - lse[:, None]), 0.0 * probs).sum(1)
     if "top1" in extras:
-        found["top1"] = ((z.argmax(1) == targets) & (lse < torch.inf)).to(lse.dtype)
+        found["top1"] = ((z.argmax(1) == tile.targets) & (lse < torch.inf)).to(lse.dtype)
     if "log_sum_p2" in extras:
         found["log_sum_p2"] = torch.logsumexp(2 * (z - lse[:, None]), dim=1)
     scale = None
@@ -69,27 +64,16 @@ def residual(
         if slope is not None:
             u *= slope
         out.copy_(u.masked_fill_(ignored[:, None], 0.0))
-        scale = torch.full_like(lse, transform.row_factor).masked_fill_(ignored, 0.0)
+        scale = torch.full_like(lse, tile.transform.row_factor).masked_fill_(ignored, 0.0)
     zeroed = {name: value.masked_fill_(ignored, 0.0) for name, value in found.items()}
     return RowStats(logp.masked_fill_(ignored, 0.0), (lse + highest).masked_fill_(ignored, 0.0), scale, **zeroed)
 
 
-def fold(
-    logits: Tensor,
-    targets: Tensor,
-    state: FoldState,
-    *,
-    col_offset: int,
-    transform: Transform,
-    bias: Tensor | None = None,
-    ignore_index: int = -100,
-) -> None:
-    z, _ = _transformed(logits, transform, bias)
-    z.masked_fill_((targets == ignore_index)[:, None], 0.0)
-    column = targets - col_offset
-    inside = (column >= 0) & (column < logits.shape[1])
-    z_target = z.gather(1, column.clamp(0, logits.shape[1] - 1)[:, None])[:, 0]
-    state.target.copy_(torch.where(inside, z_target, state.target))
+def fold(tile: Tile, state: FoldState) -> None:
+    column, inside, ignored = _target_columns(tile)
+    z, _ = _transformed(tile)
+    z.masked_fill_(ignored[:, None], 0.0)
+    state.target.copy_(torch.where(inside, z.gather(1, column)[:, 0], state.target))
     lse = torch.logsumexp(z, dim=1)
     before = state.maximum + state.sum_exp.log()
     # With sum_exp = 1 the pair (maximum, sum_exp) is just the running lse.
@@ -97,52 +81,29 @@ def fold(
     state.sum_exp.fill_(1.0)
 
 
-def residual_given_lse(
-    logits: Tensor,
-    targets: Tensor,
-    lse: Tensor,
-    out: Tensor,
-    *,
-    col_offset: int,
-    transform: Transform,
-    bias: Tensor | None = None,
-    ignore_index: int = -100,
-) -> None:
-    z, slope = _transformed(logits, transform, bias)
-    column = targets - col_offset
-    inside = (column >= 0) & (column < logits.shape[1])
+def residual_given_lse(tile: Tile, lse: Tensor, out: Tensor) -> None:
+    column, inside, ignored = _target_columns(tile)
+    z, slope = _transformed(tile)
     u = torch.exp(z - lse[:, None]).neg_()
-    u.scatter_add_(1, column.clamp(0, logits.shape[1] - 1)[:, None], inside[:, None].to(u.dtype))
+    u.scatter_add_(1, column, inside[:, None].to(u.dtype))
     if slope is not None:
         u *= slope
-    out.copy_(u.masked_fill_((targets == ignore_index)[:, None], 0.0))
+    out.copy_(u.masked_fill_(ignored[:, None], 0.0))
 
 
 def gradient_given_lse(
-    logits: Tensor,
-    targets: Tensor,
-    lse: Tensor,
-    entropy: Tensor,
-    grad_logps: Tensor,
-    grad_entropy: Tensor,
-    out: Tensor,
-    *,
-    col_offset: int,
-    transform: Transform,
-    bias: Tensor | None = None,
-    ignore_index: int = -100,
+    tile: Tile, lse: Tensor, entropy: Tensor, grad_logps: Tensor, grad_entropy: Tensor, out: Tensor
 ) -> None:
-    z, slope = _transformed(logits, transform, bias)
-    column = targets - col_offset
-    inside = (column >= 0) & (column < logits.shape[1])
+    column, inside, ignored = _target_columns(tile)
+    z, slope = _transformed(tile)
     log_p = z - lse[:, None]
     probs = torch.exp(log_p)
     grad = probs * (grad_logps[:, None] + grad_entropy[:, None] * (log_p + entropy[:, None]))
     grad = torch.where(probs == 0, 0.0, grad).neg_()  # log p is -inf there
-    grad.scatter_add_(1, column.clamp(0, logits.shape[1] - 1)[:, None], torch.where(inside, grad_logps, 0.0)[:, None])
+    grad.scatter_add_(1, column, torch.where(inside, grad_logps, 0.0)[:, None])
     if slope is not None:
         grad *= slope
-    out.copy_(grad.masked_fill_((targets == ignore_index)[:, None], 0.0))
+    out.copy_(grad.masked_fill_(ignored[:, None], 0.0))
 
 
 def peaks(stash: Tensor, scale: Tensor, peak: Tensor, total: Tensor, squares: Tensor) -> None:

@@ -30,15 +30,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import EXTRAS, FoldState, RowStats, Transform
+from . import checks
+from .checks import DTYPES
+from .contract import FoldState, RowStats, Tile, Transform
 
 try:
     import triton
     import triton.language as tl
 except ImportError as error:  # the module still imports: available() says why it does not work
     triton, _import_error, _INTERPRETED = None, str(error), False
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def available(device: torch.device | None = None) -> tuple[bool, str]:
@@ -535,54 +535,6 @@ def _transform_args(transform: Transform) -> tuple[int, float, float]:
     return int(transform.row_factor != 1.0), transform.row_factor, 1.0
 
 
-def _check_tile(name: str, tile: Tensor, shape: tuple[int, ...] | None = None) -> None:
-    if tile.ndim != 2 or (shape is not None and tuple(tile.shape) != shape):
-        raise ValueError(f"{name} has shape {tuple(tile.shape)}; it takes {shape or '[rows, columns]'}")
-    if tile.dtype not in DTYPES:
-        raise TypeError(f"{name} is {tile.dtype}; the triton rows take float32, bfloat16 and float16")
-    if tile.shape[1] > 1 and tile.stride(1) != 1:
-        raise ValueError(f"{name} has strides {tile.stride()}; its last dimension must be contiguous")
-
-
-def _check_vector(name: str, vector: Tensor, size: int, device: torch.device, dtype: torch.dtype | None = None) -> None:
-    if tuple(vector.shape) != (size,) or vector.device != device:
-        raise ValueError(f"{name} is {tuple(vector.shape)} on {vector.device}; it takes ({size},) on {device}")
-    if dtype is not None and vector.dtype != dtype:
-        raise TypeError(f"{name} is {vector.dtype}; it takes {dtype}")
-
-
-def _check(
-    logits: Tensor, targets: Tensor, bias: Tensor | None, out: Tensor | None, narrower_in_place: bool = False
-) -> tuple[Tensor, Tensor | None]:
-    """Raises on what the kernels cannot take; contiguous (targets, bias)."""
-    _check_tile("logits", logits)
-    _check_vector("targets", targets, logits.shape[0], logits.device, torch.int64)
-    if bias is not None:
-        _check_vector("bias", bias, logits.shape[1], logits.device)
-        bias = bias.contiguous()
-    if out is not None:
-        _check_tile("out", out, tuple(logits.shape))
-        if out.device != logits.device:
-            raise ValueError(f"out is on {out.device}; logits are on {logits.device}")
-        if not _apart(logits, out) and not (
-            out.data_ptr() == logits.data_ptr()
-            and out.stride(0) * out.element_size() == logits.stride(0) * logits.element_size()
-            and (out.dtype == logits.dtype or (narrower_in_place and out.element_size() < logits.element_size()))
-        ):
-            raise ValueError("out overlaps logits; it takes logits itself or memory of its own")
-    return targets.contiguous(), bias
-
-
-def _apart(a: Tensor, b: Tensor) -> bool:
-    """Whether the bytes from first to last element of two tiles are disjoint."""
-    if not a.numel():
-        return True
-    (a_first, a_end), (b_first, b_end) = (
-        (t.data_ptr(), t.data_ptr() + t.element_size() * ((t.shape[0] - 1) * t.stride(0) + t.shape[1])) for t in (a, b)
-    )
-    return a_end <= b_first or b_end <= a_first
-
-
 def _alignment(*tiles: Tensor | None) -> tuple[Config, list[int]]:
     """The configuration, and what each tile's row stride is sure to be a multiple of: the elements in 16 bytes if every
     row of every tile starts on a 16-byte boundary, else 1."""
@@ -610,127 +562,58 @@ def _limit_and_lift(out: Tensor | None, width: int) -> tuple[float, float]:
     return min(limit, 3.0), max(3.0 - limit, 0.0)
 
 
-def residual(
-    logits: Tensor,
-    targets: Tensor,
-    out: Tensor | None,
-    *,
-    transform: Transform,
-    bias: Tensor | None = None,
-    ignore_index: int = -100,
-    extras: tuple[str, ...] = (),
-) -> RowStats:
-    """The contract in `fastpref.rows`. A narrower `out` may also lie over its own rows: logits.view(bf16)[:, :cols]."""
-    targets, bias = _check(logits, targets, bias, out, narrower_in_place=True)
-    unknown = set(extras) - set(EXTRAS)
-    if unknown:
-        raise ValueError(f"extras has {sorted(unknown)}; it takes {EXTRAS}")
-    rows, width = logits.shape
-    wanted = ("logp", "lse", *(["scale"] if out is not None else []), *extras)
-    stats = {name: torch.empty(rows, dtype=torch.float32, device=logits.device) for name in wanted}
+def _operands(tile: Tile, out: Tensor | None) -> tuple[Config, tuple, tuple, tuple[float, float], dict[str, int], int]:
+    """What every sweep is launched with: (configuration, (logits, stride, targets, bias), (out, stride), (pre, post),
+    TRANSFORM and LOGITS_UNIT, OUT_UNIT)."""
+    kind, pre, post = _transform_args(tile.transform)
+    config, (unit, out_unit) = _alignment(tile.logits, out)
+    of_logits = (tile.logits, tile.logits.stride(0) // unit, tile.targets, tile.bias)
+    of_out = (out, 0 if out is None else out.stride(0) // out_unit)
+    return config, of_logits, of_out, (pre, post), {"TRANSFORM": kind, "LOGITS_UNIT": unit}, out_unit
+
+
+def residual(tile: Tile, out: Tensor | None, extras: tuple[str, ...] = ()) -> RowStats:
+    """The contract (contract.py). A narrower `out` may also lie over its own rows: logits.view(bf16)[:, :cols]."""
+    tile = checks.tile(tile, out)
+    (rows, width), device = tile.logits.shape, tile.logits.device
+    stats = checks.stats(tile.logits, out is not None, extras)
     if rows:
-        kind, pre, post = _transform_args(transform)
-        config, (logits_unit, out_unit) = _alignment(logits, out)
-        _launch(
-            _residual_kernel, rows, logits.device,
-            (
-                logits, logits.stride(0) // logits_unit, targets, bias,
-                out, 0 if out is None else out.stride(0) // out_unit,
-                *(stats.get(name) for name in RowStats._fields),
-                width, ignore_index, pre, post, transform.row_factor, *_limit_and_lift(out, width),
-            ),
-            config, TRANSFORM=kind, LOGITS_UNIT=logits_unit, OUT_UNIT=out_unit,
-        )
-    return RowStats(stats["logp"], stats["lse"], stats.get("scale"), *(stats.get(name) for name in EXTRAS))
+        config, of_logits, of_out, maths, constants, out_unit = _operands(tile, out)
+        bounds = (tile.transform.row_factor, *_limit_and_lift(out, width))
+        args = (*of_logits, *of_out, *stats, width, tile.ignore_index, *maths, *bounds)
+        _launch(_residual_kernel, rows, device, args, config, **constants, OUT_UNIT=out_unit)
+    return stats
 
 
-def fold(
-    logits: Tensor,
-    targets: Tensor,
-    state: FoldState,
-    *,
-    col_offset: int,
-    transform: Transform,
-    bias: Tensor | None = None,
-    ignore_index: int = -100,
-) -> None:
-    targets, bias = _check(logits, targets, bias, None)
-    rows, width = logits.shape
-    for name, vector in zip(FoldState._fields, state, strict=True):
-        _check_vector(f"state.{name}", vector, rows, logits.device, torch.float32)
-        if not vector.is_contiguous():
-            raise ValueError(f"state.{name} has stride {vector.stride(0)}; it must be contiguous")
+def fold(tile: Tile, state: FoldState) -> None:
+    tile = checks.tile(tile)
+    (rows, width), device = tile.logits.shape, tile.logits.device
+    vectors = checks.state(state, tile.logits)
     if rows:
-        kind, pre, post = _transform_args(transform)
-        config, (unit,) = _alignment(logits)
-        _launch(
-            _fold_kernel, rows, logits.device,
-            (
-                logits, logits.stride(0) // unit, targets, bias, *state,
-                width, col_offset, ignore_index, pre, post, _LIMIT,
-            ),
-            config, TRANSFORM=kind, LOGITS_UNIT=unit,
-        )
+        config, of_logits, _, maths, constants, _ = _operands(tile, None)
+        args = (*of_logits, *vectors, width, tile.col_offset, tile.ignore_index, *maths, _LIMIT)
+        _launch(_fold_kernel, rows, device, args, config, **constants)
 
 
-def residual_given_lse(
-    logits: Tensor,
-    targets: Tensor,
-    lse: Tensor,
-    out: Tensor,
-    *,
-    col_offset: int,
-    transform: Transform,
-    bias: Tensor | None = None,
-    ignore_index: int = -100,
-) -> None:
-    _launch_given_lse(
-        logits, targets, out, {"lse": lse, "entropy": None, "grad_logps": None, "grad_entropy": None},
-        col_offset, transform, bias, ignore_index,
-    )
+def residual_given_lse(tile: Tile, lse: Tensor, out: Tensor) -> None:
+    _given_lse_sweep(tile, out, lse=lse)
 
 
 def gradient_given_lse(
-    logits: Tensor,
-    targets: Tensor,
-    lse: Tensor,
-    entropy: Tensor,
-    grad_logps: Tensor,
-    grad_entropy: Tensor,
-    out: Tensor,
-    *,
-    col_offset: int,
-    transform: Transform,
-    bias: Tensor | None = None,
-    ignore_index: int = -100,
+    tile: Tile, lse: Tensor, entropy: Tensor, grad_logps: Tensor, grad_entropy: Tensor, out: Tensor
 ) -> None:
-    _launch_given_lse(
-        logits, targets, out, {"lse": lse, "entropy": entropy, "grad_logps": grad_logps, "grad_entropy": grad_entropy},
-        col_offset, transform, bias, ignore_index,
-    )
+    _given_lse_sweep(tile, out, lse=lse, entropy=entropy, grad_logps=grad_logps, grad_entropy=grad_entropy)
 
 
-def _launch_given_lse(
-    logits: Tensor, targets: Tensor, out: Tensor, given: dict[str, Tensor | None], col_offset: int,
-    transform: Transform, bias: Tensor | None, ignore_index: int,
-) -> None:
-    targets, bias = _check(logits, targets, bias, out)
-    rows, width = logits.shape
-    for name, vector in given.items():
-        if vector is not None:
-            _check_vector(name, vector, rows, logits.device, torch.float32)
+def _given_lse_sweep(tile: Tile, out: Tensor, **given: Tensor) -> None:
+    tile = checks.tile(tile, out, narrower_in_place=False)
+    (rows, width), device = tile.logits.shape, tile.logits.device
+    vectors = [checks.vector(name, x, rows, tile.logits) for name, x in given.items()]
     if rows:
-        kind, pre, post = _transform_args(transform)
-        config, (logits_unit, out_unit) = _alignment(logits, out)
-        _launch(
-            _given_lse_kernel, rows, logits.device,
-            (
-                logits, logits.stride(0) // logits_unit, targets, bias,
-                *(None if vector is None else vector.contiguous() for vector in given.values()),
-                out, out.stride(0) // out_unit, width, col_offset, ignore_index, pre, post,
-            ),
-            config, TRANSFORM=kind, LOGITS_UNIT=logits_unit, OUT_UNIT=out_unit,
-        )
+        config, of_logits, of_out, maths, constants, out_unit = _operands(tile, out)
+        of_given = (*vectors, *(None,) * (4 - len(vectors)))
+        args = (*of_logits, *of_given, *of_out, width, tile.col_offset, tile.ignore_index, *maths)
+        _launch(_given_lse_kernel, rows, device, args, config, **constants, OUT_UNIT=out_unit)
 
 
 def scale_rows_(x: Tensor, w: Tensor, out: Tensor | None = None) -> Tensor:
@@ -740,15 +623,15 @@ def scale_rows_(x: Tensor, w: Tensor, out: Tensor | None = None) -> Tensor:
     count brings in no NaN or inf.
     """
     out = x if out is None else out
-    _check_tile("x", x)
-    _check_tile("out", out, tuple(x.shape))
+    checks.matrix("x", x, x)
+    checks.matrix("out", out, x)
     rows, width = x.shape
-    _check_vector("w", w, rows, x.device, torch.float32)
+    w = checks.vector("w", w, rows, x)
     if rows:
         config, (x_unit, out_unit) = _alignment(x, out)
         _launch(
             _scale_rows_kernel, rows, x.device,
-            (x, x.stride(0) // x_unit, w.contiguous(), out, out.stride(0) // out_unit, width),
+            (x, x.stride(0) // x_unit, w, out, out.stride(0) // out_unit, width),
             config, X_UNIT=x_unit, OUT_UNIT=out_unit,
         )
     return out

@@ -24,7 +24,7 @@ from cuda_checks import *  # noqa: F403
 from row_checks import BF16, FP16, FP32, random_case
 
 from fastpref import _native
-from fastpref.rows import FoldState, Transform, availability, cuda
+from fastpref.rows import FoldState, Tile, availability, cuda
 
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[1] / "csrc" / "cuda"
@@ -59,9 +59,9 @@ def emulator(tmp_path_factory):
 
 @pytest.fixture
 def kernels(emulator, monkeypatch):
-    monkeypatch.setattr(cuda, "_kernels", emulator)
-    monkeypatch.setattr(cuda, "_DEVICE", "cpu")
-    monkeypatch.setattr(cuda, "_where", lambda tensor: (0, 0))
+    monkeypatch.setattr(cuda._rows, "kernels", emulator)
+    monkeypatch.setattr(cuda._rows, "device", "cpu")
+    monkeypatch.setattr(cuda._rows, "where", lambda tensor: (0, 0))
     cuda._cluster_size.cache_clear()
     yield cuda
     emulator.set_ranks(2)
@@ -88,9 +88,9 @@ def test_clusters_of_every_size(kernels, emulator, ranks):
     targets[1] = -100
     outs = [torch.full((2, 13001), 7.0, dtype=FP16) for _ in range(2)]
     emulator.set_ranks(2)
-    want = kernels.residual(logits, targets, outs[0], transform=Transform(), cluster=True)
+    want = kernels.residual(Tile(logits, targets), outs[0], cluster=True)
     emulator.set_ranks(ranks)
-    got = kernels.residual(logits, targets, outs[1], transform=Transform(), cluster=True)
+    got = kernels.residual(Tile(logits, targets), outs[1], cluster=True)
     assert torch.equal(got.logp, want.logp) and torch.equal(*outs)
     assert bool((outs[1][1] == 0).all()) and got.logp[1] == got.scale[1] == 0
 
@@ -99,7 +99,7 @@ def test_fp16_takes_the_cluster_where_there_is_one(kernels, emulator):
     logits, targets, _ = random_case(2, 300)
 
     def scale(dtype):
-        return kernels.residual(logits, targets, torch.empty(2, 300, dtype=dtype), transform=Transform()).scale
+        return kernels.residual(Tile(logits, targets), torch.empty(2, 300, dtype=dtype)).scale
 
     assert scale(FP16).tolist() == [-(2.0**-15)] * 2  # normalised
     assert scale(BF16).tolist() == scale(FP32).tolist() != [-1.0] * 2
@@ -112,8 +112,8 @@ def test_bad_input_is_named(kernels, monkeypatch):
     logits, targets, _ = random_case(4, 64)
     state = FoldState.new(4, dtype=FP32, device=logits.device)
 
-    def residual(logits=logits, targets=targets, out=None, **more):
-        kernels.residual(logits, targets, out, transform=Transform(), **more)
+    def residual(logits=logits, targets=targets, out=None, bias=None, extras=()):
+        kernels.residual(Tile(logits, targets, bias=bias), out, extras)
 
     for error, match, call in (
         (ValueError, r"logits is \[64\]", lambda: residual(logits[0])),
@@ -132,15 +132,12 @@ def test_bad_input_is_named(kernels, monkeypatch):
         (
             ValueError,
             "state.sum_exp is",
-            lambda: kernels.fold(
-                logits, targets, state._replace(sum_exp=targets[:3].float()), col_offset=0, transform=Transform()
-            ),
+            lambda: kernels.fold(Tile(logits, targets), state._replace(sum_exp=targets[:3].float())),
         ),
-        (ValueError, "factor is", lambda: kernels.scale_unless_one_(logits, logits[0])),
     ):
         with pytest.raises(error, match=match):
             call()
-    monkeypatch.setattr(cuda, "_DEVICE", "cuda")
+    monkeypatch.setattr(cuda._rows, "device", "cuda")
     with pytest.raises(ValueError, match="logits is on cpu; it takes cuda"):
         residual()
 
@@ -149,16 +146,16 @@ def test_bad_input_is_named(kernels, monkeypatch):
 
 
 def test_available_says_why_not(monkeypatch):
-    monkeypatch.setattr(cuda, "_kernels", None)
+    monkeypatch.setattr(cuda._rows, "kernels", None)
     monkeypatch.setattr(cuda, "_why_not", "built without CUDA")
     assert availability("cuda").why == "built without CUDA"
 
     def no_driver():
         raise RuntimeError("cudaErrorNoDevice: no CUDA-capable device is detected")
 
-    monkeypatch.setattr(cuda, "_kernels", SimpleNamespace(devices=no_driver))
+    monkeypatch.setattr(cuda._rows, "kernels", SimpleNamespace(devices=no_driver))
     assert cuda.available() == (False, "cudaErrorNoDevice: no CUDA-capable device is detected")
-    monkeypatch.setattr(cuda, "_kernels", SimpleNamespace(devices=lambda: [75, 90]))
+    monkeypatch.setattr(cuda._rows, "kernels", SimpleNamespace(devices=lambda: [75, 90]))
     assert cuda.available()[1].endswith("has no CUDA")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     works, old, new = (cuda.available(device) for device in (None, *map(torch.device, ("cuda:0", "cuda:1"))))
@@ -181,7 +178,6 @@ def test_a_launch_without_a_gpu_is_a_clean_error():
         lambda: _native.cuda.fold(tile, state, 0, 0),
         lambda: _native.cuda.residual_given_lse(tile, given, out, 0, 0),
         lambda: _native.cuda.gradient_given_lse(tile, given, out, 0, 0),
-        lambda: _native.cuda.scale_unless_one(out, 64, logits.data_ptr(), 0, 0),
     ):
         with pytest.raises(RuntimeError, match="fastpref CUDA rows, .*: cudaError"):
             call()
@@ -266,7 +262,7 @@ def check_machine_code(binary: Path) -> None:
     for arch in sorted(architectures):
         for kernel in sorted(name for a, name in usage if a == arch):
             print(arch, kernel, usage[arch, kernel])
-        assert {name for a, name in usage if a == arch} >= {*SWEEPS, "scale_kernel<float>", "scale_kernel<bf16>"}
+        assert {name for a, name in usage if a == arch} >= {*SWEEPS}
         for kernel in SWEEPS:
             if kernel.startswith("cluster") and arch == "sm_80":
                 continue  # an empty kernel: clusters begin with sm_90

@@ -14,9 +14,9 @@ import pytest
 import test_rows
 import torch
 from cuda_checks import *  # noqa: F403
-from row_checks import BF16, DTYPES, FP16, FP32, ROUNDING, check_grad, check_stats, oracle, random_case
+from row_checks import BF16, FP16, FP32, check_grad, check_stats, oracle, random_case
 
-from fastpref.rows import EXTRAS, FoldState, RowStats, Transform, cuda, fold_finish
+from fastpref.rows import EXTRAS, FoldState, RowStats, Tile, Transform, cuda, fold_finish
 
 SLICES = ("fold", "residual_given_lse", "gradient_given_lse")
 AVAILABLE, WHY = cuda.available()
@@ -30,8 +30,8 @@ class OnGpu:
         self.storages: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def __call__(self, value):
-        if isinstance(value, FoldState):
-            return FoldState(*map(self, value))
+        if isinstance(value, FoldState | Tile):
+            return type(value)(*map(self, value))
         if not isinstance(value, torch.Tensor):
             return value
         storage = value.untyped_storage()
@@ -59,10 +59,10 @@ def on_gpu(function):
     return call
 
 
-def residual(logits, targets, out, *, cluster=None, **options):
-    if cluster and cuda._cluster_size(logits.dtype, logits.shape[1], logits.device.index) == 0:
+def residual(tile, out, extras=(), *, cluster=None):
+    if cluster and cuda._cluster_size(tile.logits.dtype, tile.logits.shape[1], tile.logits.device.index) == 0:
         pytest.skip("this device has no thread block clusters")
-    return cuda.residual(logits, targets, out, cluster=cluster, **options)
+    return cuda.residual(tile, out, extras, cluster=cluster)
 
 
 @pytest.fixture
@@ -109,7 +109,7 @@ def test_more_than_two_to_the_31_logits():
     targets = torch.full((rows,), 5, device="cuda")
     logits[-1], targets[-1] = big_case(1, vocab, BF16)[0][0], vocab - 1
     want = oracle(logits[-1:], targets[-1:], Transform())
-    stats = cuda.residual(logits, targets, logits, transform=Transform())
+    stats = cuda.residual(Tile(logits, targets), logits)
     last = RowStats(*(None if value is None else value[-1:] for value in stats))
     check_stats(last, want)
     check_grad(last.scale, logits[-1:], want)
@@ -129,16 +129,16 @@ def test_run_to_run_equality(cluster):
 
 def test_log_probs_do_not_depend_on_the_tile():
     logits, targets = big_case(300, 50257)
-    whole = cuda.residual(logits, targets, torch.empty_like(logits, dtype=BF16), transform=Transform()).logp
+    whole = cuda.residual(Tile(logits, targets), torch.empty_like(logits, dtype=BF16)).logp
     parts = zip(logits.split(7), targets.split(7), strict=True)
-    parts = [cuda.residual(rows, of, None, transform=Transform()).logp for rows, of in parts]
+    parts = [cuda.residual(Tile(rows, of), None).logp for rows, of in parts]
     assert torch.equal(torch.cat(parts), whole)
 
 
 def test_it_runs_on_the_current_stream_without_waiting():
     logits, targets = big_case(64, 128256)
     out = torch.empty_like(logits, dtype=FP16)
-    want = cuda.residual(logits, targets, out, transform=Transform()).logp  # and the kernel is loaded
+    want = cuda.residual(Tile(logits, targets), out).logp  # and the kernel is loaded
     late = torch.zeros_like(logits)
     torch.cuda.synchronize()
     stream = torch.cuda.Stream()
@@ -147,7 +147,7 @@ def test_it_runs_on_the_current_stream_without_waiting():
         with torch.cuda.stream(stream):
             torch.cuda._sleep(200_000_000)  # 0.1 s
             late.copy_(logits)  # on another stream the kernel would see zeros
-            stats = cuda.residual(late, targets, out, transform=Transform())
+            stats = cuda.residual(Tile(late, targets), out)
             assert not stream.query()  # the host did not wait
     finally:
         torch.cuda.set_sync_debug_mode("default")
@@ -163,10 +163,10 @@ def test_a_cuda_graph_replays_it(out_dtype):
     fresh = [value.clone() for value in state]
 
     def step():
-        stats = cuda.residual(logits, targets, out, transform=Transform())
+        stats = cuda.residual(Tile(logits, targets), out)
         for value, start in zip(state, fresh, strict=True):
             value.copy_(start)
-        cuda.fold(logits, targets, state, col_offset=0, transform=Transform())
+        cuda.fold(Tile(logits, targets), state)
         return stats
 
     step()
@@ -186,7 +186,7 @@ def test_it_takes_no_memory_but_the_statistics():
     logits, targets = big_case(1024, 128256)
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    cuda.residual(logits, targets, logits, transform=Transform())
+    cuda.residual(Tile(logits, targets), logits)
     assert torch.cuda.max_memory_allocated() - before <= 64 * 1024
 
 
@@ -194,33 +194,15 @@ def test_targets_out_of_range_touch_nothing():
     logits, targets = big_case(4, 3000)
     targets[:] = torch.tensor([3000, -1, 2**40, -(2**40)], device="cuda")
     guarded = torch.full((6, 3000), 9.0, device="cuda")
-    stats = cuda.residual(logits, targets, guarded[1:5], transform=Transform())
+    stats = cuda.residual(Tile(logits, targets), guarded[1:5])
     assert bool(stats.logp.isnan().all() and stats.lse.isfinite().all())
     assert bool((guarded[[0, 5]] == 9).all())
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_scale_unless_one(dtype):
-    for size in (1, 3, 8, 4096, 10_007, 3_000_001):
-        for offset in (0, 1, 5):
-            x = torch.empty(size + offset, dtype=dtype, device="cuda").normal_()[offset:]
-            before = x.clone()
-            x[0] = torch.nan
-            assert cuda.scale_unless_one_(x, torch.ones((), device="cuda")) is x
-            assert torch.equal(x[1:], before[1:]) and bool(x[0].isnan())
-            x.copy_(before)
-            cuda.scale_unless_one_(x, torch.tensor(-0.3, device="cuda"))
-            want = before.double() * torch.tensor(-0.3).double().item()
-            assert bool(((x.double() - want).abs() <= 1.01 * ROUNDING[dtype] * want.abs() + 6e-8).all())
-    transposed = torch.randn(6, 7, device="cuda").to(dtype).t()
-    want = transposed * 2
-    assert torch.equal(cuda.scale_unless_one_(transposed, torch.full((1,), 2.0, device="cuda")), want)
 
 
 def test_unequal_devices_are_named():
     logits, targets, _ = random_case(2, 64)
     with pytest.raises(ValueError, match="logits is on cpu; it takes cuda"):
-        cuda.residual(logits, targets, None, transform=Transform())
+        cuda.residual(Tile(logits, targets), None)
     with pytest.raises(ValueError, match="targets is"):
-        cuda.residual(logits.cuda(), targets, None, transform=Transform())
+        cuda.residual(Tile(logits.cuda(), targets), None)
     assert inspect.signature(cuda.residual).parameters["cluster"].default is None

@@ -12,7 +12,7 @@ import torch
 from row_checks import DTYPES, FP16, FP32, KINDS, ROUNDING, TRANSFORMS, check_grad, check_stats, oracle, random_case
 
 from fastpref import _native
-from fastpref.rows import EXTRAS, FoldState, RowStats, Transform, fold_finish, native
+from fastpref.rows import EXTRAS, FoldState, RowStats, Tile, Transform, fold_finish, native
 
 ISAS = _native.isas()
 
@@ -95,22 +95,18 @@ def test_every_transform_and_dtype_on_every_instruction_set(isa):
                 want = oracle(logits, targets, transform, bias)
                 for out_dtype in DTYPES:
                     out = torch.empty(3, vocab, dtype=out_dtype)
-                    stats = native.residual(logits, targets, out, transform=transform, bias=bias, extras=EXTRAS)
+                    stats = native.residual(Tile(logits, targets, transform, bias), out, extras=EXTRAS)
                     check_stats(stats, want, ("logp", "lse", *EXTRAS))
                     check_grad(stats.scale, out, want)
-                    native.residual_given_lse(
-                        logits, targets, stats.lse, out, col_offset=0, transform=transform, bias=bias
-                    )
+                    native.residual_given_lse(Tile(logits, targets, transform, bias), stats.lse, out)
                     check_grad(torch.full((3,), transform.row_factor), out, want | {"error": 2e-6 + want["error"]})
                 # Without an entropy gradient the two sweeps of a slice are one.
                 again, zeros = torch.empty_like(out), torch.zeros(3)
-                native.gradient_given_lse(
-                    logits, targets, stats.lse, stats.entropy, zeros + 1, zeros, again,
-                    col_offset=0, transform=transform, bias=bias,
-                )
+                known = stats.lse, stats.entropy, zeros + 1, zeros
+                native.gradient_given_lse(Tile(logits, targets, transform, bias), *known, again)
                 torch.testing.assert_close(again, out, rtol=1e-6 + 2 * ROUNDING[again.dtype], atol=1e-7)
                 state = FoldState.new(3, dtype=FP32, device=logits.device)
-                native.fold(logits, targets, state, col_offset=0, transform=transform, bias=bias)
+                native.fold(Tile(logits, targets, transform, bias), state)
                 check_stats(RowStats(*fold_finish(state, targets, -100), None), want)
 
 
@@ -121,7 +117,7 @@ def test_every_kind_of_row_on_every_instruction_set(isa):
         want = oracle(logits, targets, Transform())
         for out_dtype in DTYPES:
             out = torch.empty(3, 9001, dtype=out_dtype)
-            stats = native.residual(logits, targets, out, transform=Transform(), extras=EXTRAS)
+            stats = native.residual(Tile(logits, targets), out, extras=EXTRAS)
             check_stats(stats, want, ("logp", "lse", *EXTRAS))
             check_grad(stats.scale, out, want, stores=3 if out_dtype == FP16 else 2)
 
@@ -132,7 +128,7 @@ def test_logps_are_exact_to_fp32(isa, kind):
     logits, targets, _ = random_case(4, 200_003, std=1.0)
     logits = KINDS[kind](logits, targets)
     want = oracle(logits, targets, Transform())
-    stats = native.residual(logits, targets, None, transform=Transform())
+    stats = native.residual(Tile(logits, targets), None)
     torch.testing.assert_close(stats.logp.double(), want["logp"], rtol=1.2e-7, atol=1.5e-7)
     torch.testing.assert_close(stats.lse.double(), want["lse"], rtol=1.2e-7, atol=1.5e-7)
 
@@ -145,13 +141,13 @@ def test_fp16_and_bf16_rounding(isa):
         numbers = numbers[numbers.abs() < 1e37]  # so that their sum is finite
         wide = numbers[:, None].repeat(1, 17)  # 17 columns: whole vectors and a rest
         zeros = torch.zeros(len(numbers), dtype=torch.int64)
-        stats = native.residual(wide, zeros, None, transform=Transform(), extras=("mean_logit",))
+        stats = native.residual(Tile(wide, zeros), None, extras=("mean_logit",))
         assert torch.equal(stats.mean_logit, numbers.float())
 
         def minus_exp(x, out_dtype):
             out = torch.empty_like(x, dtype=out_dtype)
             nobody = torch.full((len(x),), -1)
-            native.residual_given_lse(x, nobody, torch.zeros(len(x)), out, col_offset=0, transform=Transform())
+            native.residual_given_lse(Tile(x, nobody), torch.zeros(len(x)), out)
             return out
 
         x = torch.linspace(-20, 5, 30_011)[None]
@@ -171,7 +167,7 @@ def test_threads_do_not_change_a_bit():
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)
             out = torch.empty_like(logits)
-            stats = native.residual(logits, targets, out, transform=Transform(), extras=EXTRAS)
+            stats = native.residual(Tile(logits, targets), out, extras=EXTRAS)
             results.append([out, *stats])
     finally:
         torch.set_num_threads(before)
@@ -206,7 +202,7 @@ def test_a_late_rise_is_multiplied_in(isa):
     logits = torch.zeros(1, 5000)
     logits[0, 4096] = 40.0
     out = torch.empty_like(logits)
-    stats = native.residual(logits, torch.tensor([3]), out, transform=Transform())
+    stats = native.residual(Tile(logits, torch.tensor([3])), out)
     s = 1 + 4999 * np.exp(-40.0)
     grad = stats.scale * out[0]
     assert float(grad[4096]) == pytest.approx(-1 / s, rel=2e-7)
@@ -217,7 +213,7 @@ def test_a_late_rise_is_multiplied_in(isa):
 
 def test_fold_leaves_the_state_of_ignored_rows_alone(isa):
     state = FoldState.new(2, dtype=FP32, device=torch.device("cpu"))
-    native.fold(torch.ones(2, 9), torch.tensor([-100, 4]), state, col_offset=0, transform=Transform())
+    native.fold(Tile(torch.ones(2, 9), torch.tensor([-100, 4])), state)
     assert state.maximum.tolist() == [-float("inf"), 1.0]
     assert state.sum_exp.tolist() == [0.0, 9.0]
 
@@ -225,7 +221,7 @@ def test_fold_leaves_the_state_of_ignored_rows_alone(isa):
 def test_forced_instruction_set_must_be_here(monkeypatch):
     monkeypatch.setenv("FASTPREF_ISA", "avx1024")
     with pytest.raises(ValueError, match="FASTPREF_ISA is 'avx1024'; this machine runs .*portable"):
-        native.residual(torch.zeros(1, 3), torch.tensor([0]), None, transform=Transform())
+        native.residual(Tile(torch.zeros(1, 3), torch.tensor([0])), None)
 
 
 def test_advise_huge():
@@ -239,9 +235,9 @@ def test_advise_huge():
 def test_what_it_refuses():
     x, y = torch.zeros(4, 6), torch.zeros(4, dtype=torch.int64)
 
-    def refused(error, pattern, logits=x, targets=y, out=None, **options):
+    def refused(error, pattern, logits=x, targets=y, out=None, bias=None, extras=()):
         with pytest.raises(error, match=pattern):
-            native.residual(logits, targets, out, transform=Transform(), **options)
+            native.residual(Tile(logits, targets, bias=bias), out, extras)
 
     refused(TypeError, "logits is torch.float64", logits=x.double())
     refused(ValueError, "logits is .*contiguous columns", logits=torch.zeros(6, 4).T)
@@ -253,12 +249,12 @@ def test_what_it_refuses():
     refused(ValueError, r"bias is \[5\]", bias=torch.zeros(5))
     with pytest.raises(ValueError, match="state.maximum has stride"):
         state = FoldState(*(torch.zeros(8)[::2] for _ in range(3)))
-        native.fold(x, y, state, col_offset=0, transform=Transform())
+        native.fold(Tile(x, y), state)
     with pytest.raises(ValueError, match=r"lse is \[3\]"):
-        native.residual_given_lse(x, y, torch.zeros(3), x, col_offset=0, transform=Transform())
+        native.residual_given_lse(Tile(x, y), torch.zeros(3), x)
     with pytest.raises(ValueError, match=r"grad_entropy is \[5\]"):
         vectors = (torch.zeros(4), torch.zeros(4), torch.zeros(4), torch.zeros(5))
-        native.gradient_given_lse(x, y, *vectors, x, col_offset=0, transform=Transform())
+        native.gradient_given_lse(Tile(x, y), *vectors, x)
     refused(ValueError, "extras has", extras=("perplexity",))
     refused(ValueError, "out overlaps logits", logits=x[:3], targets=y[:3], out=x[1:])
 

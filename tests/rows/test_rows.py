@@ -1,4 +1,4 @@
-"""The row contract (fastpref/rows/__init__.py) on every backend that runs on the CPU, against fp64 mathematics."""
+"""The row contract (fastpref/rows/contract.py) on every backend that runs on the CPU, against fp64 mathematics."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from row_checks import (
     spikes,
 )
 
-from fastpref.rows import EXTRAS, FoldState, RowStats, Transform, fold_finish
+from fastpref.rows import EXTRAS, FoldState, RowStats, Tile, Transform, fold_finish
 
 BACKENDS = ("reference", "native")
 
@@ -47,11 +47,11 @@ def test_every_transform_in_every_dtype(rows, dtype, out_dtype):
             logits, targets, bias = random_case(5, vocab, dtype)
             bias = bias if with_bias else None
             out = torch.full((5, vocab), 7.0, dtype=out_dtype)
-            stats = rows.residual(logits, targets, out, transform=transform, bias=bias, extras=EXTRAS)
+            stats = rows.residual(Tile(logits, targets, transform, bias), out, extras=EXTRAS)
             want = oracle(logits, targets, transform, bias)
             check_stats(stats, want, ("logp", "lse", *EXTRAS))
             check_grad(stats.scale, out, want)
-            bare = rows.residual(logits, targets, None, transform=transform, bias=bias)
+            bare = rows.residual(Tile(logits, targets, transform, bias), None)
             assert torch.equal(bare.logp, stats.logp), name
             assert all(value is None for value in bare[2:])
 
@@ -60,7 +60,7 @@ def test_every_transform_in_every_dtype(rows, dtype, out_dtype):
 def test_every_width(rows, vocab):
     logits, targets, _ = random_case(3, vocab)
     out = torch.empty_like(logits)
-    stats = rows.residual(logits, targets, out, transform=Transform(), extras=EXTRAS)
+    stats = rows.residual(Tile(logits, targets), out, extras=EXTRAS)
     want = oracle(logits, targets, Transform())
     check_stats(stats, want, ("logp", "lse", *EXTRAS))
     check_grad(stats.scale, out, want)
@@ -75,7 +75,7 @@ def test_every_kind_of_row(rows, kind):
     want = oracle(logits, targets, Transform())
     for out_dtype in DTYPES:
         out = torch.empty(4, vocab, dtype=out_dtype)
-        stats = rows.residual(logits, targets, out, transform=Transform(), extras=EXTRAS)
+        stats = rows.residual(Tile(logits, targets), out, extras=EXTRAS)
         check_stats(stats, want, ("logp", "lse", *EXTRAS))
         # A row whose maximum comes late is stored once more for each rise.
         check_grad(stats.scale, out, want, stores=3 if out_dtype == FP16 else 2)
@@ -85,7 +85,7 @@ def test_every_kind_of_row(rows, kind):
 def test_a_vocabulary_whose_sum_of_exponentials_leaves_fp16(rows, vocab):
     logits = torch.zeros(1, vocab)
     out = torch.empty(1, vocab, dtype=FP16)
-    stats = rows.residual(logits, torch.tensor([20_000]), out, transform=Transform())
+    stats = rows.residual(Tile(logits, torch.tensor([20_000])), out)
     grad = stats.scale.double() * out[0].double()
     assert float(stats.logp) == pytest.approx(-math.log(vocab), rel=1e-6)
     assert float(grad[20_000]) == pytest.approx(1.0, rel=2e-3)
@@ -98,8 +98,8 @@ def test_in_place_is_the_same(rows, dtype):
     logits, targets, _ = random_case(4, 6001, dtype)
     logits[2] = spikes(logits[2:3].clone(), 3000, 2048, 40.0)
     other = torch.empty_like(logits)
-    apart = rows.residual(logits, targets, other, transform=Transform(softcap=50.0))
-    here = rows.residual(logits, targets, logits, transform=Transform(softcap=50.0))
+    apart = rows.residual(Tile(logits, targets, Transform(softcap=50.0)), other)
+    here = rows.residual(Tile(logits, targets, Transform(softcap=50.0)), logits)
     assert torch.equal(logits, other)
     assert all(torch.equal(a, b) for a, b in zip(apart[:3], here[:3], strict=True))
 
@@ -108,13 +108,13 @@ def test_strides_and_offsets(rows):
     base, targets, bias = random_case(6, 3001)
     want = oracle(base, targets, Transform(softcap=9.0), bias)
     plain = torch.empty_like(base)
-    stats = rows.residual(base, targets, plain, transform=Transform(softcap=9.0), bias=bias)
+    stats = rows.residual(Tile(base, targets, Transform(softcap=9.0), bias), plain)
     for dtype in DTYPES:
         wide = torch.full((12, 3021), 5.0, dtype=dtype)
         wide_in = torch.full((18, 3011), float("nan"))
         wide_in[::3, 3:3004] = base
         out = wide[1::2, 7:3008]
-        strided = rows.residual(wide_in[::3, 3:3004], targets, out, transform=Transform(softcap=9.0), bias=bias)
+        strided = rows.residual(Tile(wide_in[::3, 3:3004], targets, Transform(softcap=9.0), bias), out)
         assert torch.equal(strided.logp, stats.logp)
         check_grad(strided.scale, out, want)
         assert bool((wide[::2] == 5).all() and (wide[1::2, :7] == 5).all() and (wide[1::2, 3008:] == 5).all())
@@ -124,7 +124,7 @@ def test_strides_and_offsets(rows):
 def test_few_rows(rows, count):
     logits, targets, _ = random_case(count, 50)
     out = torch.empty_like(logits)
-    stats = rows.residual(logits, targets, out, transform=Transform(), extras=EXTRAS)
+    stats = rows.residual(Tile(logits, targets), out, extras=EXTRAS)
     assert all(value.shape == (count,) for value in stats)
     if count:
         check_grad(stats.scale, out, oracle(logits, targets, Transform()))
@@ -136,10 +136,10 @@ def test_nan_and_inf_stay_in_their_row(rows, poison, column):
     logits, targets, _ = random_case(5, 5000)
     targets[2] = 77
     clean = torch.empty_like(logits)
-    before = rows.residual(logits, targets, clean, transform=Transform(), extras=EXTRAS)
+    before = rows.residual(Tile(logits, targets), clean, extras=EXTRAS)
     logits[2, column] = poison
     out = torch.empty_like(logits)
-    after = rows.residual(logits, targets, out, transform=Transform(), extras=EXTRAS)
+    after = rows.residual(Tile(logits, targets), out, extras=EXTRAS)
     assert not bool(torch.isfinite(after.logp[2])) and float(after.top1[2]) == 0
     others = torch.tensor([0, 1, 3, 4])
     assert torch.equal(out[others], clean[others])
@@ -147,7 +147,7 @@ def test_nan_and_inf_stay_in_their_row(rows, poison, column):
         assert torch.equal(a[others], b[others])
     state = FoldState.new(5, dtype=FP32, device=logits.device)
     for begin, end in ((0, 900), (900, 5000)):
-        rows.fold(logits[:, begin:end], targets, state, col_offset=begin, transform=Transform())
+        rows.fold(Tile(logits[:, begin:end], targets, col_offset=begin), state)
     logp, _ = fold_finish(state, targets, IGNORE)
     assert not bool(torch.isfinite(logp[2])) and bool(torch.isfinite(logp[others]).all())
 
@@ -157,7 +157,7 @@ def test_columns_of_minus_inf(rows):
     targets[:] = torch.tensor([4000, 4500, 4999])
     logits[:, :3000] = -float("inf")  # the whole first block: there is no maximum to begin with
     out = torch.empty_like(logits)
-    stats = rows.residual(logits, targets, out, transform=Transform(), extras=("entropy", "top1", "log_sum_p2"))
+    stats = rows.residual(Tile(logits, targets), out, extras=("entropy", "top1", "log_sum_p2"))
     want = oracle(logits[:, 3000:], targets - 3000, Transform())
     check_stats(stats, want, ("logp", "lse", "entropy", "top1", "log_sum_p2"))
     check_grad(stats.scale, out[:, 3000:], want)
@@ -169,40 +169,40 @@ def test_ignored_rows_are_not_read(rows):
     targets[1], targets[4] = IGNORE, IGNORE
     logits[1], logits[4] = float("nan"), float("inf")
     out = torch.full_like(logits, 3.0)
-    stats = rows.residual(logits, targets, out, transform=Transform(softcap=4.0), bias=bias, extras=EXTRAS)
+    stats = rows.residual(Tile(logits, targets, Transform(softcap=4.0), bias), out, extras=EXTRAS)
     assert all(bool((value[[1, 4]] == 0).all()) for value in stats)
     assert bool((out[[1, 4]] == 0).all())
     scored = torch.tensor([0, 2, 3, 5])
     want = oracle(logits[scored], targets[scored], Transform(softcap=4.0), bias)
     check_grad(stats.scale[scored], out[scored], want)
     state = FoldState.new(6, dtype=FP32, device=logits.device)
-    rows.fold(logits, targets, state, col_offset=0, transform=Transform(softcap=4.0), bias=bias)
+    rows.fold(Tile(logits, targets, Transform(softcap=4.0), bias), state)
     logp, lse = fold_finish(state, targets, IGNORE)
     assert bool((logp[[1, 4]] == 0).all() and (lse[[1, 4]] == 0).all())
     sliced = torch.full_like(logits, 3.0)
-    rows.residual_given_lse(logits, targets, lse, sliced, col_offset=0, transform=Transform(softcap=4.0), bias=bias)
+    rows.residual_given_lse(Tile(logits, targets, Transform(softcap=4.0), bias), lse, sliced)
     assert bool((sliced[[1, 4]] == 0).all())
     other = torch.where(targets == IGNORE, -7, targets)
-    again = rows.residual(logits, other, None, transform=Transform(softcap=4.0), bias=bias, ignore_index=-7)
+    again = rows.residual(Tile(logits, other, Transform(softcap=4.0), bias, -7), None)
     assert torch.equal(again.logp, stats.logp)
 
 
 @pytest.mark.parametrize("target", [3000, 3001, -1, -101, 2**40, -(2**40)])
 def test_targets_out_of_range(rows, target):
     logits, targets, _ = random_case(4, 3000)
-    clean = rows.residual(logits, targets, torch.empty_like(logits), transform=Transform())
+    clean = rows.residual(Tile(logits, targets), torch.empty_like(logits))
     targets[0] = targets[3] = target  # beside the guards
     guarded = torch.full((6, 3000), 9.0)
-    stats = rows.residual(logits, targets, guarded[1:5], transform=Transform())
+    stats = rows.residual(Tile(logits, targets), guarded[1:5])
     assert bool(torch.isnan(stats.logp[[0, 3]]).all())
     assert bool((guarded[0] == 9).all() and (guarded[5] == 9).all())
     others = torch.tensor([1, 2])
     assert torch.equal(stats.logp[others], clean.logp[others])
     state = FoldState.new(4, dtype=FP32, device=logits.device)
-    rows.fold(logits, targets, state, col_offset=0, transform=Transform())
+    rows.fold(Tile(logits, targets), state)
     logp, lse = fold_finish(state, targets, IGNORE)
     assert bool(torch.isnan(logp[[0, 3]]).all()) and bool(torch.isfinite(logp[others]).all())
-    rows.residual_given_lse(logits, targets, lse, guarded[1:5], col_offset=0, transform=Transform())
+    rows.residual_given_lse(Tile(logits, targets), lse, guarded[1:5])
     assert bool((guarded[0] == 9).all() and (guarded[5] == 9).all())
 
 
@@ -219,16 +219,15 @@ def test_slices_of_the_vocabulary(rows, name, dtype):
     state = FoldState.new(5, dtype=FP32, device=logits.device)
     for begin, end in zip(cuts[:-1], cuts[1:], strict=True):
         part = None if bias is None else bias[begin:end]
-        rows.fold(logits[:, begin:end], targets, state, col_offset=begin, transform=transform, bias=part)
+        rows.fold(Tile(logits[:, begin:end], targets, transform, part, col_offset=begin), state)
     logp, lse = fold_finish(state, targets, IGNORE)
     check_stats(RowStats(logp, lse, None), want, atol=8e-6)
     for out_dtype in DTYPES:
         out = torch.full((5, vocab), 9.0, dtype=out_dtype)
         for begin, end in zip(cuts[:-1], cuts[1:], strict=True):
             part = None if bias is None else bias[begin:end]
-            rows.residual_given_lse(
-                logits[:, begin:end], targets, lse, out[:, begin:end], col_offset=begin, transform=transform, bias=part
-            )
+            tile = Tile(logits[:, begin:end], targets, transform, part, col_offset=begin)
+            rows.residual_given_lse(tile, lse, out[:, begin:end])
         # lse itself is rounded to fp32 here, which changes every probability by that much.
         rounded = want | {"error": want["error"] + 2.0**-23 * float(lse.abs().max())}
         check_grad(torch.full((5,), transform.row_factor), out, rounded)
@@ -240,7 +239,7 @@ def test_fold_over_slices_without_any_mass(rows):
     targets[:] = torch.tensor([150, 299])
     state = FoldState.new(2, dtype=FP32, device=logits.device)
     for begin in range(0, 300, 50):
-        rows.fold(logits[:, begin : begin + 50], targets, state, col_offset=begin, transform=Transform())
+        rows.fold(Tile(logits[:, begin : begin + 50], targets, col_offset=begin), state)
     logp, lse = fold_finish(state, targets, IGNORE)
     check_stats(RowStats(logp, lse, None), oracle(logits[:, 100:], targets - 100, Transform()))
 
@@ -249,7 +248,7 @@ def test_extras_come_only_when_asked_for(rows):
     logits, targets, _ = random_case(3, 100)
     want = oracle(logits, targets, Transform())
     for name in EXTRAS:
-        stats = rows.residual(logits, targets, None, transform=Transform(), extras=(name,))
+        stats = rows.residual(Tile(logits, targets), None, extras=(name,))
         check_stats(stats, want, (name,))
         assert all(getattr(stats, other) is None for other in EXTRAS if other != name)
 
@@ -269,10 +268,10 @@ def test_top1_is_what_argmax_picks(rows, vocab):
             targets %= vocab
             want = (first == targets).float()
             assert want.sum() >= 3 and (vocab < 10 or want.sum() < 6)
-            stats = rows.residual(logits, targets, None, transform=transform, bias=bias, extras=("top1",))
+            stats = rows.residual(Tile(logits, targets, transform, bias), None, extras=("top1",))
             assert torch.equal(stats.top1, want)
             out = torch.empty(8, vocab, dtype=BF16)
-            beside = rows.residual(logits, targets, out, transform=transform, bias=bias, extras=EXTRAS)
+            beside = rows.residual(Tile(logits, targets, transform, bias), out, extras=EXTRAS)
             assert torch.equal(beside.top1, want)
 
 
@@ -284,7 +283,7 @@ def test_top1_of_a_maximum_anywhere(rows):
         logits[len(targets), [one, other]] = 2.0
         targets.append(one)
         want.append(float(one <= other))
-    stats = rows.residual(logits, torch.tensor(targets), None, transform=Transform(), extras=("top1",))
+    stats = rows.residual(Tile(logits, torch.tensor(targets)), None, extras=("top1",))
     assert stats.top1.tolist() == want
 
 
@@ -305,10 +304,9 @@ def test_slices_with_the_entropy_gradient(rows, name, dtype):
     for out_dtype in DTYPES:
         out = torch.full((6, vocab), 9.0, dtype=out_dtype)
         for begin, end in zip(cuts[:-1], cuts[1:], strict=True):
-            rows.gradient_given_lse(
-                logits[:, begin:end], targets, *vectors, out[:, begin:end], col_offset=begin, transform=transform,
-                bias=None if bias is None else bias[begin:end],
-            )
+            part = None if bias is None else bias[begin:end]
+            tile = Tile(logits[:, begin:end], targets, transform, part, col_offset=begin)
+            rows.gradient_given_lse(tile, *vectors, out[:, begin:end])
         error = (transform.row_factor * out.double() - want).abs()
         # As check_grad; lse and entropy are rounded to fp32 here, and the slope of the softcap is below 1.
         exact = 4e-6 + 3 * float(known["error"]) + 2.0**-22 * float(known["lse"].abs().max())
@@ -321,11 +319,11 @@ def test_slices_with_the_entropy_gradient_keep_rows_apart(rows):
     logits, targets, _ = random_case(6, 3000)
     logits[:, 1000:1100] = -torch.inf
     targets[1], targets[2] = IGNORE, 3000
-    stats = rows.residual(logits, targets, None, transform=Transform(), extras=("entropy",))
+    stats = rows.residual(Tile(logits, targets), None, extras=("entropy",))
     vectors = (stats.lse, stats.entropy, torch.ones(6), torch.full((6,), 0.5))
 
     def swept(logits, out):
-        rows.gradient_given_lse(logits, targets, *vectors, out, col_offset=0, transform=Transform())
+        rows.gradient_given_lse(Tile(logits, targets), *vectors, out)
         return out
 
     clean = swept(logits, torch.full((6, 3000), 7.0))

@@ -19,7 +19,7 @@ from unittest import mock
 import pytest
 import torch
 
-from fastpref.rows import EXTRAS, FoldState, Transform, triton_rows
+from fastpref.rows import EXTRAS, FoldState, Tile, Transform, triton_rows
 
 triton = pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(
@@ -51,64 +51,48 @@ def recorded(call: Callable[[], object]) -> Launch:
     return launch
 
 
-def tile(width: int, dtype: torch.dtype, stride: int | None = None) -> torch.Tensor:
+def matrix(width: int, dtype: torch.dtype, stride: int | None = None) -> torch.Tensor:
     return torch.empty(2, stride or width, dtype=dtype)[:, :width]
+
+
+def tile(logits: torch.Tensor, bias: bool, col_offset: int = 0, **transform) -> Tile:
+    values = torch.empty(logits.shape[1], dtype=BF16) if bias else None
+    return Tile(logits, torch.empty(2, dtype=torch.int64), Transform(**transform), values, col_offset=col_offset)
 
 
 def residual(
     width=VOCAB, dtype=FP32, out=BF16, stride=None, bias=False, extras=(), **transform
 ) -> Callable[[], object]:
     def call():
-        logits = tile(width, dtype, stride)
-        triton_rows.residual(
-            logits,
-            torch.empty(2, dtype=torch.int64),
-            None if out is None else logits if out == "in place" else tile(width, out, stride),
-            transform=Transform(**transform),
-            bias=torch.empty(width, dtype=BF16) if bias else None,
-            extras=extras,
-        )
+        logits = matrix(width, dtype, stride)
+        to = None if out is None else logits if out == "in place" else matrix(width, out, stride)
+        triton_rows.residual(tile(logits, bias, **transform), to, extras=extras)
 
     return call
 
 
 def fold(width=VOCAB, dtype=FP32, stride=None, bias=False, **transform) -> Callable[[], object]:
     return lambda: triton_rows.fold(
-        tile(width, dtype, stride),
-        torch.empty(2, dtype=torch.int64),
+        tile(matrix(width, dtype, stride), bias, 8192, **transform),
         FoldState.new(2, dtype=FP32, device=torch.device("cpu")),
-        col_offset=8192,
-        transform=Transform(**transform),
-        bias=torch.empty(width, dtype=BF16) if bias else None,
     )
 
 
 def given_lse(width=VOCAB, dtype=FP32, out=BF16, stride=None, bias=False, **transform) -> Callable[[], object]:
     return lambda: triton_rows.residual_given_lse(
-        tile(width, dtype, stride),
-        torch.empty(2, dtype=torch.int64),
-        torch.empty(2),
-        tile(width, out, stride),
-        col_offset=8192,
-        transform=Transform(**transform),
-        bias=torch.empty(width, dtype=BF16) if bias else None,
+        tile(matrix(width, dtype, stride), bias, 8192, **transform), torch.empty(2), matrix(width, out, stride)
     )
 
 
 def gradient(width=VOCAB, dtype=FP32, out=BF16, stride=None, bias=False, **transform) -> Callable[[], object]:
     return lambda: triton_rows.gradient_given_lse(
-        tile(width, dtype, stride),
-        torch.empty(2, dtype=torch.int64),
-        *(torch.empty(2) for _ in range(4)),
-        tile(width, out, stride),
-        col_offset=8192,
-        transform=Transform(**transform),
-        bias=torch.empty(width, dtype=BF16) if bias else None,
+        tile(matrix(width, dtype, stride), bias, 8192, **transform),
+        *(torch.empty(2) for _ in range(4)), matrix(width, out, stride),
     )
 
 
 def scale_rows(width, dtype, out) -> Callable[[], object]:
-    return lambda: triton_rows.scale_rows_(tile(width, dtype), torch.empty(2), tile(width, out))
+    return lambda: triton_rows.scale_rows_(matrix(width, dtype), torch.empty(2), matrix(width, out))
 
 
 def scale_unless_one(size, dtype) -> Callable[[], object]:

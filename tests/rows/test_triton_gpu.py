@@ -10,7 +10,7 @@ pytest.importorskip("triton")
 from triton_checks import *  # noqa: E402, F403
 from triton_checks import BF16, FP32, Platform, check_gradient, check_stats, oracle, random_logits  # noqa: E402
 
-from fastpref.rows import EXTRAS, RowStats, Transform, triton_rows  # noqa: E402
+from fastpref.rows import EXTRAS, RowStats, Tile, Transform, triton_rows  # noqa: E402
 
 pytestmark = [
     pytest.mark.gpu,
@@ -35,7 +35,7 @@ def test_row_offsets_past_2_31_elements(platform):
     targets = torch.arange(rows, device="cuda") * 7 % VOCAB
     last = slice(rows - 3, rows)
     want = oracle(logits[last], targets[last], Transform(), None)
-    stats = triton_rows.residual(logits, targets, logits, transform=Transform())
+    stats = triton_rows.residual(Tile(logits, targets), logits)
     check_stats(RowStats(stats.logp[last], stats.lse[last], None), want)
     check_gradient(platform, stats.scale[last], logits[last], want["grad"])
     big = logits.view(-1)
@@ -66,7 +66,7 @@ def test_thousands_of_rows_agree_with_torch_and_with_themselves(out_dtype, in_pl
             out = logits if out_dtype == FP32 else logits.view(BF16)[:, :VOCAB]
         else:
             out = torch.full_like(logits, torch.nan, dtype=out_dtype)
-        stats = triton_rows.residual(logits, targets, out, transform=Transform())
+        stats = triton_rows.residual(Tile(logits, targets), out)
         return stats, out
 
     (first, first_out), (second, second_out) = run(), run()
@@ -89,7 +89,7 @@ def test_neither_synchronises_nor_leaves_the_current_stream(platform):
     out, factor = torch.empty_like(logits), torch.ones((), device="cuda")
 
     def step():
-        stats = triton_rows.residual(logits, targets, out, transform=Transform(), extras=EXTRAS)
+        stats = triton_rows.residual(Tile(logits, targets), out, extras=EXTRAS)
         triton_rows.scale_rows_(out, stats.scale)
         triton_rows.scale_unless_one_(out, factor)
         return stats
@@ -120,5 +120,5 @@ def test_a_device_that_is_not_the_current_one():
     other = Platform("cuda:1", bf16_rounding=2.0**-8)
     logits, targets = random_logits(other, 3, 5000), torch.arange(3, device="cuda:1")
     check_stats(
-        triton_rows.residual(logits, targets, None, transform=Transform()), oracle(logits, targets, Transform(), None)
+        triton_rows.residual(Tile(logits, targets), None), oracle(logits, targets, Transform(), None)
     )

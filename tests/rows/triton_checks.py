@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastpref.rows import EXTRAS, FoldState, RowStats, Transform, fold_finish, triton_rows
+from fastpref.rows import EXTRAS, FoldState, RowStats, Tile, Transform, fold_finish, triton_rows
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 IGNORE = -100
@@ -105,7 +105,7 @@ def test_residual_of_every_width(platform, vocab, variant):
     bias = random_logits(platform, 1, vocab, std=1.0)[0] if has_bias else None
     want = oracle(logits, targets, transform, bias)
     out = torch.full_like(logits, torch.nan, dtype=BF16)
-    stats = triton_rows.residual(logits, targets, out, transform=transform, bias=bias, extras=EXTRAS)
+    stats = triton_rows.residual(Tile(logits, targets, transform, bias), out, extras=EXTRAS)
     check_stats(stats, want, ("logp", "lse", *EXTRAS))
     check_gradient(platform, stats.scale, out, want["grad"])
 
@@ -123,7 +123,7 @@ def test_residual_of_every_dtype(platform, in_dtype, out_dtype, variant):
     bias = random_logits(platform, 1, vocab, in_dtype, std=1.0)[0] if has_bias else None
     want = oracle(logits, targets, transform, bias)
     out = None if out_dtype is None else torch.full_like(logits, torch.nan, dtype=out_dtype)
-    stats = triton_rows.residual(logits, targets, out, transform=transform, bias=bias)
+    stats = triton_rows.residual(Tile(logits, targets, transform, bias), out)
     check_stats(stats, want)
     assert stats[3:] == (None,) * 4
     if out is None:
@@ -138,7 +138,7 @@ def test_one_extra_alone(platform, extra):
     logits[1, targets[1]] = logits[1].max() + 1
     logits[2, 4] = -torch.inf
     want = oracle(logits, targets, Transform(), None)
-    stats = triton_rows.residual(logits, targets, None, transform=Transform(), extras=(extra,))
+    stats = triton_rows.residual(Tile(logits, targets), None, extras=(extra,))
     check_stats(stats, want, ("logp", "lse", extra))
     assert [name for name in EXTRAS if getattr(stats, name) is not None] == [extra]
     if extra == "top1":
@@ -158,12 +158,12 @@ def test_top1_is_what_argmax_picks(platform, variant, vocab):
     first, last = z.argmax(1), vocab - 1 - z.flip(1).argmax(1)
     targets = torch.stack([first[0], last[1], (first[2] + 1) % vocab, first[3], last[4], first[5]])
     for extras in (("top1",), EXTRAS):
-        stats = triton_rows.residual(logits, targets, None, transform=transform, bias=bias, extras=extras)
+        stats = triton_rows.residual(Tile(logits, targets, transform, bias), None, extras=extras)
         assert torch.equal(stats.top1, (first == targets).float())
     assert stats.top1[[0, 3, 5]].tolist() == [1.0] * 3
     assert vocab == 1 or stats.top1.sum() < 6
     outside = torch.full_like(targets, vocab)
-    stats = triton_rows.residual(logits, outside, None, transform=transform, bias=bias, extras=("top1",))
+    stats = triton_rows.residual(Tile(logits, outside, transform, bias), None, extras=("top1",))
     assert not stats.top1.any()
 
 
@@ -174,7 +174,7 @@ def test_rows_that_do_not_count(platform):
     logits[1], logits[5] = torch.nan, torch.inf
     for out_dtype in (FP32, BF16, None):
         out = None if out_dtype is None else torch.full_like(logits, torch.nan, dtype=out_dtype)
-        stats = triton_rows.residual(logits, targets, out, transform=Transform(softcap=9.0), extras=EXTRAS)
+        stats = triton_rows.residual(Tile(logits, targets, Transform(softcap=9.0)), out, extras=EXTRAS)
         for name in ("logp", "lse", *EXTRAS):
             assert getattr(stats, name)[[1, 5]].tolist() == [0.0, 0.0], name
         assert stats.logp.isnan().tolist() == [False, False, True, True, True, False, False]
@@ -191,11 +191,11 @@ def test_rows_that_do_not_count(platform):
 def test_nan_and_inf_stay_in_their_row(platform):
     logits, targets = random_logits(platform, 5, 5000), random_targets(platform, 5, 5000)
     clean_out, out = torch.empty_like(logits), torch.empty_like(logits)
-    clean = triton_rows.residual(logits, targets, clean_out, transform=Transform(), extras=EXTRAS)
+    clean = triton_rows.residual(Tile(logits, targets), clean_out, extras=EXTRAS)
     logits[1, 4444] = torch.nan
     logits[2, 17] = torch.inf
     logits[3] = -torch.inf
-    stats = triton_rows.residual(logits, targets, out, transform=Transform(), extras=EXTRAS)
+    stats = triton_rows.residual(Tile(logits, targets), out, extras=EXTRAS)
     assert not stats.logp[1:4].isfinite().any()
     assert stats.top1[1] == 0
     for name, value in stats._asdict().items():
@@ -209,7 +209,7 @@ def test_columns_of_probability_zero(platform):
     logits[0, 0] = -torch.inf  # the whole first block of row 0, its target included
     logits[1, 9000:9005] = -torch.inf
     out = torch.empty_like(logits)
-    stats = triton_rows.residual(logits, targets, out, transform=Transform(), extras=("entropy", "log_sum_p2"))
+    stats = triton_rows.residual(Tile(logits, targets), out, extras=("entropy", "log_sum_p2"))
     assert stats.logp[0] == -torch.inf
     assert (out[logits == -torch.inf][1:] == 0).all()
     want = oracle(logits[1:], targets[1:], Transform(), None)
@@ -237,7 +237,7 @@ def test_a_maximum_that_rises_late(platform, out_dtype, extras, vocab):
     targets = torch.tensor([5, vocab - 7, vocab - 1, 6000, 8192], device=platform.device)
     want = oracle(logits, targets, Transform(), None)
     out = torch.full_like(logits, torch.nan, dtype=out_dtype)
-    stats = triton_rows.residual(logits, targets, out, transform=Transform(), extras=extras)
+    stats = triton_rows.residual(Tile(logits, targets), out, extras=extras)
     check_stats(stats, want, ("logp", "lse", *extras))
     check_gradient(platform, stats.scale, out, want["grad"], roundings=1 if out_dtype == FP32 else 4)
 
@@ -248,7 +248,7 @@ def test_fp16_holds_rows_of_equal_logits(platform):
     logits = torch.full((1, vocab), 2.5, device=platform.device)
     targets = torch.tensor([1234], device=platform.device)
     out = torch.empty(1, vocab, dtype=FP16, device=platform.device)
-    stats = triton_rows.residual(logits, targets, out, transform=Transform())
+    stats = triton_rows.residual(Tile(logits, targets), out)
     assert out.isfinite().all()
     check_gradient(platform, stats.scale, out, oracle(logits, targets, Transform(), None)["grad"])
 
@@ -262,7 +262,7 @@ def test_large_and_confident_logits(platform):
     logits[3, 17] = logits[3].max() + 60  # confidently wrong
     want = oracle(logits, targets, Transform(), None)
     out = torch.empty_like(logits)
-    stats = triton_rows.residual(logits, targets, out, transform=Transform())
+    stats = triton_rows.residual(Tile(logits, targets), out)
     torch.testing.assert_close(stats.logp.double(), want["logp"], rtol=1e-6, atol=2e-6)
     check_gradient(platform, stats.scale, out, want["grad"])
     # The log-prob of row 2 is too near 0 for fp32; its residual at the target is not.
@@ -273,7 +273,7 @@ def test_logits_at_the_end_of_the_range(platform):
     logits = torch.full((2, 4096), 3e38, device=platform.device)
     logits[1] = -3e38
     targets = torch.tensor([5, 4000], device=platform.device)
-    stats = triton_rows.residual(logits, targets, None, transform=Transform(), extras=("entropy",))
+    stats = triton_rows.residual(Tile(logits, targets), None, extras=("entropy",))
     torch.testing.assert_close(stats.logp, torch.full_like(stats.logp, -math.log(4096)))
     torch.testing.assert_close(stats.entropy, torch.full_like(stats.logp, math.log(4096)))
 
@@ -294,7 +294,7 @@ def test_rows_of_any_stride_and_alignment(platform, vocab, stride, offset):
     want = oracle(logits, targets, Transform(), None)
     for dtype in (FP32, BF16):
         memory, out = strided(dtype)
-        stats = triton_rows.residual(logits, targets, out, transform=Transform())
+        stats = triton_rows.residual(Tile(logits, targets), out)
         check_stats(stats, want)
         check_gradient(platform, stats.scale, out, want["grad"])
         out.fill_(77.0)
@@ -310,10 +310,10 @@ def test_in_place_equals_out_of_place(platform, variant, vocab):
         logits = torch.zeros(5, 13008, dtype=dtype, device=platform.device)[:, :vocab]
         logits.copy_(rising_logits(platform, vocab))
         out = torch.empty(5, 13008, dtype=out_dtype, device=platform.device)[:, :vocab]
-        apart = triton_rows.residual(logits, targets, out, transform=transform)
+        apart = triton_rows.residual(Tile(logits, targets, transform), out)
         # Columns of the narrower dtype over the first half of each row's own memory.
         over = logits if dtype == out_dtype else logits.as_strided((5, 13008), (13008, 1)).view(out_dtype)[:, :vocab]
-        within = triton_rows.residual(logits, targets, over, transform=transform)
+        within = triton_rows.residual(Tile(logits, targets, transform), over)
         assert torch.equal(over, out), (dtype, out_dtype)
         for got, want in zip(within[:3], apart[:3], strict=True):
             assert torch.equal(got.nan_to_num(9.0), want.nan_to_num(9.0))
@@ -322,11 +322,11 @@ def test_in_place_equals_out_of_place(platform, variant, vocab):
 def test_empty_tiles(platform):
     empty = torch.empty(0, 50, device=platform.device)
     targets = torch.empty(0, dtype=torch.int64, device=platform.device)
-    stats = triton_rows.residual(empty, targets, empty, transform=Transform())
+    stats = triton_rows.residual(Tile(empty, targets), empty)
     assert stats.logp.shape == stats.lse.shape == stats.scale.shape == (0,)
     narrow = torch.empty(2, 0, device=platform.device)
     targets = torch.tensor([0, IGNORE], device=platform.device)
-    stats = triton_rows.residual(narrow, targets, narrow, transform=Transform())
+    stats = triton_rows.residual(Tile(narrow, targets), narrow)
     assert stats.logp.isnan().tolist() == [True, False]
     assert stats.lse.tolist() == [-torch.inf, 0.0]
 
@@ -346,19 +346,13 @@ def test_slices_of_the_vocabulary(platform, dtype, variant):
     counted = slice(0, 3)
     want = oracle(logits[counted], targets[counted], transform, bias)
     slices = [
-        dict(
-            logits=logits[:, a:b],
-            bias=None if bias is None else bias[a:b],
-            targets=targets,
-            col_offset=a,
-            transform=transform,
-        )
+        Tile(logits[:, a:b], targets, transform, None if bias is None else bias[a:b], col_offset=a)
         for a, b in zip(edges, edges[1:], strict=False)
     ]
 
     state = FoldState.new(5, dtype=FP32, device=logits.device)
     for part in slices:
-        triton_rows.fold(state=state, **part)
+        triton_rows.fold(part, state)
     logp, lse = fold_finish(state, targets, IGNORE)
     check_stats(RowStats(logp[counted], lse[counted], None), want)
     assert logp[3] == lse[3] == 0 and logp[4].isnan() and lse[4].isfinite()
@@ -367,7 +361,7 @@ def test_slices_of_the_vocabulary(platform, dtype, variant):
     for out_dtype in (dtype, BF16):
         out = torch.full((5, 10016), torch.nan, dtype=out_dtype, device=platform.device)
         for part, a, b in zip(slices, edges, edges[1:], strict=False):
-            triton_rows.residual_given_lse(lse=exact_lse, out=out[:, a:b], **part)
+            triton_rows.residual_given_lse(part, exact_lse, out[:, a:b])
         assert (out[3, :vocab] == 0).all() and out[:, vocab:].isnan().all()
         grad = transform.row_factor * out[counted, :vocab].double()
         # lse is rounded to fp32: half an ulp of 300 is 1.5e-5 nat; and 1 - p cancels at the target.
@@ -376,9 +370,8 @@ def test_slices_of_the_vocabulary(platform, dtype, variant):
     if dtype == FP32:
         inplace = logits.clone()
         out = torch.empty_like(logits)
-        arguments = dict(lse=exact_lse, col_offset=0, transform=transform, bias=bias)
-        triton_rows.residual_given_lse(logits, targets, out=out, **arguments)
-        triton_rows.residual_given_lse(inplace, targets, out=inplace, **arguments)
+        triton_rows.residual_given_lse(Tile(logits, targets, transform, bias), exact_lse, out)
+        triton_rows.residual_given_lse(Tile(inplace, targets, transform, bias), exact_lse, inplace)
         assert torch.equal(inplace, out)
 
 
@@ -413,10 +406,8 @@ def test_slices_with_the_entropy_gradient(platform, dtype, variant):
     for out_dtype in (dtype, BF16, FP16):
         out = torch.full((5, 10016), torch.nan, dtype=out_dtype, device=platform.device)
         for a, b in zip(edges, edges[1:], strict=False):
-            triton_rows.gradient_given_lse(
-                logits[:, a:b], targets, grad_logps=gl, grad_entropy=gh, out=out[:, a:b], col_offset=a,
-                transform=transform, bias=None if bias is None else bias[a:b], **vectors,
-            )
+            part = Tile(logits[:, a:b], targets, transform, None if bias is None else bias[a:b], col_offset=a)
+            triton_rows.gradient_given_lse(part, grad_logps=gl, grad_entropy=gh, out=out[:, a:b], **vectors)
         assert (out[4, :vocab] == 0).all() and out[:, vocab:].isnan().all()
         error = (transform.row_factor * out[counted, :vocab].double() - want).abs()
         smallest = 2.0**-24 * transform.row_factor if out_dtype == FP16 else 0.0
@@ -427,11 +418,9 @@ def test_slices_with_the_entropy_gradient(platform, dtype, variant):
 def test_columns_without_probability_have_no_entropy_gradient(platform):
     logits, targets = random_logits(platform, 2, 5000), random_targets(platform, 2, 5000)
     logits[:, 100:4200] = -torch.inf
-    stats = triton_rows.residual(logits, targets, None, transform=Transform(), extras=("entropy",))
+    stats = triton_rows.residual(Tile(logits, targets), None, extras=("entropy",))
     ones, out = torch.ones_like(stats.lse), torch.empty_like(logits)
-    triton_rows.gradient_given_lse(
-        logits, targets, stats.lse, stats.entropy, ones, ones, out, col_offset=0, transform=Transform()
-    )
+    triton_rows.gradient_given_lse(Tile(logits, targets), stats.lse, stats.entropy, ones, ones, out)
     assert out.isfinite().all() and (out[:, 100:4200] == 0).all()
     torch.testing.assert_close(out.sum(1), torch.zeros_like(ones), rtol=0, atol=2e-5)
 
@@ -442,7 +431,7 @@ def test_a_nan_survives_later_slices(platform):
     logits[0, 5], logits[1, 2500] = torch.nan, torch.inf
     state = FoldState.new(3, dtype=FP32, device=logits.device)
     for a in (0, 1000, 2000):
-        triton_rows.fold(logits[:, a : a + 1000], targets, state, col_offset=a, transform=Transform())
+        triton_rows.fold(Tile(logits[:, a : a + 1000], targets, col_offset=a), state)
     logp, _ = fold_finish(state, targets, IGNORE)
     assert logp.isfinite().tolist() == [False, False, True]
 
@@ -493,17 +482,17 @@ def test_scale_unless_one(platform, dtype):
 def test_bad_input_is_named(platform):
     logits, targets = random_logits(platform, 4, 64), random_targets(platform, 4, 64)
 
-    def residual(logits=logits, targets=targets, out=None, **more):
-        triton_rows.residual(logits, targets, out, transform=Transform(), **more)
+    def residual(logits=logits, targets=targets, out=None, bias=None, extras=()):
+        triton_rows.residual(Tile(logits, targets, bias=bias), out, extras)
 
     for error, match, call in (
-        (ValueError, "logits has shape", lambda: residual(logits[0])),
+        (ValueError, r"logits is \[64\]", lambda: residual(logits[0])),
         (TypeError, "logits is torch.float64", lambda: residual(logits.double())),
-        (ValueError, "last dimension must be contiguous", lambda: residual(logits[:, ::2])),
-        (ValueError, r"targets is \(3,\)", lambda: residual(targets=targets[:3])),
+        (ValueError, "contiguous columns", lambda: residual(logits[:, ::2])),
+        (ValueError, r"targets is \[3\]", lambda: residual(targets=targets[:3])),
         (TypeError, "targets is torch.int32", lambda: residual(targets=targets.int())),
-        (ValueError, r"bias is \(63,\)", lambda: residual(bias=logits[0, 1:])),
-        (ValueError, "out has shape", lambda: residual(out=logits[:, :32])),
+        (ValueError, r"bias is \[63\]", lambda: residual(bias=logits[0, 1:])),
+        (ValueError, r"out is \[4, 32\]", lambda: residual(out=logits[:, :32])),
         (ValueError, "out is on meta", lambda: residual(out=torch.empty(4, 64, device="meta"))),
         (ValueError, "out overlaps logits", lambda: residual(logits[:3], targets[:3], logits[1:])),
         (ValueError, "out overlaps logits", lambda: residual(out=logits.view(BF16)[:, 64:])),
@@ -512,7 +501,7 @@ def test_bad_input_is_named(platform):
             ValueError,
             "out overlaps logits",
             lambda: triton_rows.residual_given_lse(
-                logits, targets, logits[:, 0].clone(), logits.view(BF16)[:, :64], col_offset=0, transform=Transform()
+                Tile(logits, targets), logits[:, 0].clone(), logits.view(BF16)[:, :64]
             ),
         ),
         (TypeError, "w is torch.int64", lambda: triton_rows.scale_rows_(logits, targets)),
