@@ -67,7 +67,7 @@ def milliseconds(call: Callable[[], object], rounds: int = 10) -> float:
 
 
 def products() -> bool:
-    """bf16 x bf16 to fp32, and the same added to fp32 in place, as walk.py asks for them; against fp64."""
+    """bf16 x bf16 to fp32, and the same added to fp32 in place, as engine.py asks for them; against fp64."""
     a, b = (torch.randn(512, 512, device="cuda").bfloat16() for _ in range(2))
     start, right = torch.randn(512, 512, device="cuda"), a.double() @ b.double()
     calls = {

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .engine import Options, fp32_gemms
 from .losses import Loss, Totals
 from .rows import EXTRAS
 from .tail import EPS
-from .walk import Options, fp32_gemms
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 

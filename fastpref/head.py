@@ -1,8 +1,8 @@
 """The LM head fused with log-softmax and a preference loss: the `[N, V]` logits never exist.
 
 The public functions. Their autograd and the custom ops that torch.compile sees are in ops.py; the work is done in
-walk.py, which walks a `Plan` (plan.py): tiles are multiplied with the head, the rows (rows/) turn logits into log-probs
-and residuals, the loss (losses/) turns sequence log-probs into one scalar a sequence, and two more GEMMs make the
+engine.py, by a `Plan` (plan.py): tiles are multiplied with the head, the rows (rows/) turn logits into log-probs and
+residuals, the loss (losses/) turns sequence log-probs into one scalar a sequence, and two more GEMMs make the
 gradients.
 """
 
@@ -28,13 +28,9 @@ from .arguments import (
     options_of,
     require,
 )
+from .engine import Options, on_device, segment_sum, totals_of
 from .losses import Loss, LossFunction, SequenceLogps, Totals
 from .ops import PreferenceLossFunction, TokenStatsFunction
-from .walk import (
-    Options,
-    on_device,
-    segment_sum,
-)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The public functions
@@ -341,8 +337,7 @@ def _free_loss(
         ref_logps, *_ = sequence_logps(ref_hidden, ref_weight, ref_bias, ref_options)
     lengths = per_sequence(targets != options.ignore_index).to(stats)
     logps, extras, unweighted = sequence_logps(hidden, weight, bias, options)
-    if totals is None:
-        totals = Totals(max(lengths.shape[0], 1), lengths.sum(), lengths.chunk(2)[0].sum())
+    totals = totals_of(lengths) if totals is None else totals
     seq = SequenceLogps(logps, lengths, totals, ref_logps, desirable, kl, extras, unweighted)
     value = losses.evaluate(loss, seq)
     return replace(seq, logps=logps.detach()), value, extras

@@ -7,29 +7,26 @@ asks for in another (`Options.spec`).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, library
 
 from . import losses, rows
-from .losses import Loss, Totals
-from .plan import Plan, plan
-from .walk import (
-    Head,
-    HiddenGrad,
+from .engine import (
+    Inputs,
     Options,
+    Pass,
+    Projection,
     Scored,
-    Walk,
-    WeightGrad,
     check_targets,
     debugging,
     fp32_gemms,
-    gradients,
-    head_of,
     problem_of,
     step,
 )
+from .losses import Loss
+from .plan import Plan
+from .plan import plan as plan_of
 
 
 def _present(x: Tensor | None, like: Tensor) -> Tensor:
@@ -53,15 +50,21 @@ def _preference_step(
     totals: Tensor | None,
     spec: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss, logps, ref_logps, lengths, extras, tail, dX, dW, db); what there is none of is empty."""
-    reference = ref_logps if ref_hidden is None or ref_weight is None else (ref_hidden, ref_weight, ref_bias)
-    value, logps, ref, lengths, sums, tail, dx, dw, db = step(
-        losses.from_spec(loss), hidden, weight, bias, targets, cu_seqlens, reference, desirable, kl, token_weights,
-        None if totals is None else Totals(*totals.unbind()),
-        Options.of(spec),
-    )
-    ref = None if ref is ref_logps else ref  # an op may not return its input
-    ref, dx, dw, db = (_present(x, logps) for x in (ref, dx, dw, db))
+    """`Result`; what there is none of is empty."""
+    reference = ref_logps, ref_hidden, ref_weight, ref_bias
+    inputs = Inputs(targets, cu_seqlens, *reference, desirable, kl, token_weights, totals)
+    return _step(losses.from_spec(loss), hidden, weight, bias, inputs, Options.of(spec))
+
+
+def _step(
+    loss: Loss, hidden: Tensor, weight: Tensor, bias: Tensor | None, inputs: Inputs, options: Options,
+    accumulate_into: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    found = step(loss, hidden, weight, bias, inputs, options, accumulate_into)
+    if found.ref_logps is inputs.ref_logps:  # an op may not return its input
+        found = found._replace(ref_logps=None)
+    value, logps, ref, lengths, sums, tail, *grads = found
+    ref, dx, dw, db = (_present(x, logps) for x in (ref, *grads))
     return value, logps, ref, lengths, sums, tail, dx, dw, db
 
 
@@ -93,31 +96,18 @@ for _name, _tags in (("preference_step", ()), ("padded_preference_step", (torch.
     )
 
 
-class _Late(NamedTuple):
-    """A call whose scalars arrive in backward: one sequence of compact rows."""
-
-    scored: Scored
-    head: Head
-    schedule: Plan
-
-    @classmethod
-    def new(
-        cls,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        targets: Tensor,
-        index: Tensor | None,
-        options: Options,
-    ) -> _Late:
-        count = targets.shape[0]
-        scored = Scored(hidden, index, targets, (count,), targets, None)
-        return cls(scored, head_of(weight, bias, options), _late_plan(hidden, weight, targets, index, options))
-
-
 def _late_plan(hidden: Tensor, weight: Tensor, targets: Tensor, index: Tensor | None, options: Options) -> Plan:
+    """Of a call whose scalars arrive in backward: one sequence of compact rows."""
     problem = problem_of((targets.shape[0],), hidden, weight, index, "batch", options, late=True)
-    return plan(problem, options.memory_budget)
+    return plan_of(problem, options.memory_budget)
+
+
+def _late_pass(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, index: Tensor | None, options: Options,
+    plan: Plan, stash: Tensor | None = None,
+) -> Pass:
+    scored = Scored(hidden, index, targets, (targets.shape[0],), targets, None)
+    return Pass(scored, Projection.of(weight, bias, options), options, plan, stash)
 
 
 @library.custom_op("fastpref::token_stats", mutates_args=())
@@ -135,33 +125,32 @@ def _token_stats_op(
     """
     options = Options.of(spec)
     check_targets(targets, weight.shape[0], options.ignore_index)
-    scored, head, schedule = _Late.new(hidden, weight, bias, targets, index, options)
-    walk = Walk(scored, head, schedule)
-    if schedule.scheme == "frozen":
-        dx, _, _ = gradients(walk, weight, bias, options.needs, late=True)
+    plan = _late_plan(hidden, weight, targets, index, options)
+    run = _late_pass(hidden, weight, bias, targets, index, options, plan)
+    kept = run.stash
+    if plan.scheme == "frozen":
+        dx, _, _ = run.gradients(weight, bias, options.needs, late=True)
         assert dx is not None
-        walk.frozen(dx)
+        run.frozen(dx)
         kept = dx.grad
+    elif plan.scheme == "forward":
+        run.forward_only()
     else:
-        if schedule.scheme == "forward":
-            walk.forward_only()
-        else:
-            walk.forward(schedule.problem.whole, walk.stash)
-        kept = walk.stash
-    entropy, top1, mean_logit, log_sum_p2 = (_present(walk.extras.get(name), walk.logps) for name in rows.EXTRAS)
-    return walk.logps, entropy, top1, mean_logit, log_sum_p2, walk.lse, walk.scale, kept
+        run.forward(plan.problem.whole, run.stash)
+    entropy, top1, mean_logit, log_sum_p2 = (_present(run.extras.get(name), run.logps) for name in rows.EXTRAS)
+    return run.logps, entropy, top1, mean_logit, log_sum_p2, run.lse, run.scale, kept
 
 
 @_token_stats_op.register_fake
 def _(hidden, weight, bias, targets, index, spec):
     options = Options.of(spec)
-    schedule = _late_plan(hidden, weight, targets, index, options)
+    plan = _late_plan(hidden, weight, targets, index, options)
     stats = hidden.new_empty(targets.shape, dtype=rows.stats_dtype(options.compute_dtype))
-    if schedule.scheme == "frozen":
+    if plan.scheme == "frozen":
         wide = fp32_gemms(hidden.device) and options.compute_dtype.itemsize < 4
         kept = torch.empty_like(hidden, memory_format=torch.contiguous_format, dtype=torch.float32 if wide else None)
     else:
-        kept = hidden.new_empty(schedule.stash_rows, weight.shape[0], dtype=options.compute_dtype)
+        kept = hidden.new_empty(plan.stash_rows, weight.shape[0], dtype=options.compute_dtype)
     asked = (torch.empty_like(stats) if name in options.extras.split() else stats.new_empty(0) for name in rows.EXTRAS)
     return stats, *asked, torch.empty_like(stats), torch.empty_like(stats), kept
 
@@ -183,42 +172,27 @@ def _token_stats_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dX, dW, db) for dL/dlogps = grad, [N], and dL/dentropy; what is not needed is empty."""
     options = Options.of(spec)
-    scored, head, schedule = _Late.new(hidden, weight, bias, targets, index, options)
+    plan = _late_plan(hidden, weight, targets, index, options)
     ga = grad.to(lse.dtype)
-    if grad_entropy is not None:
-        walk = Walk(scored, head, schedule, None if schedule.scheme == "frozen" else kept)
-        dx, dw, db = gradients(walk, weight, bias, options.needs)
-        walk.lse, walk.extras = lse, {"entropy": entropy}
-        gh = grad_entropy.to(lse.dtype)
-        if schedule.scheme == "frozen":
-            assert dx is not None
-            walk.frozen_again(ga, gh, dx)
-        else:
-            walk.recompute(ga, ga, dx, dw, db, gh)
-        return _made(dx, dw, db, bias, grad)
-    if schedule.scheme == "frozen":
+    gh = None if grad_entropy is None else grad_entropy.to(lse.dtype)
+    frozen = plan.scheme == "frozen"
+    if frozen and gh is None:
         w = ga * scale
         if index is not None:
             w = w.new_zeros(hidden.shape[0]).index_copy_(0, index, w)
         return torch.mul(kept, w[:, None], out=torch.empty_like(hidden)), grad.new_empty(0), grad.new_empty(0)
-    walk = Walk(scored, head, schedule, kept)
-    walk.lse, walk.scale = lse, scale
-    dx, dw, db = gradients(walk, weight, bias, options.needs)
-    if schedule.scheme == "groups":
-        walk.backward(schedule.problem.whole, ga * scale, dx, dw, db)
+    run = _late_pass(hidden, weight, bias, targets, index, options, plan, None if frozen else kept)
+    run.lse, run.scale, run.extras = lse, scale, {"entropy": entropy}
+    grads = run.gradients(weight, bias, options.needs)
+    if frozen:
+        assert gh is not None and grads.hidden is not None
+        run.frozen_again(ga, gh, grads.hidden)
+    elif plan.scheme == "groups" and gh is None:
+        run.backward(plan.problem.whole, ga, grads)
     else:
-        walk.recompute(ga * scale, ga, dx, dw, db)
-    return _made(dx, dw, db, bias, grad)
-
-
-def _made(
-    dx: HiddenGrad | None, dw: WeightGrad | None, db: Tensor | None, bias: Tensor | None, like: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    return (
-        _present(None if dx is None else dx.grad, like),
-        _present(None if dw is None else dw.finish(), like),
-        _present(None if db is None or bias is None else db.to(bias.dtype), like),
-    )
+        run.recompute(ga, grads, gh)
+    dx, dw, db = (_present(x, grad) for x in grads.finish(bias))
+    return dx, dw, db
 
 
 @_token_stats_backward.register_fake
@@ -312,13 +286,7 @@ def _preference_step_of(
         ops = torch.ops.fastpref
         op = ops.padded_preference_step if inputs[1] is None else ops.preference_step
         return op(loss.spec, hidden, weight, bias, *inputs, options.spec)
-    targets, cu_seqlens, ref_logps, ref_hidden, ref_weight, ref_bias, desirable, kl, token_weights, totals = inputs
-    reference = ref_logps if ref_hidden is None else (ref_hidden, ref_weight, ref_bias)
-    value, logps, ref, *rest = step(
-        loss, hidden, weight, bias, targets, cu_seqlens, reference, desirable, kl, token_weights,
-        None if totals is None else Totals(*totals.unbind()), options, accumulate_into,
-    )
-    return value, logps, *(_present(x, logps) for x in (None if ref is ref_logps else ref, *rest))
+    return _step(loss, hidden, weight, bias, Inputs(*inputs), options, accumulate_into)
 
 
 def _check_upstream(upstream: Tensor) -> None:

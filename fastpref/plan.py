@@ -1,4 +1,4 @@
-"""From a memory budget to a schedule: which rows are multiplied with the head when, and what is kept. Pure Python.
+"""From a memory budget to a plan: which rows are multiplied with the head when, and what is kept. Pure Python.
 
 One GEMM is 2 * N * V * H floating-point operations (N scored rows, V vocabulary, H hidden size).
 
@@ -107,7 +107,8 @@ class Group:
 
 @dataclass(frozen=True)
 class Plan:
-    """A schedule and what it costs. Bytes are beyond the inputs and the gradients returned."""
+    """Which rows are multiplied with the head when, and what that costs. Bytes are beyond the inputs and the gradients
+    returned."""
 
     scheme: str
     problem: Problem = field(repr=False)
@@ -210,7 +211,7 @@ class Plan:
 
 
 def plan(problem: Problem, memory_budget: int | None = None) -> Plan:
-    """The cheapest schedule for `memory_budget` bytes of tiles (None: 2 GiB on CUDA, 256 MiB elsewhere).
+    """The cheapest plan for `memory_budget` bytes of tiles (None: 2 GiB on CUDA, 256 MiB elsewhere).
 
     Depends on nothing but its arguments, so that results do not depend on what else is on the device.
 
@@ -314,10 +315,10 @@ class _Planner:
                     total += add_rows(self.weight_slice, p.hidden) * p.hidden * 4
         return total + scratch
 
-    # -- schedules -----------------------------------------------------------------------------------------------
+    # -- schemes -----------------------------------------------------------------------------------------------
 
     def plan(self) -> Plan | None:
-        """None where no schedule fits."""
+        """None where no scheme fits."""
         p = self.p
         if not (p.needs_hidden_grad or p.needs_weight_grad):
             return self.by_rows("forward")

@@ -22,8 +22,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import rows
-from .plan import Group, Plan, plan
-from .walk import Head, HiddenGrad, Options, Scored, Walk, check_targets, gradients, head_of, problem_of
+from .engine import HiddenGrad, Options, Pass, Projection, Scored, check_targets, problem_of
+from .plan import Plan
+from .plan import plan as plan_of
 
 
 @dataclass(frozen=True)
@@ -82,24 +83,24 @@ class _ShardedLogps(torch.autograd.Function):
     def forward(ctx, hidden, weight, bias, targets, shard, options):
         gathering = _Gathering(targets.shape[0], shard.group, hidden.device)
         x_NH = gathering.all(hidden.to(options.compute_dtype).contiguous())
-        walk = _ShardWalk.new(x_NH, weight, bias, gathering.all(targets), shard, options)
-        logps_N = walk.log_probs()
-        if walk.plan.scheme == "forward":
-            walk = None
-        ctx.walk, ctx.gathering, ctx.options, ctx.replicas = walk, gathering, options, shard.replicas
+        run = _ShardPass.new(x_NH, weight, bias, gathering.all(targets), shard, options)
+        logps_N = run.log_probs()
+        if run.plan.scheme == "forward":
+            run = None
+        ctx.run, ctx.gathering, ctx.options, ctx.replicas = run, gathering, options, shard.replicas
         ctx.hidden_dtype = hidden.dtype
         ctx.save_for_backward(weight, bias)
         return gathering.own(logps_N).clone()
 
     @staticmethod
     def backward(ctx, grad):
-        if ctx.walk is None:
+        if ctx.run is None:
             raise RuntimeError("second backward through a sharded head: give the first retain_graph=True")
-        walk, gathering = ctx.walk, ctx.gathering
+        run, gathering = ctx.run, ctx.gathering
         if not torch._C._autograd._get_current_graph_task_keep_graph():
-            ctx.walk = None
-        g_N = gathering.all(grad.to(walk.lse.dtype).contiguous())
-        dx_NH, dw, db = walk.gradients(g_N, *ctx.saved_tensors, ctx.options.needs)
+            ctx.run = None
+        g_N = gathering.all(grad.to(run.lse.dtype).contiguous())
+        dx_NH, dw, db = run.backward_of(g_N, *ctx.saved_tensors, ctx.options.needs)
         for group in ctx.replicas:
             for part in (dw, db):
                 if part is not None:
@@ -158,7 +159,7 @@ class _Gathering:
 IGNORED = -1  # of targets counted from a shard's first column: those before it are negative too
 
 
-class _ShardWalk(Walk):
+class _ShardPass(Pass):
     """All rows over the columns of one rank. Until lse is known over all columns, the stash holds
 
         onehot(y) - exp(z - lse_r)        lse_r over the columns of this rank
@@ -170,7 +171,7 @@ class _ShardWalk(Walk):
     @classmethod
     def new(
         cls, x_NH: Tensor, weight: Tensor, bias: Tensor | None, targets_N: Tensor, shard: Shard, options: Options
-    ) -> _ShardWalk:
+    ) -> _ShardPass:
         inside = (targets_N >= shard.start) & (targets_N < shard.end)
         columns = torch.where(inside, targets_N - shard.start, shard.vocab)  # vocab: a column that is not here
         ignored = targets_N == options.ignore_index
@@ -178,8 +179,8 @@ class _ShardWalk(Walk):
         count = (targets_N.shape[0],)
         problem = problem_of(count, x_NH, weight, None, "batch", options, late=True)
         scored = Scored(x_NH, None, columns, count, columns, None)
-        head = head_of(weight, bias, options)._replace(ignore_index=IGNORED)
-        found = cls(scored, head, plan(problem, options.memory_budget))
+        plan = plan_of(problem, options.memory_budget)
+        found = cls(scored, Projection.of(weight, bias, options), options._replace(ignore_index=IGNORED), plan)
         found.shard, found.inside, found.ignored = shard, inside & ~ignored, ignored
         return found
 
@@ -187,36 +188,29 @@ class _ShardWalk(Walk):
     inside: Tensor  # [N] bool: the target's column is here
     ignored: Tensor  # [N] bool
 
-    def __init__(self, scored: Scored, head: Head, schedule: Plan) -> None:
-        super().__init__(scored, head, schedule)
-        self.state = rows.FoldState.new(schedule.problem.rows, dtype=self.lse.dtype, device=self.lse.device)
+    def __init__(self, scored: Scored, projection: Projection, options: Options, plan: Plan) -> None:
+        super().__init__(scored, projection, options, plan)
+        self.state = rows.FoldState.new(plan.problem.rows, dtype=self.lse.dtype, device=self.lse.device)
         self.product: HiddenGrad | None = None  # frozen head: U W before its row scale
 
-    def forward(self, group: Group, stash: Tensor | None) -> None:
-        kept, head = 0 if stash is None else stash.shape[0], self.head
-        for first in range(*group.span, self.plan.tile_rows):
-            end, place = min(first + self.plan.tile_rows, group.span[1]), first - group.span[0]
-            mine = slice(first, end)
-            out = stash[place : place + end - first] if stash is not None and place + end - first <= kept else None
-            logits = self.logits(first, end, out)
-            state = rows.FoldState(*(values[mine] for values in self.state))
-            tile = rows.Tile(logits, self.scored.targets[mine], head.transform, head.bias, IGNORED)
-            head.kernels.fold(tile, state)
-            if out is not None:
-                # 0 where all columns are -inf: exp(z - lse) then is 0
-                self.lse[mine] = torch.where(state.sum_exp == 0, 0.0, _lse(state))
-                self.sweep_again(logits, first, 0, out, None)
+    def sweep(self, logits: Tensor, mine: slice, out: Tensor | None) -> None:
+        state = rows.FoldState(*(values[mine] for values in self.state))
+        self.projection.kernels.fold(self.row_tile(logits, mine, 0), state)
+        if out is not None:
+            # 0 where all columns are -inf: exp(z - lse) then is 0
+            self.lse[mine] = torch.where(state.sum_exp == 0, 0.0, _lse(state))
+            self.sweep_again(logits, mine, 0, out, None)
 
     def log_probs(self) -> Tensor:
-        """[N], and what `gradients` needs, kept. Ranks without columns take part with nothing."""
+        """[N], and what `backward_of` needs, kept. Ranks without columns take part with nothing."""
         scheme, here = self.plan.scheme, self.shard.end > self.shard.start
         if here and scheme == "frozen":
-            self.product = HiddenGrad(self.scored, self.head.weight.dtype, dtype=self.lse.dtype)
+            self.product = HiddenGrad(self.scored, self.projection.weight.dtype, dtype=self.lse.dtype)
             for block in self.plan.groups:
                 self.forward(block, self.stash)
                 start, end = block.span
                 self._set_targets(self.stash[: block.rows], slice(start, end), torch.zeros_like(self.lse[start:end]))
-                self.product.put(start, self.stash[: block.rows], self.head.weight, None)
+                self.product.put(start, self.stash[: block.rows], self.projection.weight, None)
         elif here and scheme == "forward":
             self.forward_only()
         elif here:
@@ -230,7 +224,7 @@ class _ShardWalk(Walk):
         mass = torch.exp(own_lse - whole.maximum) / whole.sum_exp
         # What is written at y is divided by the row's scale, which therefore must not vanish. Where it is held up, the
         # row's other numbers are below the rounding of that one.
-        eps = torch.finfo(self.head.weight.dtype).eps
+        eps = torch.finfo(self.projection.weight.dtype).eps
         self.mass = torch.where(self.inside, mass.clamp(min=max(eps**2, 2.0**-15)), mass).masked_fill_(self.ignored, 0)
         self.at_target = -torch.expm1(logps) * self._slope(whole.target)
         if here and scheme in ("groups", "recompute"):
@@ -257,10 +251,10 @@ class _ShardWalk(Walk):
 
     def _slope(self, z: Tensor) -> Tensor | float:
         """The softcap's derivative where it gave z."""
-        transform = self.head.transform
+        transform = self.projection.transform
         return 1.0 if transform.softcap is None else 1 - (z * (transform.temperature / transform.softcap)) ** 2
 
-    def gradients(
+    def backward_of(
         self, g_N: Tensor, weight: Tensor, bias: Tensor | None, needs: tuple[bool, bool, bool]
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """(dX of all rows by this rank's columns, dW, db) for dL/dlogps = g."""
@@ -269,28 +263,25 @@ class _ShardWalk(Walk):
             db = None if bias is None else torch.zeros_like(bias)
             return nothing, torch.zeros_like(weight) if needs[1] else None, db
         g = g_N.masked_fill(self.ignored, 0.0)
-        factor = self.head.transform.row_factor
+        factor = self.projection.transform.row_factor
         if self.product is not None:  # a frozen head: rows of W beside what the stash gave
             grad = self.product.grad * (g * factor * self.mass)[:, None]
             at_target = torch.where(self.inside, g * factor * self.at_target, 0.0)
             column = self.scored.targets.clamp(0, weight.shape[0] - 1)
             for part in torch.arange(len(column), device=column.device).split(max(1, self.plan.tile_rows)):
-                grad[part] += at_target[part, None] * self.head.weight[column[part]]
+                grad[part] += at_target[part, None] * self.projection.weight[column[part]]
             return grad, None, None
-        _, dw, db = gradients(self, weight, bias, (False, *needs[1:]))
+        grads = self.gradients(weight, bias, (False, *needs[1:]))
         # in fp32, for it is added up over ranks before it is rounded
-        dx = HiddenGrad(self.scored, self.head.weight.dtype, dtype=self.lse.dtype) if needs[0] else None
+        if needs[0]:
+            dx = HiddenGrad(self.scored, self.projection.weight.dtype, dtype=self.lse.dtype)
+            grads = grads._replace(hidden=dx)
         self.scale = self.mass * factor
-        w = g * self.scale
         if self.plan.scheme == "groups":
-            self.backward(self.plan.problem.whole, w, dx, dw, db)
+            self.backward(self.plan.problem.whole, g, grads)
         else:
-            self.recompute(w, g, dx, dw, db)
-        return (
-            None if dx is None else dx.grad,
-            None if dw is None else dw.finish(),
-            None if db is None or bias is None else db.to(bias.dtype),
-        )
+            self.recompute(g, grads)
+        return grads.finish(bias)
 
 
 def _lse(state: rows.FoldState) -> Tensor:

@@ -39,7 +39,7 @@ _SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap")  # Gemma 2, Recurrent
 
 
 @dataclass(frozen=True)
-class Head:
+class LMHead:
     """An LM head and what the model does with its logits."""
 
     module: nn.Module
@@ -69,7 +69,7 @@ class Parts:
 
     model: Any
     trunk: Any
-    head: Head
+    head: LMHead
 
 
 def take_apart(model: Any) -> Parts:
@@ -81,20 +81,20 @@ def take_apart(model: Any) -> Parts:
         ValueError: no trunk, no linear LM head, or logits that come about in another way; with what was looked for.
     """
     inner = unwrap(model)
-    module = head_of(inner)
+    module = lm_head_of(inner)
     trunk = getattr(inner, "base_model", None)
     if trunk is None or trunk is inner:
         raise ValueError(f"{type(inner).__name__}: has no trunk apart from its LM head (looked for .base_model)")
     candidates = list(_logit_maths(inner))
     if not _runs(inner):
-        return Parts(inner, trunk, Head(module, *_undoubted(inner, candidates)))
+        return Parts(inner, trunk, LMHead(module, *_undoubted(inner, candidates)))
     with torch.no_grad(), evaluating(inner):
         ids = _some_tokens(inner, module)
         expected = inner(input_ids=ids, use_cache=False).logits
         behind = torch.cat((ids, ids.flip(1)), dim=1)  # must not change what comes before: right padding
         hidden = trunk(input_ids=behind, use_cache=False).last_hidden_state[:, : ids.shape[1]]
         z = F.linear(*linear_operands(module, hidden))
-    return Parts(inner, trunk, Head(module, *_settled(inner, z, expected, candidates)))
+    return Parts(inner, trunk, LMHead(module, *_settled(inner, z, expected, candidates)))
 
 
 def take_score_apart(model: Any) -> Parts:
@@ -121,7 +121,7 @@ def take_score_apart(model: Any) -> Parts:
         _check(module)
     except ValueError as error:
         raise ValueError(f"{what}: {str(error).replace('LM head', 'score layer')}") from None
-    parts = Parts(inner, trunk, Head(module))
+    parts = Parts(inner, trunk, LMHead(module))
     if not _runs(inner):
         return parts
     pad = inner.config.get_text_config().pad_token_id
@@ -153,7 +153,7 @@ def logit_maths(model: Any) -> tuple[float | None, float]:
     The same as in `take_apart`, for who reads hidden states at the head's door instead of running the trunk.
     """
     inner = unwrap(model)
-    module = head_of(inner)
+    module = lm_head_of(inner)
     candidates = list(_logit_maths(inner))
     if not _runs(inner):
         return _undoubted(inner, candidates)
@@ -185,7 +185,7 @@ def unwrap(model: Any) -> Any:
             return model
 
 
-def head_of(inner: Any) -> nn.Module:
+def lm_head_of(inner: Any) -> nn.Module:
     """The LM head of a transformers model; ValueError if it is nothing that the fused head can compute."""
     what = type(inner).__name__
     if not hasattr(inner, "get_output_embeddings"):
@@ -204,7 +204,7 @@ def check_vocabulary(model: Any, tokenizer: Any) -> None:
     """ValueError if the tokenizer has ids that the LM head (a reward model: the embedding) has no row for."""
     inner = unwrap(model)
     head = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
-    size = inner.get_input_embeddings().num_embeddings if head is None else _base(head_of(inner)).out_features
+    size = inner.get_input_embeddings().num_embeddings if head is None else _base(lm_head_of(inner)).out_features
     if len(tokenizer) > size:
         what = type(inner).__name__
         raise ValueError(f"{what}: its vocabulary of {size} is smaller than the tokenizer's {len(tokenizer)}")

@@ -367,7 +367,7 @@ def loss_inputs(name: str, batch: Batch) -> tuple[dict, dict]:
 
 
 def record(monkeypatch, planner: Callable) -> list:
-    """The schedules that calls make from now on, wherever the package imported `planner` to."""
+    """The plans that calls make from now on, wherever and as what the package imported `planner`."""
     made: list = []
 
     def recording(*args, **kwargs):
@@ -375,8 +375,9 @@ def record(monkeypatch, planner: Callable) -> list:
         return made[-1]
 
     for module in [m for name, m in sys.modules.items() if name.startswith("fastpref.")]:
-        if module.__name__ != planner.__module__ and vars(module).get(planner.__name__) is planner:
-            monkeypatch.setattr(module, planner.__name__, recording)
+        for name in [name for name, value in vars(module).items() if value is planner]:
+            if module.__name__ != planner.__module__:
+                monkeypatch.setattr(module, name, recording)
     return made
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 LAYERS = (  # from the ground up
-    "errors files", "losses plan rows _native", "tail walk arguments ops sharded head trunk modules", "data attention",
+    "errors files", "losses plan rows _native",
+    "tail engine arguments ops sharded head trunk modules", "data attention",
     "report", "train", "rounds integrations", "__init__ __main__ cli",
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names.split()}
@@ -35,5 +36,4 @@ def test_arrows_run_down_and_in_no_circle():
     arrows = [(a, b) for a, others in graph.items() for b in others]
     assert not [(a, b) for a, b in arrows if LEVEL[room[a]] < LEVEL[room[b]]]
     assert not [(a, b) for a, b in arrows if room[b] == "integrations" != room[a]]  # for users alone
-    graph["fastpref.rows"].discard("fastpref.rows.triton_rows")  # in one function of it, still
     TopologicalSorter(graph).prepare()  # raises CycleError, which names them

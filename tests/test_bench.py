@@ -664,12 +664,12 @@ def test_gates_on_a_cpu():
     }
 
 
-def test_the_plan_shown_is_the_plan_walked(monkeypatch):
+def test_the_plan_shown_is_the_plan_followed(monkeypatch):
     """Peers of `fp.plan`: the benchmark builds its own Problem; here it meets the one that the call builds."""
-    from fastpref import walk
+    from fastpref import engine
 
     seen = []
-    monkeypatch.setattr(walk, "plan", lambda *a: seen.append(fp.plan(*a)) or seen[-1])
+    monkeypatch.setattr(engine, "plan_of", lambda *a: seen.append(fp.plan(*a)) or seen[-1])
     for shape in (SHAPE, PADDED):
         for loss in LOSSES:
             for op in peers.OPS:

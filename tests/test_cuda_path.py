@@ -13,10 +13,10 @@ import fastpref as fp
 from fastpref import plan as make_plan
 from fastpref import rows
 from fastpref.arguments import options_of
-from fastpref.ops import _Late
+from fastpref.engine import HiddenGrad, Scored, _add_mv, full_sums, on_device
+from fastpref.ops import _late_pass, _late_plan
 from fastpref.plan import MIB
 from fastpref.rows import RowStats
-from fastpref.walk import HiddenGrad, Scored, Walk, _add_mv, full_sums, gradients, on_device
 
 VOCAB, HIDDEN = 128256, 4096
 
@@ -97,8 +97,8 @@ def inputs(lengths, *, weight_grad=True):
 
 
 @pytest.fixture
-def walked(monkeypatch):
-    """Runs a call and returns (recorder, the plan it walked, bytes of the gradients)."""
+def followed(monkeypatch):
+    """Runs a call and returns (recorder, the plan it followed, bytes of the gradients)."""
     made = []
 
     def recording(*args):
@@ -106,7 +106,7 @@ def walked(monkeypatch):
         return made[-1]
 
     monkeypatch.setattr(rows, "choose", lambda *_: MetaRows)
-    monkeypatch.setattr("fastpref.walk.plan", recording)
+    monkeypatch.setattr("fastpref.engine.plan_of", recording)
     # Without a spec a loss does not go through the custom op, which answers meta tensors with empty ones.
     monkeypatch.setattr(fp.losses.Loss, "spec", None)
 
@@ -142,8 +142,8 @@ LONG = [20000, 200, 300, 400, 19000, 220, 280, 420]
         (EVEN, None, {"weight_grad": False}, "frozen", 2),
     ],
 )
-def test_bytes_and_flops_are_the_plans(walked, lengths, budget, options, scheme, gemms):
-    recorder, found, gradients = walked(lengths, budget, **options)
+def test_bytes_and_flops_are_the_plans(followed, lengths, budget, options, scheme, gemms):
+    recorder, found, gradients = followed(lengths, budget, **options)
     n = sum(lengths)
     assert found.scheme == scheme and found.gemms == gemms
     assert any(group.long for group in found.groups) == (lengths is LONG)
@@ -157,11 +157,11 @@ def test_bytes_and_flops_are_the_plans(walked, lengths, budget, options, scheme,
 
 
 @sums_of_groups
-def test_a_loss_that_couples_the_batch_is_recomputed_within_its_budget(walked):
+def test_a_loss_that_couples_the_batch_is_recomputed_within_its_budget(followed):
     class Coupled(fp.DPO):
         coupling = "batch"
 
-    recorder, found, gradients = walked(EVEN, loss=Coupled())
+    recorder, found, gradients = followed(EVEN, loss=Coupled())
     assert found.scheme == "recompute" and 3 < found.gemms < 4
     assert recorder.flops == pytest.approx(found.flops, rel=1e-6)
     assert recorder.peak - gradients == pytest.approx(found.bytes, rel=0.02)
@@ -178,42 +178,43 @@ def test_bytes_and_flops_of_an_entropy_gradient(monkeypatch, weight_grad, rows_w
     options = options_of(hidden, weight, targets, None, -100, None, 1.0, 1.0, budget, None, None)
     options = options._replace(extras="entropy")
     with torch.no_grad(), Recorder(hidden, weight, targets) as recorder:
-        late = _Late.new(hidden, weight, None, targets, None, options)
-        walk, grads = Walk(*late), torch.empty(rows_wanted, device="meta")
-        dx, dw, _ = gradients(walk, weight, None, options.needs, late=not weight_grad)
+        plan = _late_plan(hidden, weight, targets, None, options)
+        run = _late_pass(hidden, weight, None, targets, None, options, plan)
+        upstream = torch.empty(rows_wanted, device="meta")
+        grads = run.gradients(weight, None, options.needs, late=not weight_grad)
         if weight_grad:
-            walk.forward(late.schedule.problem.whole, walk.stash)
-            walk.recompute(grads, grads, dx, dw, None, grads)
+            run.forward(plan.problem.whole, run.stash)
+            run.recompute(upstream, grads, upstream)
         else:
-            walk.frozen(dx)
-            walk.frozen_again(grads, grads, dx)
+            run.frozen(grads.hidden)
+            run.frozen_again(upstream, upstream, grads.hidden)
     assert recorder.flops == 4 * 2 * rows_wanted * VOCAB * HIDDEN
     made = hidden.nbytes + (weight.nbytes if weight_grad else 0)
-    assert late.schedule.tile_bytes <= late.schedule.budget
+    assert plan.tile_bytes <= plan.budget
     # The plan counts a sum of the parts of a slice of dW that only a stash brings.
-    assert 0.9 * late.schedule.bytes <= recorder.peak - made <= 1.02 * late.schedule.bytes
+    assert 0.9 * plan.bytes <= recorder.peak - made <= 1.02 * plan.bytes
     if weight_grad:
-        assert 2 * late.schedule.stash_rows * VOCAB * 2 <= late.schedule.budget
+        assert 2 * plan.stash_rows * VOCAB * 2 <= plan.budget
 
 
 @sums_of_groups
-def test_a_main_gradient_needs_no_second_sum(walked):
+def test_a_main_gradient_needs_no_second_sum(followed):
     into = torch.empty(VOCAB, HIDDEN, device="meta")
-    recorder, found, _ = walked(EVEN, accumulate_into=into)
+    recorder, found, _ = followed(EVEN, accumulate_into=into)
     hidden_bytes = sum(EVEN) * HIDDEN * 2
     assert len(found.groups) > 1 and found.accumulator_bytes == 0
     assert recorder.peak - hidden_bytes == pytest.approx(found.bytes, rel=0.02)
 
 
-def test_the_padded_interface_needs_the_host_and_the_packed_one_does_not(walked):
+def test_the_padded_interface_needs_the_host_and_the_packed_one_does_not(followed):
     padded = dict(
         hidden=torch.empty(4, 64, HIDDEN, device="meta", dtype=torch.bfloat16),
         targets=torch.empty(4, 64, dtype=torch.int64, device="meta"),
         cu_seqlens=None,
     )
     with pytest.raises(Exception, match="meta"):
-        walked([64] * 4, **padded)
-    walked([64] * 4)
+        followed([64] * 4, **padded)
+    followed([64] * 4)
 
 
 class Names(TorchDispatchMode):
@@ -254,10 +255,10 @@ def matmul():
 
 @sums_of_groups
 @pytest.mark.parametrize("wanted", [True, False])
-def test_gemms_add_up_in_fp32_and_leave_the_setting(walked, matmul, wanted):
+def test_gemms_add_up_in_fp32_and_leave_the_setting(followed, matmul, wanted):
     matmul.allow_bf16_reduced_precision_reduction = wanted
     with Names() as calls:
-        walked(EVEN)
+        followed(EVEN)
     gemms = calls.of("mm", "addmm")
     assert len(gemms) > 20 and not any(reduced for *_, reduced in gemms)
     assert matmul.allow_bf16_reduced_precision_reduction is wanted
@@ -276,9 +277,9 @@ def test_the_rest_of_the_setting_stays(matmul):
 
 
 @sums_of_groups
-def test_rows_of_several_groups_are_neither_gathered_nor_scattered(walked):
+def test_rows_of_several_groups_are_neither_gathered_nor_scattered(followed):
     with Names() as calls:
-        _, found, _ = walked(EVEN)
+        _, found, _ = followed(EVEN)
     assert len(found.groups) > 2 and found.order is not None
     assert not [args for _, args, *_ in calls.of("index_copy_", "index_select", "index") if args[0].ndim == 2]
     products = [out for name, args, out, _ in calls.of("mm") if args[1].shape == (VOCAB, HIDDEN)]
@@ -293,7 +294,7 @@ def emulated_mm(a, b, *, out, out_dtype=None):
 @pytest.mark.parametrize("rows_of", ["in order", "ranges", "picked"])
 @pytest.mark.parametrize("scaled", [True, False])
 def test_dx_is_rounded_once(monkeypatch, rows_of, scaled):
-    monkeypatch.setattr("fastpref.walk.fp32_gemms", lambda device: True)
+    monkeypatch.setattr("fastpref.engine.fp32_gemms", lambda device: True)
     monkeypatch.setattr(torch, "mm", emulated_mm)
     if rows_of == "ranges" and not scaled:
         pytest.skip("rows whose scalar comes last are walked in order")

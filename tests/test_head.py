@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 import fastpref as fp
-from fastpref import rows, walk
+from fastpref import engine, rows
 from tests import oracle
 from tests.oracle import IGNORE, KINDS, LOSSES, VARIANTS, make_batch, relative, variant_id
 
@@ -1044,7 +1044,7 @@ def test_logits_made_a_slice_of_the_head_at_a_time(monkeypatch):
     ref_logps = torch.randn(4)
 
     def call(cols: int) -> list[torch.Tensor]:
-        monkeypatch.setattr(walk, "LOGITS_COLS", cols)
+        monkeypatch.setattr(engine, "LOGITS_COLS", cols)
         leaves = [x.clone().requires_grad_() for x in (hidden, weight)]
         out = fp.linear_preference_loss(*leaves, targets, loss="dpo", ref_logps=ref_logps)
         return [out.logps, *torch.autograd.grad(out.loss, leaves)]

@@ -10,7 +10,7 @@ import torch
 import transformers
 from torch import nn
 
-from fastpref.trunk import Head, _settled, check_vocabulary, logit_maths, take_apart, unwrap
+from fastpref.trunk import LMHead, _settled, check_vocabulary, logit_maths, take_apart, unwrap
 from tests.families import CONFIGS, VOCAB, make_batch, make_model
 
 
@@ -167,7 +167,7 @@ def test_models_that_are_refused():
 
 
 def test_heads_that_are_not_whole():
-    head = Head(nn.Linear(4, 8))
+    head = LMHead(nn.Linear(4, 8))
     head.module.weight.data = torch.empty(0)
     with pytest.raises(ValueError, match=r"weight is an empty shard \(0,\): call the wrapped model"):
         head.operands(torch.ones(1, 4))

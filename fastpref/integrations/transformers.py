@@ -27,11 +27,11 @@ from fastpref import losses
 from fastpref.head import PreferenceOutput, linear_preference_loss
 from fastpref.losses import LossFunction, Totals
 from fastpref.trunk import (
-    Head,
+    LMHead,
     check_vocabulary,
     evaluating,
-    head_of,
     in_place_of,
+    lm_head_of,
     logit_maths,
     router_coefficient,
     unwrap,
@@ -61,7 +61,7 @@ class PreferenceRequest:
     backend: str | None = None
     logits_dtype: str | None = None
 
-    def apply(self, head: Head, hidden: Tensor) -> PreferenceOutput:
+    def apply(self, head: LMHead, hidden: Tensor) -> PreferenceOutput:
         """hidden: [S, T, H], what the model gives its LM head."""
         # Fields at their defaults are left out: a loss refuses what it does not use.
         given = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not f.default}
@@ -139,30 +139,30 @@ def _preference_forward(
     if kwargs.get("labels") is not None:
         raise ValueError("labels is given beside preference; the targets of a PreferenceRequest take its place")
     # Found anew in every call: PEFT may have wrapped it meanwhile.
-    head = Head(head_of(model), *model.fastpref_logit_maths)
+    head = LMHead(lm_head_of(model), *model.fastpref_logit_maths)
     results: list[PreferenceOutput] = []
 
-    def score(hidden: Tensor) -> Tensor:
+    def fused(hidden: Tensor) -> Tensor:
         results.append(request.apply(head, hidden))
         return hidden.new_zeros((*hidden.shape[:-1], 0))  # what is done to logits costs nothing on a vocabulary of none
 
-    with in_place_of(head.module, score):
+    with in_place_of(head.module, fused):
         outputs = original(model, *args, **{"use_cache": False, "return_dict": True} | kwargs)
     if len(results) != 1:
         raise ValueError(f"{type(model).__name__}: called its LM head {len(results)} times in one forward pass")
-    scored = results[0]
-    loss, aux_loss = (None if request.loss is None else scored.loss), getattr(outputs, "aux_loss", None)
+    result = results[0]
+    loss, aux_loss = (None if request.loss is None else result.loss), getattr(outputs, "aux_loss", None)
     if aux_loss is not None and loss is not None:
         # `totals` says that losses of the batch's parts add up; so must the router's.
-        share = 1 if request.totals is None else scored.logps.shape[0] / request.totals.sequences
+        share = 1 if request.totals is None else result.logps.shape[0] / request.totals.sequences
         loss = loss + share * router_coefficient(model) * aux_loss.to(loss.device)
     return PreferenceModelOutput(
         loss=loss,
-        logps=scored.logps,
-        ref_logps=scored.ref_logps,
-        lengths=scored.lengths,
-        extras=scored.extras or None,
-        metrics=scored.metrics,
+        logps=result.logps,
+        ref_logps=result.ref_logps,
+        lengths=result.lengths,
+        extras=result.extras or None,
+        metrics=result.metrics,
         aux_loss=aux_loss,
     )
 

@@ -30,7 +30,7 @@ class SequenceLogps:
     """What a loss sees. Tensors are [S] (pairs: first half chosen, second half rejected) unless stated.
 
     Log-probs are in nats, summed over scored tokens (times their token weights); fp32, or fp64 for fp64 inputs.
-    In a schedule that walks the batch group by group these are the sequences of one group, and `totals` still those of
+    In a plan that takes the batch group by group these are the sequences of one group, and `totals` still those of
     the batch: reduce with `pair_mean`, `sequence_mean` and `token_mean`, and the groups add up.
     """
 

@@ -34,7 +34,7 @@ from fastpref.data import Batch, Layout
 from fastpref.errors import UserError, first_line
 from fastpref.head import PreferenceOutput, linear_logps, linear_preference_loss
 from fastpref.losses import SFT, Totals
-from fastpref.trunk import Head, in_place_of, router_coefficient, take_score_apart, unwrap
+from fastpref.trunk import LMHead, in_place_of, router_coefficient, take_score_apart, unwrap
 from fastpref.trunk import take_apart as find_parts
 
 from .checkpoint import SHARDED, save, verify
@@ -54,7 +54,7 @@ class Policy:
 
     model: Any  # what is trained, saved and generates: a PreTrainedModel, or a PeftModel around one
     trunk: Any
-    head: Head
+    head: LMHead
     device: torch.device
     compute_dtype: torch.dtype
     memory_budget: int | None

@@ -1,4 +1,5 @@
-"""A call walking its plan: GEMMs, rows and the loss meet here. Knows nothing of autograd, ops or arguments.
+"""The engine: a pass over the rows of a plan, where GEMMs, rows and the loss meet. Knows nothing of autograd, ops or
+arguments. `step`, at the end, is the whole of it in one loop.
 
     z_t = W x_t            l_t = z_t[y_t] - lse(z_t)            logp_s = sum of a_t l_t over the tokens of sequence s
     L   = f(logp_1 .. logp_S),  g_s = dL / dlogp_s              a few floats
@@ -25,7 +26,8 @@ from torch import Tensor
 
 from . import losses, rows, tail
 from .losses import Loss, SequenceLogps, Totals
-from .plan import MIB, Group, Plan, Problem, add_rows, plan
+from .plan import MIB, Group, Plan, Problem, add_rows
+from .plan import plan as plan_of
 from .rows import native
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -35,7 +37,7 @@ from .rows import native
 
 @dataclass(frozen=True)
 class Scored:
-    """The rows of `hidden` that predict a scored token, in the order they are walked: the batch's, or a plan's."""
+    """The rows of `hidden` that predict a scored token, in the order of the pass: the batch's, or a plan's."""
 
     hidden: Tensor  # [*, H] as given
     index: Tensor | None  # [N] rows of hidden; None: all of them, in order
@@ -118,24 +120,51 @@ def _options_of(spec: str) -> Options:
     return Options(*values[:6], *(getattr(torch, name) for name in values[6:8]), *values[8:])
 
 
-class Head(NamedTuple):
+class Projection(NamedTuple):
     """What turns hidden rows into logits, and logits into rows of U."""
 
     weight: Tensor  # [V, H] in the compute dtype
     bias: Tensor | None  # [V]
     transform: rows.Transform
     kernels: ModuleType
-    ignore_index: int
-    logits_dtype: torch.dtype
-    extras: tuple[str, ...]  # beside log-probs and residuals
-    tail_eps: float | None
 
-    def residual(self, logits: Tensor, targets: Tensor, out: Tensor | None) -> rows.RowStats:
-        tile = rows.Tile(logits, targets, self.transform, self.bias, self.ignore_index)
-        return self.kernels.residual(tile, out, self.extras)
+    @classmethod
+    def of(cls, weight: Tensor, bias: Tensor | None, options: Options) -> Projection:
+        kernels = rows.choose(options.backend, weight.device, options.compute_dtype)
+        transform = rows.Transform(options.logit_scale, options.softcap, options.temperature)
+        return cls(weight.to(options.compute_dtype).contiguous(), bias, transform, kernels)
 
 
-def score(
+class Inputs(NamedTuple):
+    """What a preference step takes beside hidden rows and head, in the order of the custom op's arguments."""
+
+    targets: Tensor
+    cu_seqlens: Sequence[int] | None
+    ref_logps: Tensor | None
+    ref_hidden: Tensor | None
+    ref_weight: Tensor | None
+    ref_bias: Tensor | None
+    desirable: Tensor | None
+    kl: Tensor | None
+    token_weights: Tensor | None
+    totals: Tensor | None  # [3], the fields of `Totals`
+
+
+class Result(NamedTuple):
+    """What a preference step gives, in the order of the custom op's results."""
+
+    loss: Tensor
+    logps: Tensor
+    ref_logps: Tensor | None
+    lengths: Tensor
+    extras: Tensor  # [K, S] in the order of options.extras
+    tail: Tensor  # `Pass.tail`
+    hidden_grad: Tensor | None
+    weight_grad: Tensor | None
+    bias_grad: Tensor | None
+
+
+def scored_rows(
     hidden: Tensor,
     targets: Tensor,
     cu_seqlens: Sequence[int] | None,
@@ -193,8 +222,21 @@ def segment_sum(values: Tensor, counts: Tensor) -> Tensor:
     return torch.segment_reduce(values.double(), "sum", lengths=counts, unsafe=True)
 
 
-def sequence_logps_of(logps: Tensor, weights: Tensor | None, counts: Tensor) -> Tensor:
-    return segment_sum(logps if weights is None else logps * weights, counts).to(logps.dtype)
+def problem_of(
+    counts: tuple[int, ...], hidden: Tensor, weight: Tensor, index: Tensor | None, coupling: str, options: Options,
+    *, late: bool = False, scratches: int = 2, accumulate_into: Tensor | None = None,
+) -> Problem:
+    compute, needs = options.compute_dtype, options.needs
+    grad = weight.dtype if accumulate_into is None else accumulate_into.dtype
+    return Problem(
+        counts, weight.shape[1], weight.shape[0], compute.itemsize, options.logits_dtype.itemsize,
+        grad.itemsize, needs_hidden_grad=needs[0], needs_weight_grad=needs[1] or needs[2], coupling=coupling,
+        scratches=scratches, late=late, entropy_grad=late and "entropy" in options.extras,
+        cast_weight=weight.dtype != compute,
+        gathered=index is not None or hidden.dtype != compute,
+        tail=options.tail_eps is not None,
+        device="cuda" if fp32_gemms(weight.device) else "cpu",
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -332,16 +374,16 @@ class _Sum:
 class WeightGrad(_Sum):
     """dW: added up in fp32 and rounded once; or added to a buffer of the caller's."""
 
-    def __init__(self, weight: Tensor, compute_dtype: torch.dtype, schedule: Plan, into: Tensor | None) -> None:
+    def __init__(self, weight: Tensor, compute_dtype: torch.dtype, plan: Plan, into: Tensor | None) -> None:
         self.into = into is not None
         self.grad = (
             into if into is not None else _fresh(torch.empty_like(weight, memory_format=torch.contiguous_format))
         )
         self.wide = torch.promote_types(self.grad.dtype, torch.float32)
-        several = len(schedule.groups) > 1 or any(group.long for group in schedule.groups) or schedule.problem.tail
+        several = len(plan.groups) > 1 or any(group.long for group in plan.groups) or plan.problem.tail
         apart = several and self.wide != self.grad.dtype
         total = _fresh(torch.empty_like(self.grad, dtype=self.wide)) if apart else self.grad
-        super().__init__(total, compute_dtype, schedule.weight_slice, begun=self.into)
+        super().__init__(total, compute_dtype, plan.weight_slice, begun=self.into)
 
     def set_slice(self, start: int, end: int, parts: list[tuple[Tensor, Tensor]]) -> None:
         """dW[start:end] = sum of A^T B over `parts`, the whole of it."""
@@ -437,8 +479,24 @@ class HiddenGrad:
             self.grad.index_copy_(0, index, self.grad.index_select(0, index).mul_(scale))
 
 
+class Gradients(NamedTuple):
+    """Those that are wanted."""
+
+    hidden: HiddenGrad | None
+    weight: WeightGrad | None
+    bias: Tensor | None  # fp32 (fp64)
+
+    def finish(self, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """(dX, dW, db), each in its own dtype."""
+        return (
+            None if self.hidden is None else self.hidden.grad,
+            None if self.weight is None else self.weight.finish(),
+            None if self.bias is None or bias is None else self.bias.to(bias.dtype),
+        )
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# The walk
+# The pass
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -449,29 +507,48 @@ def _tiles(group: Group, tile_rows: int) -> Iterator[tuple[int, int, int]]:
         yield first, min(first + tile_rows, stop), first - start
 
 
-class Walk:
-    """One call walking its plan. Token vectors, [N], are in the order of the batch."""
+class Pass:
+    """A pass over the rows of a plan. Token vectors, [N], are in the order of the batch."""
 
-    def __init__(self, scored: Scored, head: Head, schedule: Plan, stash: Tensor | None = None) -> None:
-        self.scored, self.head, self.plan = scored, head, schedule
-        p = schedule.problem
-        stats = rows.stats_dtype(head.weight.dtype)
-        self.logps, self.lse, self.scale = (head.weight.new_zeros(p.rows, dtype=stats) for _ in range(3))
-        self.extras = {name: head.weight.new_zeros(p.rows, dtype=stats) for name in head.extras}
-        self.stash = self.tile(schedule.stash_rows) if stash is None else stash
+    def __init__(
+        self, scored: Scored, projection: Projection, options: Options, plan: Plan, stash: Tensor | None = None
+    ) -> None:
+        self.scored, self.projection, self.options, self.plan = scored, projection, options, plan
+        p, weight = plan.problem, projection.weight
+        stats = rows.stats_dtype(weight.dtype)
+        self.logps, self.lse, self.scale = (weight.new_zeros(p.rows, dtype=stats) for _ in range(3))
+        self.extras = {name: weight.new_zeros(p.rows, dtype=stats) for name in options.extras.split()}
+        self.stash = self.tile(plan.stash_rows) if stash is None else stash
         # Operands of one GEMM after another. "groups": gathered x, then dX before it is scattered, then scaled x.
-        most = max(schedule.tile_rows, schedule.stash_rows) if schedule.scheme == "groups" else schedule.tile_rows
+        most = max(plan.tile_rows, plan.stash_rows) if plan.scheme == "groups" else plan.tile_rows
         self.x_buffer = self.empty(most, p.hidden) if p.gathered else None
         self.scratch: Tensor | None = None
         self.tail = self.logps.new_zeros(3)  # squares left out of U and all of U's; active columns of all rows, as rows
 
+    def gradients(
+        self, weight: Tensor, bias: Tensor | None, needs: Sequence[bool], accumulate_into: Tensor | None = None,
+        *, late: bool = False,
+    ) -> Gradients:
+        """late: the rows of dX are scaled at the end, and not rounded before where GEMMs write fp32."""
+        p, compute = self.plan.problem, self.projection.weight.dtype
+        late = late and fp32_gemms(weight.device) and compute.itemsize < 4
+        buffer = self.x_buffer
+        if p.gathered and self.plan.scheme != "groups":
+            buffer = None if late else self.projection.weight.new_empty(
+                max(self.plan.stash_rows, self.plan.tile_rows), p.hidden
+            )
+        dx = HiddenGrad(self.scored, compute, buffer, torch.float32 if late else None) if needs[0] else None
+        dw = WeightGrad(weight, compute, self.plan, accumulate_into) if needs[1] else None
+        db = torch.zeros_like(bias, dtype=self.logps.dtype) if needs[2] and bias is not None else None
+        return Gradients(dx, dw, db)
+
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        return _fresh(self.head.weight.new_empty(shape, dtype=dtype))
+        return _fresh(self.projection.weight.new_empty(shape, dtype=dtype))
 
     def tile(self, count: int, dtype: torch.dtype | None = None) -> Tensor:
         """[count, V] for logits or residuals; on a GPU every row begins at 16 bytes, for loads of that width."""
         vocab = self.plan.problem.vocab
-        pitch = vocab if self.head.weight.device.type == "cpu" else -(-vocab // 8) * 8
+        pitch = vocab if self.projection.weight.device.type == "cpu" else -(-vocab // 8) * 8
         return self.empty(count, pitch, dtype=dtype)[:, :vocab]
 
     def operand(self, count: int) -> Tensor:
@@ -480,7 +557,7 @@ class Walk:
 
     @property
     def swept_in_place(self) -> bool:
-        return self.head.logits_dtype == self.head.weight.dtype
+        return self.options.logits_dtype == self.projection.weight.dtype
 
     def forward(self, group: Group, stash: Tensor | None) -> None:
         """Log-probs of a group's rows, and their residuals as far as the stash reaches (whole tiles)."""
@@ -488,14 +565,17 @@ class Walk:
         for first, end, place in _tiles(group, self.plan.tile_rows):
             count = end - first
             out = stash[place : place + count] if stash is not None and place + count <= kept else None
-            logits = self.logits(first, end, out)
-            found = self.head.residual(logits, self.scored.targets[first:end], out)
-            self.logps[first:end] = found.logp
-            self.lse[first:end] = found.lse
-            if found.scale is not None:
-                self.scale[first:end] = found.scale
-            for name, values in self.extras.items():
-                values[first:end] = getattr(found, name)
+            self.sweep(self.logits(first, end, out), slice(first, end), out)
+
+    def sweep(self, logits: Tensor, mine: slice, out: Tensor | None) -> None:
+        """What of a tile is kept for each of its rows, and their residuals in `out`."""
+        found = self.projection.kernels.residual(self.row_tile(logits, mine, 0), out, tuple(self.extras))
+        self.logps[mine] = found.logp
+        self.lse[mine] = found.lse
+        if found.scale is not None:
+            self.scale[mine] = found.scale
+        for name, values in self.extras.items():
+            values[mine] = getattr(found, name)
 
     def logits(self, first: int, end: int, out: Tensor | None) -> Tensor:
         """Those of a tile, in `out` where they can be swept in place."""
@@ -503,33 +583,36 @@ class Walk:
             logits = out
         else:
             if self.scratch is None:
-                self.scratch = self.tile(self.plan.tile_rows, self.head.logits_dtype)
+                self.scratch = self.tile(self.plan.tile_rows, self.options.logits_dtype)
             logits = self.scratch[: end - first]
-        return _logits(self.scored.rows(first, end, self.x_buffer), self.head.weight, logits)
+        return _logits(self.scored.rows(first, end, self.x_buffer), self.projection.weight, logits)
+
+    def row_tile(self, logits: Tensor, mine: slice, start: int) -> rows.Tile:
+        """Logits of some rows, and columns from `start` on, as the row kernels take them."""
+        _, bias, transform, _ = self.projection
+        bias = None if bias is None else bias[start : start + logits.shape[1]]
+        return rows.Tile(logits, self.scored.targets[mine], transform, bias, self.options.ignore_index, start)
 
     def sweep_again(
-        self, logits: Tensor, first: int, start: int, out: Tensor, grads: tuple[Tensor, Tensor] | None
+        self, logits: Tensor, mine: slice, start: int, out: Tensor, grads: tuple[Tensor, Tensor] | None
     ) -> None:
-        """Rows from `first` and columns from `start` on, made again: their residuals, or with grads = (g_l, g_H) of the
+        """Some rows, columns from `start` on, made again: their residuals, or with grads = (g_l, g_H) of the
         log-probs and entropies, [N], the gradient of the logits."""
-        count, cols = logits.shape
-        mine, head = slice(first, first + count), self.head
-        bias = None if head.bias is None else head.bias[start : start + cols]
-        known = [self.lse[mine]]
-        sweep = head.kernels.residual_given_lse
+        kernels, known = self.projection.kernels, [self.lse[mine]]
+        sweep = kernels.residual_given_lse
         if grads is not None:
             known += [self.extras["entropy"][mine], grads[0][mine], grads[1][mine]]
-            sweep = head.kernels.gradient_given_lse
-        sweep(rows.Tile(logits, self.scored.targets[mine], head.transform, bias, head.ignore_index, start), *known, out)
+            sweep = kernels.gradient_given_lse
+        sweep(self.row_tile(logits, mine, start), *known, out)
 
     def late_scale(self, ga: Tensor, gh: Tensor | None) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
         """What rows made again are multiplied with at the end, [N], and what is swept into them."""
         # A device keeps ignored rows: whatever they get from above, they count for nothing.
-        ga = ga.masked_fill(self.scored.targets == self.head.ignore_index, 0.0)
-        factor = self.head.transform.row_factor
+        ignored = self.scored.targets == self.options.ignore_index
+        ga, factor = ga.masked_fill(ignored, 0.0), self.projection.transform.row_factor
         if gh is None:
             return ga * factor, None
-        gh = gh.masked_fill(self.scored.targets == self.head.ignore_index, 0.0)
+        gh = gh.masked_fill(ignored, 0.0)
         # The larger of the two stays outside: a mean over 10^5 tokens would leave fp16's range.
         norm = torch.maximum(ga.abs(), gh.abs())
         divisor = norm.masked_fill(norm == 0, 1.0)
@@ -552,29 +635,27 @@ class Walk:
         for block in self.plan.groups:
             for first, end, place in _tiles(block, self.plan.tile_rows):
                 out = self.stash[place : place + end - first]
-                self.sweep_again(self.logits(first, end, out), first, 0, out, grads)
+                self.sweep_again(self.logits(first, end, out), slice(first, end), 0, out, grads)
             start, end = block.segments[0]
-            dx.put(start, self.stash[: block.rows], self.head.weight, scale[start:end])
+            dx.put(start, self.stash[: block.rows], self.projection.weight, scale[start:end])
 
-    def backward(
-        self, group: Group, w: Tensor, dx: HiddenGrad | None, dw: WeightGrad | None, db: Tensor | None
-    ) -> None:
-        """Gradients of a group whose residuals are all in the stash. w = g a scale, [N]."""
+    def backward(self, group: Group, ga: Tensor, grads: Gradients) -> None:
+        """Gradients of a group whose residuals are all in the stash. ga = g a, [N]."""
         if group.rows == 0:
             return
         start, end = group.span
-        stash, w = self.stash[: group.rows], w[start:end]
-        self.multiply(start, stash, w, dx, dw)
-        if db is not None:
-            _add_mv(db, stash, w)
+        stash, w = self.stash[: group.rows], (ga * self.scale)[start:end]
+        self.multiply(start, stash, w, grads.hidden, grads.weight)
+        if grads.bias is not None:
+            _add_mv(grads.bias, stash, w)
 
     def multiply(
         self, start: int, stash: Tensor, w: Tensor | None, dx: HiddenGrad | None, dw: _Sum | None
     ) -> None:
         """dX = diag(w) (U W) and dW += U^T (diag(w) X) of rows in the stash; without w, dX waits for its row scale."""
-        head, count = self.head, stash.shape[0]
+        (weight, _, _, kernels), eps, count = self.projection, self.options.tail_eps, stash.shape[0]
         scale = self.scale[start : start + count]
-        found = None if head.tail_eps is None else tail.find(head.kernels, stash, scale, head.tail_eps)
+        found = None if eps is None else tail.find(kernels, stash, scale, eps)
         if found is not None and found.is_worth_it:
             product = None if dx is None else self.empty(count, self.plan.problem.hidden, dtype=self.logps.dtype)
             scaled = None
@@ -582,7 +663,7 @@ class Walk:
                 scaled = self.scaled_rows(start, start + count, w, self.operand(count))
                 dw.begin()
             left_out = tail.multiply(
-                head.kernels, found, stash, head.weight, scale, product, scaled, None if dw is None else dw.total,
+                kernels, found, stash, weight, scale, product, scaled, None if dw is None else dw.total,
                 self.plan.tail_columns,
             )
             if dx is not None and product is not None:
@@ -592,70 +673,56 @@ class Walk:
         if found is not None:
             self.tail += torch.stack((0 * found.squares, found.squares, torch.full_like(found.squares, count)))
         if dx is not None:
-            dx.put(start, stash, head.weight, w)
+            dx.put(start, stash, weight, w)
         if dw is not None and w is not None:
             dw.add(stash, self.scaled_rows(start, start + count, w, self.operand(count)))
 
     def backward_long(
-        self,
-        group: Group,
-        coefficients: Tensor,
-        weights: Tensor | None,
-        dx: HiddenGrad | None,
-        scratches: list[_Sum],
-        db: list[Tensor],
+        self, group: Group, known: Tensor, dx: HiddenGrad | None, scratches: list[_Sum], db: list[Tensor]
     ) -> None:
         """Gradients of a group longer than the stash, up to its unknown scalars: dX in place, dW and db in scratches.
 
-        coefficients: [2] or [1], what each sequence of the group multiplies its scalar with; weights: a, [N].
+        known: [2] or [1], what each sequence of the group multiplies its scalar with.
         """
         for i, (start, stop) in enumerate(group.segments):
             for first in range(start, stop, self.plan.stash_rows):
                 end = min(first + self.plan.stash_rows, stop)
                 self.forward(Group((0, 0), (), ((first, end),)), self.stash)
                 stash = self.stash[: end - first]
-                w = self.scale[first:end] * coefficients[i]
-                w = w if weights is None else w * weights[first:end]
+                w = self.scale[first:end] * known[i]
+                w = w if self.scored.weights is None else w * self.scored.weights[first:end]
                 self.multiply(first, stash, w, dx, scratches[min(i, len(scratches) - 1)] if scratches else None)
                 if db:
                     _add_mv(db[min(i, len(db) - 1)], stash, w)
 
-    def recompute(
-        self,
-        w: Tensor,
-        ga: Tensor,
-        dx: HiddenGrad | None,
-        dw: WeightGrad | None,
-        db: Tensor | None,
-        gh: Tensor | None = None,
-    ) -> None:
-        """The first rows' residuals are in the stash (w = g a scale); the others' (ga = g a) are made again, slice by
-        slice of the vocabulary, so that each slice of dW is complete at once: no [V, H] sum in fp32. With gradients of
-        the entropies, gh, all rows are.
+    def recompute(self, ga: Tensor, grads: Gradients, gh: Tensor | None = None) -> None:
+        """The first rows' residuals are in the stash; the others' are made again, slice by slice of the vocabulary, so
+        that each slice of dW is complete at once: no [V, H] sum in fp32. With gradients of the entropies, gh, all rows
+        are. ga = g a, [N].
         """
-        p, cols, head = self.plan.problem, self.plan.slice_cols, self.head
+        (dx, dw, db), p, cols = grads, self.plan.problem, self.plan.slice_cols
         kept = self.plan.stash_rows if gh is None else 0
         self.scratch = None
         stash, again = self.stash[:kept], p.rows - kept
-        late, grads = self.late_scale(ga, gh)
-        factor = torch.cat((w[:kept], late[kept:]))
+        late, late_grads = self.late_scale(ga, gh)
+        factor = torch.cat(((ga * self.scale)[:kept], late[kept:]))
         if dx is not None:
             for first in range(0, kept, self.plan.tile_rows):
                 end = min(first + self.plan.tile_rows, kept)
-                dx.put(first, stash[first:end], head.weight, factor[first:end])
+                dx.put(first, stash[first:end], self.projection.weight, factor[first:end])
         scaled = self.scaled_rows(0, p.rows, factor, self.empty(p.rows, p.hidden)) if dw is not None else None
         x = self.scored.rows(kept, p.rows, self.empty(again, p.hidden) if p.gathered else None)
         dx_sum = x.new_empty(x.shape, dtype=rows.stats_dtype(x.dtype)) if dx is not None else None
         buffered = not fp32_gemms(x.device) and dx_sum is not None and dx_sum.dtype != x.dtype
         product = torch.empty_like(x) if buffered else None
         tile = self.empty(again * cols)
-        scratch = tile if self.swept_in_place else self.empty(again * cols, dtype=head.logits_dtype)
+        scratch = tile if self.swept_in_place else self.empty(again * cols, dtype=self.options.logits_dtype)
         for start in range(0, p.vocab, cols):
             end = min(start + cols, p.vocab)
-            weight, size = head.weight[start:end], again * (end - start)
+            weight, size = self.projection.weight[start:end], again * (end - start)
             logits = _logits(x, weight, scratch[:size].view(again, end - start))
             u = tile[:size].view(again, end - start)
-            self.sweep_again(logits, kept, start, u, grads)
+            self.sweep_again(logits, slice(kept, p.rows), start, u, late_grads)
             if dx_sum is not None:
                 _add_mm(dx_sum, u, weight, start > 0, product)
             if dw is not None and scaled is not None:
@@ -682,178 +749,155 @@ class Walk:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def head_of(weight: Tensor, bias: Tensor | None, options: Options) -> Head:
-    kernels = rows.choose(options.backend, weight.device, options.compute_dtype)
-    transform = rows.Transform(options.logit_scale, options.softcap, options.temperature)
-    compute = weight.to(options.compute_dtype).contiguous()
-    extras = tuple(options.extras.split())
-    return Head(compute, bias, transform, kernels, options.ignore_index, options.logits_dtype, extras, options.tail_eps)
+class Sequences:
+    """Token log-probs added up to sequences for the loss, and its scalars g brought back to rows."""
 
+    def __init__(self, loss: Loss, run: Pass, counts: Tensor, inputs: Inputs, ref_logps: Tensor | None) -> None:
+        self.loss, self.run, self.counts = loss, run, counts
+        lengths = run.scored.lengths.to(run.logps.dtype)
+        totals = totals_of(lengths) if inputs.totals is None else Totals(*inputs.totals.unbind())
+        self.logps = torch.zeros_like(lengths)
+        self.extras = lengths.new_zeros(len(run.extras), lengths.shape[0])
+        named = dict(zip(run.extras, self.extras))
+        self.unweighted = torch.zeros_like(lengths) if named and run.scored.weights is not None else None
+        self.batch = SequenceLogps(
+            self.logps, lengths, totals, ref_logps, inputs.desirable, inputs.kl, named, self.unweighted
+        )
 
-def problem_of(
-    counts: tuple[int, ...], hidden: Tensor, weight: Tensor, index: Tensor | None, coupling: str, options: Options,
-    *, late: bool = False, scratches: int = 2, accumulate_into: Tensor | None = None,
-) -> Problem:
-    compute, needs = options.compute_dtype, options.needs
-    grad = weight.dtype if accumulate_into is None else accumulate_into.dtype
-    return Problem(
-        counts, weight.shape[1], weight.shape[0], compute.itemsize, options.logits_dtype.itemsize,
-        grad.itemsize, needs_hidden_grad=needs[0], needs_weight_grad=needs[1] or needs[2], coupling=coupling,
-        scratches=scratches, late=late, entropy_grad=late and "entropy" in options.extras,
-        cast_weight=weight.dtype != compute,
-        gathered=index is not None or hidden.dtype != compute,
-        tail=options.tail_eps is not None,
-        device="cuda" if fp32_gemms(weight.device) else "cpu",
-    )
+    def of(self, group: Group) -> SequenceLogps:
+        return self.batch.select(*group.items, pairs=self.loss.coupling == "pair")
 
-
-def gradients(
-    walk: Walk, weight: Tensor, bias: Tensor | None, needs: Sequence[bool], accumulate_into: Tensor | None = None,
-    *, late: bool = False,
-) -> tuple[HiddenGrad | None, WeightGrad | None, Tensor | None]:
-    """late: the rows of dX are scaled at the end, and not rounded before where GEMMs write fp32."""
-    head, schedule = walk.head, walk.plan
-    p, compute = schedule.problem, head.weight.dtype
-    late = late and fp32_gemms(weight.device) and compute.itemsize < 4
-    buffer = walk.x_buffer
-    if p.gathered and schedule.scheme != "groups":
-        buffer = None if late else head.weight.new_empty(max(schedule.stash_rows, schedule.tile_rows), p.hidden)
-    dx = HiddenGrad(walk.scored, compute, buffer, torch.float32 if late else None) if needs[0] else None
-    dw = WeightGrad(weight, head.weight.dtype, schedule, accumulate_into) if needs[1] else None
-    db = torch.zeros_like(bias, dtype=rows.stats_dtype(head.weight.dtype)) if needs[2] and bias is not None else None
-    return dx, dw, db
-
-
-def _scratches(count: int, head: Head, schedule: Plan) -> list[_Sum]:
-    """fp32 [V, H] sums for groups longer than the stash."""
-    if not any(group.long for group in schedule.groups):
-        return []
-    wide, dtype = rows.stats_dtype(head.weight.dtype), head.weight.dtype
-    totals = (_fresh(torch.empty_like(head.weight, dtype=wide)) for _ in range(count))
-    return [_Sum(total, dtype, schedule.weight_slice) for total in totals]
-
-
-def step(
-    loss: Loss,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    cu_seqlens: Sequence[int] | None,
-    reference: tuple[Tensor, Tensor, Tensor | None] | Tensor | None,
-    desirable: Tensor | None,
-    kl: Tensor | None,
-    token_weights: Tensor | None,
-    totals: Totals | None,
-    options: Options,
-    accumulate_into: Tensor | None = None,
-) -> tuple[
-    Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None
-]:
-    """(loss, logps, ref_logps, lengths, extras [K, S] in the order of options.extras, `Walk.tail`, dX, dW, db)."""
-    check_targets(targets, weight.shape[0], options.ignore_index)
-    scored = score(hidden, targets, cu_seqlens, options.ignore_index, token_weights)
-    head = head_of(weight, bias, options)
-    problem = problem_of(scored.counts, hidden, weight, scored.index, loss.coupling, options, scratches=loss.scratches,
-                         accumulate_into=accumulate_into)
-    schedule = plan(problem, options.memory_budget)
-    counts = on_device(scored.counts, hidden.device)
-    if schedule.order is not None:
-        scored = scored.reordered(schedule.order)
-
-    def collect(group: Group, values: Tensor, into: Tensor, token_weights: Tensor | None) -> None:
-        """Sums over the tokens of every sequence of a group whose rows have been swept."""
-        for (s0, s1), (r0, r1) in zip(group.sequences, group.segments):
-            weights = None if token_weights is None else token_weights[r0:r1]
-            into[s0:s1] = sequence_logps_of(values[r0:r1], weights, counts[s0:s1])
-
-    ref_logps = reference if isinstance(reference, Tensor) else None
-    if isinstance(reference, tuple):
-        # The same tiles as the policy's: a policy that equals its reference has rewards of exactly 0.
-        ref_hidden, ref_weight, ref_bias = reference
-        check_targets(targets, ref_weight.shape[0], options.ignore_index, "ref_weight")
-        ref_options = options._replace(needs=(False, False, False), extras="")
-        ref_rows = replace(scored, hidden=ref_hidden.reshape(-1, ref_hidden.shape[-1]))
-        ref_problem = problem_of(scored.counts, ref_hidden, ref_weight, scored.index, loss.coupling, ref_options)
-        ref_problem = replace(ref_problem, gathered=ref_problem.gathered or schedule.order is not None)
-        ref_plan = replace(schedule, problem=ref_problem, stash_rows=0)
-        ref_walk = Walk(ref_rows, head_of(ref_weight, ref_bias, ref_options), ref_plan)
-        ref_token_logps = ref_walk.forward_only()
-        ref_logps = ref_token_logps.new_zeros(len(scored.counts))
-        for group in schedule.groups if schedule.scheme == "groups" else (schedule.problem.whole,):
-            collect(group, ref_token_logps, ref_logps, scored.weights)
-        del ref_walk
-
-    walk = Walk(scored, head, schedule)
-    dx, dw, db = gradients(walk, weight, bias, options.needs, accumulate_into, late=schedule.scheme == "frozen")
-    lengths = scored.lengths.to(walk.logps.dtype)
-    if totals is None:
-        totals = Totals(max(len(scored.counts), 1), lengths.sum(), lengths.chunk(2)[0].sum())
-    logps = torch.zeros_like(lengths)
-    extras = lengths.new_zeros(len(walk.extras), lengths.shape[0])
-    named = dict(zip(walk.extras, extras))
-    unweighted = torch.zeros_like(lengths) if named and scored.weights is not None else None
-    batch = SequenceLogps(logps, lengths, totals, ref_logps, desirable, kl, named, unweighted)
-
-    def loss_of(group: Group) -> tuple[Tensor, Tensor]:
+    def loss_and_gradient(self, group: Group) -> tuple[Tensor, Tensor]:
         """L of a group whose rows have been swept, and g of its sequences."""
-        collect(group, walk.logps, logps, scored.weights)
-        for sums, values in zip(extras, walk.extras.values()):
-            collect(group, values, sums, None)
-        if unweighted is not None:
-            collect(group, walk.logps, unweighted, None)
-        return losses.loss_and_gradient(loss, batch.select(*group.items, pairs=loss.coupling == "pair"))
+        run, counts = self.run, self.counts
+        _add_up(group, run.logps, run.scored.weights, counts, self.logps)
+        for sums, values in zip(self.extras, run.extras.values()):
+            _add_up(group, values, None, counts, sums)
+        if self.unweighted is not None:
+            _add_up(group, run.logps, None, counts, self.unweighted)
+        return losses.loss_and_gradient(self.loss, self.of(group))
 
-    def rows_of(group: Group, g: Tensor) -> Tensor:
+    def to_rows(self, group: Group, g: Tensor) -> Tensor:
         """g a of every row, [N]; 0 in other groups."""
-        ga, place = torch.zeros_like(walk.logps), 0
+        weights, ga, place = self.run.scored.weights, torch.zeros_like(self.run.logps), 0
         for (s0, s1), (r0, r1) in zip(group.sequences, group.segments):
-            of_rows = torch.repeat_interleave(g[place : place + s1 - s0], counts[s0:s1], output_size=r1 - r0)
-            ga[r0:r1] = of_rows if scored.weights is None else of_rows * scored.weights[r0:r1]
+            of_rows = torch.repeat_interleave(g[place : place + s1 - s0], self.counts[s0:s1], output_size=r1 - r0)
+            ga[r0:r1] = of_rows if weights is None else of_rows * weights[r0:r1]
             place += s1 - s0
         return ga
 
-    if schedule.scheme == "groups":
-        total = logps.new_zeros(())
-        scratches = _scratches(loss.scratches, head, schedule) if dw is not None else []
-        bias_scratches = [] if db is None else [torch.zeros_like(db) for _ in range(loss.scratches)]
-        for group in schedule.groups:
+
+def totals_of(lengths: Tensor) -> Totals:
+    """Of a batch that is no part of a larger one."""
+    return Totals(max(lengths.shape[0], 1), lengths.sum(), lengths.chunk(2)[0].sum())
+
+
+def _add_up(group: Group, values: Tensor, weights: Tensor | None, counts: Tensor, into: Tensor) -> None:
+    """Sums over the tokens of every sequence of a group."""
+    for (s0, s1), (r0, r1) in zip(group.sequences, group.segments):
+        of_rows = values[r0:r1] if weights is None else values[r0:r1] * weights[r0:r1]
+        into[s0:s1] = segment_sum(of_rows, counts[s0:s1]).to(values.dtype)
+
+
+def _reference_logps(
+    scored: Scored, plan: Plan, counts: Tensor, coupling: str, inputs: Inputs, options: Options
+) -> Tensor | None:
+    """[S], from the same tiles as the policy's: a policy that equals its reference has rewards of exactly 0."""
+    hidden, weight = inputs.ref_hidden, inputs.ref_weight
+    if hidden is None or weight is None:
+        return inputs.ref_logps
+    check_targets(inputs.targets, weight.shape[0], options.ignore_index, "ref_weight")
+    options = options._replace(needs=(False, False, False), extras="")
+    problem = problem_of(scored.counts, hidden, weight, scored.index, coupling, options)
+    problem = replace(problem, gathered=problem.gathered or plan.order is not None)
+    its_rows = replace(scored, hidden=hidden.reshape(-1, hidden.shape[-1]))
+    projection = Projection.of(weight, inputs.ref_bias, options)
+    token_logps = Pass(its_rows, projection, options, replace(plan, problem=problem, stash_rows=0)).forward_only()
+    logps = token_logps.new_zeros(len(scored.counts))
+    for group in plan.groups if plan.scheme == "groups" else (plan.problem.whole,):
+        _add_up(group, token_logps, scored.weights, counts, logps)
+    return logps
+
+
+def step(
+    loss: Loss, hidden: Tensor, weight: Tensor, bias: Tensor | None, inputs: Inputs, options: Options,
+    accumulate_into: Tensor | None = None,
+) -> Result:
+    check_targets(inputs.targets, weight.shape[0], options.ignore_index)
+    scored = scored_rows(hidden, inputs.targets, inputs.cu_seqlens, options.ignore_index, inputs.token_weights)
+    projection = Projection.of(weight, bias, options)
+    problem = problem_of(scored.counts, hidden, weight, scored.index, loss.coupling, options, scratches=loss.scratches,
+                         accumulate_into=accumulate_into)
+    plan = plan_of(problem, options.memory_budget)
+    counts = on_device(scored.counts, hidden.device)
+    if plan.order is not None:
+        scored = scored.reordered(plan.order)
+    ref_logps = _reference_logps(scored, plan, counts, loss.coupling, inputs, options)
+
+    run = Pass(scored, projection, options, plan)
+    grads = run.gradients(weight, bias, options.needs, accumulate_into, late=plan.scheme == "frozen")
+    sequences = Sequences(loss, run, counts, inputs, ref_logps)
+    if plan.scheme == "groups":
+        value, scratches = sequences.logps.new_zeros(()), _Scratches(loss.scratches, run, grads)
+        for group in plan.groups:  # whole pairs, whole sequences, or the batch
             if group.long:
-                known = loss.coefficients(batch.select(*group.items, pairs=loss.coupling == "pair"))
-                walk.backward_long(group, known, scored.weights, dx, scratches, bias_scratches)
-                value, g = loss_of(group)
-                late = g / known
-                for i, (start, end) in enumerate(group.segments):
-                    if dx is not None:
-                        dx.scale_range(start, end, late[i])
-                for scalar, scratch in zip(late, scratches):
-                    if dw is not None:
-                        dw.add_scaled(scratch, scalar)
-                for scalar, bias_scratch in zip(late, bias_scratches):
-                    if db is not None:
-                        db.addcmul_(bias_scratch, scalar)
-                        bias_scratch.zero_()
+                value = value + _long_group(group, run, sequences, grads, scratches)
             else:
-                walk.forward(group, walk.stash)
-                value, g = loss_of(group)
-                walk.backward(group, rows_of(group, g) * walk.scale, dx, dw, db)
-            total = total + value
+                run.forward(group, run.stash)  # tile by tile: z = x W^T, log-probs, and U = scale * stash
+                of_group, g = sequences.loss_and_gradient(group)  # a few floats, ordinary autograd
+                run.backward(group, sequences.to_rows(group, g), grads)  # w = g a scale: dX = w (U W), dW += U^T (w x)
+                value = value + of_group
     else:
-        if schedule.scheme == "frozen" and dx is not None:
-            walk.frozen(dx)
-        elif schedule.scheme == "forward":
-            walk.forward_only()
-        else:
-            walk.forward(schedule.problem.whole, walk.stash)
-        total, g = loss_of(schedule.problem.whole)
-        ga = rows_of(schedule.problem.whole, g)
-        if schedule.scheme == "frozen" and dx is not None:
-            dx.scale_rows(ga * walk.scale, hidden.dtype)
-        elif schedule.scheme == "recompute":
-            walk.recompute(ga * walk.scale, ga, dx, dw, db)
-    return (
-        total, logps, ref_logps, scored.lengths, extras, walk.tail,
-        None if dx is None else dx.grad.view(hidden.shape),
-        None if dw is None else dw.finish(),
-        None if db is None or bias is None else db.to(bias.dtype),
-    )
+        value = _one_group(run, sequences, grads, hidden.dtype)
+    dx, dw, db = grads.finish(bias)
+    dx = None if dx is None else dx.view(hidden.shape)
+    return Result(value, sequences.logps, ref_logps, scored.lengths, sequences.extras, run.tail, dx, dw, db)
+
+
+def _one_group(run: Pass, sequences: Sequences, grads: Gradients, dtype: torch.dtype) -> Tensor:
+    """The loss scalars of all rows at once: without a weight gradient, or with rows that are made again."""
+    whole, scheme = run.plan.problem.whole, run.plan.scheme
+    if scheme == "frozen" and grads.hidden is not None:
+        run.frozen(grads.hidden)
+    elif scheme == "forward":
+        run.forward_only()
+    else:
+        run.forward(whole, run.stash)
+    value, g = sequences.loss_and_gradient(whole)
+    ga = sequences.to_rows(whole, g)
+    if scheme == "frozen" and grads.hidden is not None:
+        grads.hidden.scale_rows(ga * run.scale, dtype)
+    elif scheme == "recompute":
+        run.recompute(ga, grads)
+    return value
+
+
+class _Scratches:
+    """fp32 sums of dW and db for groups longer than the stash, one for each unknown scalar."""
+
+    def __init__(self, count: int, run: Pass, grads: Gradients) -> None:
+        weight = run.projection.weight
+        long = any(group.long for group in run.plan.groups)
+        wanted = count if long and grads.weight is not None else 0
+        totals = (_fresh(torch.empty_like(weight, dtype=run.logps.dtype)) for _ in range(wanted))
+        self.weight = [_Sum(total, weight.dtype, run.plan.weight_slice) for total in totals]
+        self.bias = [torch.zeros_like(grads.bias) for _ in range(count)] if long and grads.bias is not None else []
+
+
+def _long_group(group: Group, run: Pass, sequences: Sequences, grads: Gradients, scratches: _Scratches) -> Tensor:
+    """The gradients first, as far as they are known, and then times the scalars of the loss."""
+    known = sequences.loss.coefficients(sequences.of(group))
+    run.backward_long(group, known, grads.hidden, scratches.weight, scratches.bias)
+    value, g = sequences.loss_and_gradient(group)
+    late = g / known
+    for i, (start, end) in enumerate(group.segments):
+        if grads.hidden is not None:
+            grads.hidden.scale_range(start, end, late[i])
+    for scalar, scratch in zip(late, scratches.weight):
+        if grads.weight is not None:
+            grads.weight.add_scaled(scratch, scalar)
+    for scalar, bias_scratch in zip(late, scratches.bias):
+        if grads.bias is not None:
+            grads.bias.addcmul_(bias_scratch, scalar)
+            bias_scratch.zero_()
+    return value
