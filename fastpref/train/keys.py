@@ -29,7 +29,7 @@ def _is_date(text: str) -> bool:
 
 # Rules of a key. A bound is what an error says that the key takes; None is always taken.
 BOUNDS: dict[str, Callable[[Any], bool]] = {
-    "at least 0": lambda value: value >= 0,
+    "at least 0": lambda value: 0 <= value < math.inf,
     "at least 1": lambda value: value >= 1,
     "at least 2": lambda value: value >= 2,
     "above 0": lambda value: value > 0,

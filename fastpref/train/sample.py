@@ -23,10 +23,11 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 
-from fastpref.errors import UserError
+from fastpref.errors import UserError, refuse
 
 from . import ranks
 from .display import Tick
+from .keys import check_bounds, key
 from .model import Policy, pad_token
 
 
@@ -50,26 +51,17 @@ class Sample:
 class Sampling:
     """How to sample. Raises UserError for a value that it does not take."""
 
-    n: int = 1  # responses a prompt
-    temperature: float = 1.0  # logits are divided by it; 0: the likeliest token, always
-    top_p: float = 1.0  # only from the fewest tokens that hold so much of the probability
-    max_new_tokens: int = 128
-    batch_size: int = 8  # sequences at once: n a prompt
-    seed: int = 42
+    n: int = key(1, "responses a prompt", "at least 1")
+    temperature: float = key(1.0, "logits are divided by it; 0: the likeliest token, always", "at least 0")
+    top_p: float = key(1.0, "only from the fewest tokens that hold so much of the probability", "above 0, at most 1")
+    max_new_tokens: int = key(128, "of a response", "at least 1")
+    batch_size: int = key(8, "sequences at once: n a prompt", "at least 1")
+    seed: int = key(42, "of all responses", "at least 0")
 
     def __post_init__(self) -> None:
-        for key, ok, takes in (
-            ("n", self.n >= 1, "at least 1"),
-            ("temperature", self.temperature >= 0 and math.isfinite(self.temperature), "at least 0"),
-            ("top_p", 0 < self.top_p <= 1, "above 0, at most 1"),
-            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
-            ("batch_size", self.batch_size >= 1, "at least 1"),
-            ("seed", self.seed >= 0, "at least 0"),
-        ):
-            if not ok:
-                raise UserError(f"{key} is {getattr(self, key)!r}; it takes {takes}")
-        if self.temperature == 0 and self.n > 1:
-            raise UserError(f"temperature is 0, so the n = {self.n} responses of a prompt would be equal: raise it")
+        check_bounds(self)
+        refuse((self.temperature == 0 and self.n > 1,
+                f"temperature is 0, so the n = {self.n} responses of a prompt would be equal: raise it"))
 
 
 class Engine(Protocol):
