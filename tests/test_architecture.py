@@ -1,33 +1,14 @@
 """The house's arrows: a module imports what lies below it or beside it, and no imports lead in a circle."""
 
-import ast
+import importlib.util
 from graphlib import TopologicalSorter
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-LAYERS = (  # from the ground up
-    "errors files", "losses plan rows _native",
-    "tail engine arguments ops sharded head trunk modules", "data attention",
-    "report", "train", "rounds integrations", "__init__ __main__ cli",
-)
-LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names.split()}
-FILES = {str(path.relative_to(ROOT).with_suffix("")).replace("/", ".").removesuffix(".__init__"): path
-         for path in (ROOT / "fastpref").rglob("*.py")}
-
-
-def imports(path):
-    """The modules of ours that a file imports, in functions and under TYPE_CHECKING too."""
-    package = path.relative_to(ROOT).parent.parts
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import | ast.ImportFrom):
-            base = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            above = package[: len(package) + 1 - node.level] if base and node.level else ()
-            for alias in node.names:
-                name = ".".join(filter(None, [*above, *base, alias.name]))
-                while name.startswith("fastpref.") and name not in {*FILES, "fastpref._native"}:
-                    name = name.rpartition(".")[0]  # of what is in the module
-                if name.split(".")[0] == "fastpref":
-                    yield name
+spec = importlib.util.spec_from_file_location("architecture", ROOT / "docs" / "architecture.py")
+drawn = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(drawn)
+FILES, LEVEL, imports = drawn.FILES, drawn.LEVEL, drawn.imports
 
 
 def test_arrows_run_down_and_in_no_circle():
@@ -37,3 +18,12 @@ def test_arrows_run_down_and_in_no_circle():
     assert not [(a, b) for a, b in arrows if LEVEL[room[a]] < LEVEL[room[b]]]
     assert not [(a, b) for a, b in arrows if room[b] == "integrations" != room[a]]  # for users alone
     TopologicalSorter(graph).prepare()  # raises CycleError, which names them
+
+
+def test_the_picture_is_of_these_imports():
+    """Its rooms and arrows; the lines in it may be some commits old."""
+    def shape(text):
+        return [line for line in text.splitlines() if line.startswith("<path")]
+
+    committed = (ROOT / "docs" / "architecture.svg").read_text(encoding="utf-8")
+    assert shape(committed) == shape(drawn.draw()), "run: python docs/architecture.py"
