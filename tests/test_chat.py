@@ -57,9 +57,10 @@ CALL = [{"type": "function", "id": "abcdefghi", "function": {"name": "f", "argum
 TOOL = {"role": "tool", "content": "42", "name": "f", "tool_call_id": "abcdefghi"}
 
 
-def tokenize(name, chosen, rejected=None, prompt=None, **changes):
+def tokenize(name, chosen, rejected=None, prompt=None, extra=None, **changes):
     tokenizer, rendering = made(name) if isinstance(name, str) else name
     row = {"prompt": prompt or [user("hi")], "chosen": chosen, "rejected": rejected or [assistant("else")]}
+    row |= extra or {}
     (example,), report = tokenize_records(
         records_from_rows([row]), tokenizer, rendering=dataclasses.replace(rendering, **changes), max_length=1 << 20
     )
@@ -390,6 +391,14 @@ def test_calls_that_a_template_does_not_write_are_refused(name):
     if name == "phi3":  # nor what a tool says
         with pytest.raises(ValueError, match=r"writes nothing of a message of role 'tool' \(message 3\)"):
             tokenize(name, [assistant("see"), {**TOOL, "content": "forty"}, assistant("so")])
+
+
+def test_tools_that_a_template_does_not_write_are_refused():
+    tools = {"tools": [{"type": "function", "function": {"name": "look", "description": "looks", "parameters": {}}}]}
+    tokenizer, example, _ = tokenize("qwen2_5", [assistant("so")], extra=tools)
+    assert '"name": "look"' in tokenizer.decode(example.prompt_ids)
+    with pytest.raises(ValueError, match="the chat template writes nothing of tools: leave the field out, or set chat"):
+        tokenize("phi3", [assistant("so")], extra=tools)
 
 
 def test_an_empty_turn_before_the_last_is_no_response():

@@ -269,6 +269,9 @@ class Chat:
             )
         tools, own = record.extra.get("tools") or None, record.extra.get("chat_template_kwargs") or {}
         template = self._template(bool(tools))
+        if tools and not re.search(r"\btools\b", template):
+            raise ValueError(f"{record.source}: the chat template writes nothing of tools: leave the field out, or set "
+                             "chat_template to a file with one that does")
         given = {"tools": tools, **self.rendering.chat_template_kwargs, **own, **how}
         if self.rendering.sanitize_control_tokens:
             messages = [self._sanitized(message) for message in messages]
