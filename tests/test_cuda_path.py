@@ -320,7 +320,7 @@ def test_dx_is_rounded_once(monkeypatch, rows_of, scaled):
     exact = (u.double() @ weight.double()) * scale.double()[:, None]
     assert dx.grad.dtype == torch.bfloat16
     different = (dx.grad[place] != exact.bfloat16()).double().mean()
-    assert different < 2e-3  # fp32 sums that fall on the other side; rounded twice: 0.2
+    assert different < 2e-3  # fp32 sums on the other side: 1e-4; rounded twice: 0.26, 1.4 x the error
 
 
 def test_picked_rows_are_scattered_in_one_launch_a_gemm():
@@ -341,4 +341,4 @@ def test_db_is_added_up_in_fp32():
     total = torch.ones(700)
     _add_mv(total, u, w)
     exact = 1 + u.double().t() @ w.double()
-    assert ((total - exact).norm() / exact.norm()).item() < 1e-6  # with w in bf16: 1e-3
+    assert ((total - exact).norm() / exact.norm()).item() < 1e-6  # 6e-7; with w in bf16: 2e-3
