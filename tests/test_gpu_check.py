@@ -223,6 +223,12 @@ def test_what_runs_under_the_sanitizer(monkeypatch, wrong):
     assert [line.split(":")[0] for line in found] == (["fold"] if wrong else [])
 
 
+def test_a_checkout_that_was_never_built_dries_through(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(gpu_kernels, "__file__", str(tmp_path / "bench" / "gpu_kernels.py"))
+    assert gpu_kernels.main(dry=True) == 0 and gpu_kernels.main(dry=False) == 1
+    assert "setup.py build_ext --inplace" in capsys.readouterr().out
+
+
 def test_the_extension_is_found_without_torch():
     done = subprocess.run(
         [sys.executable, "-c", "import sys; from bench import gpu_kernels as g; m = g.native(); print(m.isas()); "
