@@ -1,11 +1,11 @@
 """Accuracy: what every implementation's log-probs, dX and dW are off by, and the time it takes for that.
 
-    fastpref bench loss [--logits uniform peaked wrong huge chat smollm2] [--impl fastpref naive trl]
+    fastpref bench loss [--logits uniform peaked wrong huge negative chat smollm2] [--impl fastpref naive trl]
 
 Against fp64, on logits as a trained model has them, near-uniform ones, a model sure of its targets, one as sure of
-other tokens, logits of +-1e4, and those of a chat model on its own answers: drawn ones (`chat`) and, where asked for,
-real ones (`smollm2`). Whoever is inaccurate is timed here all the same; only what is not finite is wrong. All
-implementations of fastpref's row kernels take part. Protocol: bench/README.md.
+other tokens, logits of +-1e4, all of them near -1e4 (`negative`), and those of a chat model on its own answers: drawn
+ones (`chat`) and, where asked for, real ones (`smollm2`). Whoever is inaccurate is timed here all the same; only what
+is not finite is wrong. All implementations of fastpref's row kernels take part. Protocol: bench/README.md.
 """
 
 from __future__ import annotations

@@ -27,6 +27,7 @@ BETA, ETA = 0.1, 0.005
 LOGITS_STD = 3.0
 MEAN_NLL = 2.0  # nats a token
 HUGE_STD = 2500.0  # the largest of 32k-256k logits is then about 1e4
+ALL_LOWER = 100.0  # one hidden feature and minus one weight in every row: every logit is 1e4 lower, exactly
 WEIGHT_STD = 0.02  # what most models initialise their head with
 REFERENCE_STD = 5.0  # nats a sequence between policy and reference
 
@@ -37,6 +38,7 @@ LOGITS: dict[str, tuple[float, float | None]] = {
     "peaked": (LOGITS_STD, 0.01),  # sure of the target
     "wrong": (LOGITS_STD, 0.01),  # as sure of another token
     "huge": (HUGE_STD, None),
+    "negative": (LOGITS_STD, MEAN_NLL),  # as trained, all of them near -1e4
     "chat": (math.nan, None),  # as SmolLM2's on its own answers: `_chat`; `python -m bench.smollm2` compares
 }
 REAL = "smollm2"  # hidden rows, head and targets of that model itself (smollm2.py)
@@ -150,6 +152,8 @@ def make_batch(shape: Shape, dtype: torch.dtype, device: torch.device | str = "c
         if shape.softcap is not None:
             wanted = shape.softcap * torch.atanh((wanted / shape.softcap).clamp(-0.95, 0.95))
     hidden = shifted.view(sequences, length, shape.hidden)
+    if shape.logits == "negative":
+        hidden[..., 0], weight[:, 0] = ALL_LOWER, -ALL_LOWER
     targets[:, :prompt] = IGNORE
     index = (targets.flatten() != IGNORE).nonzero()[:, 0]
 

@@ -71,7 +71,12 @@ def test_other_logits_are_what_their_names_say():
     assert -0.03 < float(found["peaked"].token_logps.mean()) < -0.003 and found["peaked"].token_logps.min() > -0.5
     assert float(found["wrong"].token_logps.mean()) < -15
     assert 2000 < found["huge"].logits_std < 3000
-    for kind in ("uniform", "peaked", "wrong"):  # references near the policy, so that no pair is decided by rounding
+    batch = found["negative"].batch
+    logits = batch.rows().double() @ batch.weight.double().t()
+    assert -10100 < logits.min() and logits.max() < -9900 and 2 < found["negative"].logits_std < 4
+    assert -2.4 < found["negative"].token_logps.mean() < -1.6
+    # References near the policy, so that no pair is decided by rounding.
+    for kind in ("uniform", "peaked", "wrong", "negative"):
         truth = found[kind]
         assert float((truth.batch.ref_logps - truth.logps).abs().max()) < 5 * problem.REFERENCE_STD
     assert -3 < float(found["chat"].token_logps.mean()) < -0.7  # smollm2: -1.14
