@@ -216,7 +216,7 @@ def plan(problem: Problem, memory_budget: int | None = None) -> Plan:
     Depends on nothing but its arguments, so that results do not depend on what else is on the device.
 
     Raises:
-        ValueError: the budget is below what any schedule needs; the message names the least that works.
+        ValueError: the budget is below what any plan needs; the message names the least that works.
     """
     if memory_budget is None:
         memory_budget = DEFAULT_BUDGET.get(problem.device, DEFAULT_BUDGET["cpu"])

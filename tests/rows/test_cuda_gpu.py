@@ -95,7 +95,7 @@ def test_vocabularies_of_models(vocab, cluster):
     for dtype, out_dtype in ((FP32, BF16), (BF16, BF16), (FP32, FP16)):
         logits, targets = big_case(32, vocab, dtype)
         out = torch.empty(32, vocab, dtype=out_dtype, device="cuda")
-        stats = residual(logits, targets, out, transform=Transform(softcap=30.0), extras=EXTRAS, cluster=cluster)
+        stats = residual(Tile(logits, targets, Transform(softcap=30.0)), out, EXTRAS, cluster=cluster)
         want = oracle(logits, targets, Transform(softcap=30.0))
         check_stats(stats, want, ("logp", "lse", *EXTRAS))
         check_grad(stats.scale, out, want, stores=2)
@@ -122,7 +122,7 @@ def test_run_to_run_equality(cluster):
     first = None
     for _ in range(5):
         out = torch.empty(600, 50257, dtype=BF16, device="cuda")
-        stats = residual(logits, targets, out, transform=Transform(), extras=EXTRAS, cluster=cluster)
+        stats = residual(Tile(logits, targets), out, EXTRAS, cluster=cluster)
         first = first or (stats, out)
         assert all(torch.equal(a, b) for a, b in zip(stats, first[0], strict=True)) and torch.equal(out, first[1])
 
