@@ -221,6 +221,8 @@ def test_what_runs_under_the_sanitizer(monkeypatch, wrong):
     found = gpu_kernels.sweeps(_native, kernels, Host())
     assert clusters == [False, True]
     assert [line.split(":")[0] for line in found] == (["fold"] if wrong else [])
+    monkeypatch.setattr(Host, "to_host", lambda self, address, array: self.arrays[address] * 1.001)
+    assert [line.split(":")[0] for line in gpu_kernels.sweeps(_native, kernels, Host())] == ["block", "cluster", "fold"]
 
 
 def test_a_checkout_that_was_never_built_dries_through(monkeypatch, tmp_path, capsys):
