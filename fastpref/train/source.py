@@ -185,7 +185,7 @@ def put_adapter(model: Any, name: str, revision: str = "main", *, reward: bool =
         raise ValueError(f"it lacks {some(missing)}")
     if not merge:
         return model
-    whole = model.unload() if next(model.parameters()).is_meta else model.merge_and_unload(safe_merge=True)
+    whole = model.merge_and_unload(safe_merge=not next(model.parameters()).is_meta)  # safe: no weight becomes NaN
     return whole.requires_grad_(True)
 
 

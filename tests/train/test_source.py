@@ -314,6 +314,19 @@ def test_adapters_that_do_not_fit(name, world, tmp_path, quiet, adapter):
         assert not load_policy(config, make_tokenizer()).model.get_input_embeddings().weight.any()
 
 
+def test_an_adapter_that_cannot_be_merged_is_refused_before_the_weights_are_read(world, tmp_path, quiet):
+    import peft
+
+    base = LlamaForCausalLM.from_pretrained(world / "pretrained")
+    settings = peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"], lora_bias=True)
+    peft.get_peft_model(base, settings).save_pretrained(tmp_path / "adapter")
+    config = make(world, tmp_path / "run", model_name_or_path=str(tmp_path / "adapter"), merge_adapter=True)
+    for run in (dry_run, train):
+        with pytest.raises(UserError, match="Impossible to merge LoRA with `lora_bias=True`"):
+            run(config, display=quiet)
+    assert not (tmp_path / "run" / "config.yaml").exists()
+
+
 def test_the_same_embeddings_beside_an_adapter_do_no_harm(world, tmp_path, adapter):
     own = LlamaForCausalLM.from_pretrained(world / "pretrained").get_input_embeddings().weight.data
     changed_adapter(adapter, tmp_path / "adapter", lambda found: found | {EMBEDDING: own.clone()})
