@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 
 from fastpref.errors import UserError
 
@@ -60,11 +61,27 @@ def joined(config: TrainConfig) -> Iterator[None]:
             raise UserError(f"torchrun started more processes here than there are GPUs: --nproc-per-node={found}")
         torch.cuda.set_device(local)
         backend = "cpu:gloo,cuda:nccl"
-    dist.init_process_group(backend)
+    dist.init_process_group(backend, **_store_of_this_attempt())
     yield
     # Only where all ranks come to the end: after an error on one of them torchrun ends the others.
     dist.barrier()
     dist.destroy_process_group()
+
+
+def _store_of_this_attempt() -> dict[str, Any]:
+    """Where the ranks find each other. torchrun's c10d rendezvous keeps one store over its restarts, in which the
+    addresses of the processes that are gone still stand (pytorch issue 135712; torch 2.13): each attempt of a node
+    that is alone gets a corner of its own. Over several nodes the counts of restarts differ, so torchrun must not
+    share its store there."""
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
+    if not restarts or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return {}
+    if os.environ.get("GROUP_WORLD_SIZE", "1") != "1":
+        raise UserError(f"torchrun --max-restarts={restarts} over several nodes: its restarts fail while it shares its "
+                        "store (pytorch issue 135712); start it with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1")
+    store, rank, count = next(rendezvous("env://"))
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return {"store": dist.PrefixStore(f"attempt {attempt}", store), "rank": rank, "world_size": count}
 
 
 def _check(stage: TrainConfig, count: int) -> None:

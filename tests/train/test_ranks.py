@@ -180,6 +180,16 @@ def test_what_ranks_cannot_share_is_refused_at_once(world, tmp_path, monkeypatch
     assert "\n" not in str(caught.value) and not (tmp_path / "run").exists() and ranks.size() == 1
 
 
+def test_restarts_over_nodes_take_a_store_that_is_not_shared(world, tmp_path, monkeypatch):
+    """Its counts of restarts differ between nodes, and nothing else tells the attempts apart."""
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "GROUP_WORLD_SIZE": "2", "TORCHELASTIC_MAX_RESTARTS": "3",
+                        "TORCHELASTIC_USE_AGENT_STORE": "True"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="start it with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"):
+        train(config_of(world, tmp_path, "stopped"), display=quiet())
+    assert not (tmp_path / "stopped").exists() and ranks.size() == 1
+
+
 @pytest.mark.slow
 def test_torchrun_restarts_and_the_run_goes_on(world, tmp_path):
     train(config_of(world, tmp_path / "whole", "stopped"), display=quiet())
