@@ -119,7 +119,7 @@ def written_rounds(page: str) -> str:
 
 
 def written_watch(page: str) -> str:
-    always = ("logps/chosen", "logps/rejected", "rewards/accuracies", "rewards/margins", "kl",
+    always = ("logps/chosen", "logps/rejected", "rewards/accuracies", "rewards/margins",
               *(key for key in METRICS if key.startswith("watch/")))
     return _with_tables(page, {"watch": metric_table(always), "samples": metric_table(["kl", *SAMPLES])})
 

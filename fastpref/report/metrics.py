@@ -30,9 +30,11 @@ class Metric:
 METRICS = {
     "exact_match": Metric("exact match, greedy", "held-out prompts whose greedy generation has the expected answer, "
                           "over all tasks; exact_match/TASK of each", "share", "higher", "exact match"),
-    "rewards/accuracies": Metric("reward accuracy", "pairs whose chosen response has the larger implicit reward",
-                                 "share", "higher", "acc"),
-    "rewards/margins": Metric("reward margin", "implicit reward of y_c less that of y_r", "", "higher", "margin"),
+    "rewards/accuracies": Metric(
+        "reward accuracy", "pairs whose chosen response has the larger implicit reward; KTO: of all pairs of a "
+        "desirable and an undesirable response", "share", "higher", "acc"),
+    "rewards/margins": Metric("reward margin", "implicit reward of y_c less that of y_r; KTO: of the means", "",
+                              "higher", "margin"),
     "accuracy": Metric("accuracy", "reward model: pairs whose chosen response has the larger reward",
                        "share", "higher", "acc"),
     "margin": Metric("reward margin", "reward model: reward of y_c less that of y_r", "", "higher", "margin"),
@@ -47,8 +49,10 @@ METRICS = {
                                 "below its start", "share", short="chosen fell"),
     "watch/length_correlation": Metric("correlation of margin and length", "Pearson correlation of the margin with "
                                        "|y_c| - |y_r|, over all pairs of the line", short="length corr."),
-    "kl": Metric("KL to the reference", "how far the policy is from the reference, a response: seen on the data's "
-                 "responses; of fresh samples, k3 up to k1 = 0.25 nats a token, k1 beyond", "nats", short="kl"),
+    "watch/kl": Metric("KL to the reference", "how far the policy is from the reference, a response, seen on the "
+                       "data's responses", "nats", short="kl"),
+    "kl": Metric("KL", "of fresh samples: how far the policy is from the reference, a response, k3 up to k1 = 0.25 "
+                 "nats a token, k1 beyond; on other lines KTO's baseline, under TRL's name", "nats", short="baseline"),
     "loss": Metric("loss", "the loss, normalised over the global batch", "", "lower", "loss"),
     "logps": Metric("log-prob", "log-probs of the responses where there are no pairs, mean", "nats"),
     "rewards": Metric("reward", "implicit rewards where there are no pairs, mean"),

@@ -114,7 +114,7 @@ WATCH = (
           "Log-probabilities since the start", guide=(0.0, "as at the start")),
     Panel(("watch/chosen_fell",), "pairs with a chosen log-prob below its start", "Chosen log-prob fell"),
     _LENGTH,
-    Panel(("kl",), "k3 of the responses' log-ratios, nats per response",
+    Panel(("watch/kl",), "k3 of the responses' log-ratios, nats per response",
           "KL to the reference, on the data's responses", guide=(0.0, "as the reference")),
 )
 REWARD_MODEL = (
@@ -247,10 +247,11 @@ def _best(run: Run, stage: Stage) -> str:
 
 def _measured(stage: Stage, split: str, reward: str) -> list[Measured]:
     """Where both KL and reward are known: scored samples, or evaluations with their margins for a reward."""
+    kl = "kl" if split == "sample" else "watch/kl"
     return [
-        Measured(row["step"], row["kl"], row[reward], row.get(f"{reward}_error"))
+        Measured(row["step"], row[kl], row[reward], row.get(f"{reward}_error"))
         for row in stage.rows(split)
-        if is_number(row.get("kl")) and is_number(row.get(reward))
+        if is_number(row.get(kl)) and is_number(row.get(reward))
     ]
 
 

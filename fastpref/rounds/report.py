@@ -83,7 +83,7 @@ def _values(row: Values) -> list[Value]:
     found = [Value("exact match", after.get("exact_match"), percent)]
     for label, one in [("reward", one) for one in best[:1]] + [(f"best of {one['n']}", one) for one in best[1:][-1:]]:
         found.append(Value(label, one["reward"], number, one.get("error") or 0.0))
-    return [value for value in (*found, Value("KL", after.get("kl"), number)) if value.value is not None]
+    return [value for value in (*found, Value("KL", after.get("watch/kl"), number)) if value.value is not None]
 
 
 def show_table(display: Display, summary: Values) -> None:

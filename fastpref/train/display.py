@@ -30,7 +30,8 @@ SHOWN = ("loss", "rewards/margins", "rewards/accuracies", "margin", "accuracy", 
          "scored_tokens_per_s", "saved_tokens_per_s")
 # in the table at the end, and in a line
 ROWS = ("exact_match", "rewards/accuracies", "rewards/margins", "accuracy", "margin", "mean_reward", "logps/chosen",
-        "logps/rejected", "watch/chosen_change", "watch/chosen_fell", "watch/length_correlation", "kl", "loss")
+        "logps/rejected", "watch/chosen_change", "watch/chosen_fell", "watch/length_correlation", "watch/kl",
+        "kl", "loss")
 
 
 def number(name: str, value: float, digits: int = 4) -> str:

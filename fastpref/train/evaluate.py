@@ -27,8 +27,8 @@ def evaluate(policy: Policy, examples: Sequence[Example], kind: Kind, loss: Loss
     """Loss over the whole set (its own denominators) and the means of `fastpref.losses.metrics` under TRL's names; of a
     reward model those of `RewardPolicy.compute_loss`, accuracy on the held-out pairs among them.
 
-    Also the `metrics_of_pairs`: with a reference the mean of `spread_kl` as `kl`, and with `start`, which the first
-    evaluation fills, the changes since then.
+    Also the `metrics_of_pairs`: with a reference the mean of `spread_kl` as `watch/kl`, and with `start`, which the
+    first evaluation fills, the changes since then.
     """
     was_training = policy.model.training
     policy.model.eval()

@@ -577,7 +577,7 @@ def _log(run: Run, bar: StepBar, name: str, epoch: float, rate: float) -> None:
     state.window = {}
     run.log.write(name, "train", state.step, epoch, values, state.global_step)
     bar.logged(state.step, values)
-    _check_budget(run, "train", values.get("kl"))
+    _check_budget(run, "train", values.get("watch/kl"))
 
 
 def _why_stopped(run: Run, name: str) -> str:
@@ -765,7 +765,7 @@ def _evaluate(
             run.start = StartLogps(held_out)
         start = run.start if state.step == 0 or run.start.known else None
         values = evaluate(run.policy, held_out, stage.kind, stage.loss_fn, size, run.pad, eval_ref, tick, start)
-    _check_budget(run, "eval", values.get("kl"))
+    _check_budget(run, "eval", values.get("watch/kl"))
     last = state.step == _end(run, index, order.steps)
     if stage.eval_generate and (last or state.step == 0):
         values |= _exact_match(run, index)
@@ -777,7 +777,7 @@ def _evaluate(
     state.evaluated = state.step
     run.log.write(name, "eval", state.step, order.epoch(state.step), values, state.global_step)
     if state.step == 0 and not stage.ref_model_name_or_path:  # the policy is its own reference: nothing to tell
-        trivial = ("kl", "rewards/", "watch/chosen")
+        trivial = ("kl", "rewards/", "watch/kl", "watch/chosen")
         values = {key: value for key, value in values.items() if not key.startswith(trivial)}
     run.display.say(f"{name} {state.step}/{order.steps} held-out | {evaluation_line(values)}", "cyan")
 

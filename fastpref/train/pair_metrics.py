@@ -30,8 +30,8 @@ def metrics_of_pairs(kind: Kind, out: Any, batch: Batch, start: Tensor | None) -
     if out.logps is not None and kind != "sft":
         if start is not None:
             found |= changes(out.logps - start, batch.desirable)
-        if batch.ref_logps is not None and "kl" not in out.metrics:
-            found["kl"] = spread_kl(out.logps, batch.ref_logps, out.lengths)
+        if batch.ref_logps is not None:
+            found["watch/kl"] = spread_kl(out.logps, batch.ref_logps, out.lengths)
     if kind == "pair":
         found |= moments(_margins(out.metrics), _length_gaps(batch))
     return found
@@ -56,6 +56,14 @@ def spread_kl(logps: Tensor, ref_logps: Tensor, lengths: Tensor) -> Tensor:
     tokens = lengths.clamp(min=1)
     rho = (logps - ref_logps) / tokens
     return tokens * (torch.expm1(rho) - rho)
+
+
+def of_kinds(chosen: Tensor, rejected: Tensor) -> Tensor:
+    """Over all pairs of a desirable and an undesirable response, the share in which the desirable one has the larger
+    value; [n] each, NaN where a response is of the other kind."""
+    there = ~chosen.isnan()
+    below = torch.searchsorted(rejected.nan_to_num(math.inf).sort().values, chosen.nan_to_num(math.inf))
+    return (below * there).sum() / (there.sum() * (~rejected.isnan()).sum())
 
 
 def _margins(metrics: dict[str, Tensor]) -> Tensor:
@@ -153,5 +161,11 @@ class MetricSums:
             both = [torch.stack((x.nansum(), (~x.isnan()).sum().double())) for x in values]
             sums, counts = ranks.total(torch.stack(both)).unbind(1)
             scalars = dict(zip(self.parts, (sums / counts).unbind()))
+            sides = [f"rewards/{side}" for side in ("chosen", "rejected")]
+            if scalars.keys() >= set(sides) and not {"rewards/margins", "margin"} & scalars.keys():  # no pairs
+                mine = [torch.cat(self.parts[side]) for side in sides]
+                every = [torch.cat([part.to(sums.device) for part in ranks.told(one)]) for one in mine]
+                scalars["rewards/margins"] = scalars[sides[0]] - scalars[sides[1]]
+                scalars["rewards/accuracies"] = of_kinds(*every)
         scalars |= {name: value.double() for name, value in more.items()}
         return dict(zip(scalars, torch.stack(list(scalars.values())).tolist(), strict=True)) if scalars else {}

@@ -159,7 +159,7 @@ def test_the_page(whole):
 def made_up(number, reward, error, kl):
     counts = dict.fromkeys(("prompts", "responses", "empty", "duplicates", "failed", "cut"), 7)
     return {"round": number, "counts": counts, "pairs": 5, "dropped": {"all equal": 2}, "reward": 0.5, "offline": 0,
-            "after": {"kl": kl, "exact_match": 0.5}, "best_of_n": [{"n": 1, "reward": reward, "error": error}],
+            "after": {"watch/kl": kl, "exact_match": 0.5}, "best_of_n": [{"n": 1, "reward": reward, "error": error}],
             "seconds": {"sampling": 3.0, "total": 4.0}, "resumed": False}
 
 

@@ -48,7 +48,7 @@ def test_dpo_metrics(setup):
     assert found["rewards/accuracies"] == pytest.approx(float((margins > 0).double().mean()))
     lengths = torch.tensor([[len(r) for r in e.responses] for e in examples])
     ratio = ((logps - ref) / lengths).exp()
-    assert found["kl"] == pytest.approx(float((lengths * (ratio - 1 - ratio.log())).mean()), rel=1e-4)
+    assert found["watch/kl"] == pytest.approx(float((lengths * (ratio - 1 - ratio.log())).mean()), rel=1e-4)
 
 
 def test_sft_is_one_mean_over_tokens(setup):
@@ -70,6 +70,27 @@ def test_kto_has_one_baseline_for_the_whole_set(setup):
     good = torch.sigmoid(torch.tensor(0.5 * 0.7))  # every log-ratio is 0
     assert found["loss"] == pytest.approx(float(0.5 * good + 0.5 * (1 - good)), abs=1e-5)
     assert found["rewards/chosen"] == pytest.approx(0, abs=1e-5)
+
+
+@pytest.mark.parametrize("batch_size", [2, 5])
+def test_kto_is_measured_over_desirable_and_undesirable(setup, batch_size):
+    """KL is that of the responses, whatever the baseline; accuracy is of all pairs of the two kinds, however cut."""
+    policy, tokenizer, records = setup
+    examples, _ = tokenize_records(records, tokenizer, "kto", max_length=64)
+    order = eval_order(examples, batch_size)
+    cached = reference.compute(policy, examples, "kto", batch_size, 0, tick, [order])
+    shift = torch.randn(cached.logps.shape, generator=torch.Generator().manual_seed(4))
+    moved = reference.ReferenceLogps(cached.logps - shift, cached.kl + 5, cached.kl_offsets)  # so the baseline is 0
+    found = evaluate(policy, moved.attach(examples), "kto", KTO(beta=0.5), batch_size, 0, moved, tick)
+    assert found["kl"] == 0
+    lengths = torch.tensor([len(e.responses[0]) for e in examples])
+    rho = shift[:, 0].double() / lengths
+    assert found["watch/kl"] == pytest.approx(float((lengths * (rho.exp() - 1 - rho)).mean()), rel=1e-3)
+    kinds = torch.tensor([e.desirable for e in examples])
+    good, bad = 0.5 * shift[kinds, 0], 0.5 * shift[~kinds, 0]
+    assert 0.1 < (good[:, None] > bad).double().mean() < 0.9
+    assert found["rewards/accuracies"] == pytest.approx(float((good[:, None] > bad).double().mean()))
+    assert found["rewards/margins"] == pytest.approx(float(good.mean() - bad.mean()), abs=1e-4)
 
 
 def test_generation_is_plain_argmax(setup):

@@ -164,9 +164,9 @@ def test_a_run_from_nothing_to_a_report(world, tmp_path):
              "logps/rejected"}
     for row in rpo:
         extra = {"grad_norm", "learning_rate", "num_tokens", "tokens_per_s", "peak_memory_mib"}
-        assert named | (extra if row["split"] == "train" else {"kl"}) <= row.keys()
+        assert named | (extra if row["split"] == "train" else {"watch/kl"}) <= row.keys()
     first = next(row for row in rpo if row["split"] == "eval")
-    assert first["rewards/margins"] == 0 and first["kl"] == 0  # the policy is its own reference
+    assert first["rewards/margins"] == 0 and first["watch/kl"] == 0  # the policy is its own reference
     sft = [row["loss"] for row in lines if row["stage"] == "sft" and row["split"] == "eval"]
     assert sft[1] < 0.8 * sft[0]
     assert rpo[-1]["rewards/margins"] > 0.01
@@ -204,13 +204,17 @@ def test_losses_without_pairs(world, tmp_path, quiet, loss):
     ]
     data = str(write_rows(tmp_path / "labelled.jsonl", rows))
     run = tmp_path / "run"
-    summary = train(make(world, run, loss=loss, train_dataset=data, eval_dataset=data, max_steps=6,
-                         learning_rate=3e-3, per_device_train_batch_size=8), display=quiet)
+    budget = {"kl_budget": 1e-4, "kl_budget_action": "continue"} if loss == "kto" else {}
+    summary = train(make(world, run, loss=loss, train_dataset=data, eval_dataset=data, max_steps=6, logging_steps=1,
+                         learning_rate=3e-3, per_device_train_batch_size=8, **budget), display=quiet)
     assert summary["after"]["loss"] < summary["before"]["loss"]
     if loss == "kto":
         assert {"rewards/chosen", "rewards/rejected", "kl"} <= summary["after"].keys()
         assert summary["before"]["rewards/chosen"] == pytest.approx(0, abs=1e-5)
         assert summary["after"]["rewards/chosen"] > summary["after"]["rewards/rejected"]
+        reached = summary["stages"]["kto"]["kl_budget"]  # of the responses, not KTO's baseline
+        (row,) = [r for r in read_metrics(run) if r["split"] == "train" and r["step"] == reached["step"]]
+        assert reached["kl"] == row["watch/kl"] >= 1e-4 and reached["kl"] != row["kl"]
 
 
 def test_ktos_reference_is_the_policy_in_every_step(world, tmp_path, quiet):

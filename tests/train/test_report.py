@@ -57,7 +57,7 @@ def rows_of_a_run(steps=60):
         at = step / steps
         values = {"logps/chosen": -12.0 - 3.25 * at, "logps/rejected": -14.0 - 21.0 * at,
                   "rewards/chosen": -0.3 * at, "rewards/rejected": -2.1 * at, "rewards/margins": 1.8 * at,
-                  "rewards/accuracies": 0.5 + 0.4375 * at, "kl": 1.7 * at, "loss": 0.7 - 0.4 * at}
+                  "rewards/accuracies": 0.5 + 0.4375 * at, "watch/kl": 1.7 * at, "loss": 0.7 - 0.4 * at}
         if step % 20 == 0:
             yield {"stage": "rpo", "split": "eval", "step": step, **values}
         yield {"stage": "rpo", "split": "train", "step": step, "tokens_per_s": 4000.0, "peak_memory_mib": 801.5,
@@ -283,9 +283,9 @@ def test_a_step_repeated_after_a_resume_counts_once_and_later(tmp_path):
 def test_long_runs_stay_small_and_keep_their_spikes(tmp_path):
     rows = [{"stage": "rpo", "split": "train", "step": s, "loss": 9.0 if s == 7777 else math.sin(s) + 2,
              **{k: math.cos(s) for k in ("logps/chosen", "logps/rejected", "rewards/chosen", "rewards/rejected",
-                                         "rewards/margins", "kl", "tokens_per_s", "grad_norm")}}
+                                         "rewards/margins", "watch/kl", "tokens_per_s", "grad_norm")}}
             for s in range(20_000)]
-    rows += [{"stage": "rpo", "split": "eval", "step": s, "loss": 1.0, "kl": 1.0} for s in range(0, 20_000, 10)]
+    rows += [{"stage": "rpo", "split": "eval", "step": s, "loss": 1.0, "watch/kl": 1.0} for s in range(0, 20_000, 10)]
     summary = {"samples": [{"prompt": "<" * 10_000, "before": "&" * 10_000, "after": '"' * 10_000}] * 50}
     _, html = report(tmp_path, rows, summary, "note: '" + '"' * 200_000 + "'\n")
     assert len(html.encode()) < 1_000_000

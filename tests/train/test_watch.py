@@ -246,7 +246,7 @@ def test_training_lines_are_means_over_what_the_steps_saw(world, tmp_path, quiet
     train(config, display=quiet)
     (line,) = [row for row in read_metrics(tmp_path / "run") if row["split"] == "train"]
     assert len(seen) == 4  # of 11 pairs: 3 + 3 + 3, then 2
-    own_means = {"watch/chosen_change": [], "watch/chosen_fell": [], "kl": []}
+    own_means = {"watch/chosen_change": [], "watch/chosen_fell": [], "watch/kl": []}
     margins, gaps = [], []
     for step in (seen[:3], seen[3:]):
         change = torch.cat([(logps - start).view(2, -1) for logps, start, _ in step], dim=1)
@@ -254,7 +254,7 @@ def test_training_lines_are_means_over_what_the_steps_saw(world, tmp_path, quiet
         own_means["watch/chosen_change"].append(change[0].mean())
         own_means["watch/chosen_fell"].append((change[0] < -0.01).double().mean())
         rho = change / lengths
-        own_means["kl"].append((lengths * (rho.exp() - 1 - rho)).mean())
+        own_means["watch/kl"].append((lengths * (rho.exp() - 1 - rho)).mean())
         margins.append(change[0] - change[1])
         gaps.append(lengths[0] - lengths[1])
     for name, values in own_means.items():
@@ -408,11 +408,11 @@ def test_a_budget_stops_and_keeps_the_checkpoint(world, tmp_path, quiet, of):
     assert budget["of"] == of and budget["kl"] >= 0.01 and 0 < step < 12 and step % every == 0
     assert summary["stages"]["dpo"]["steps"] == step
     rows = read_metrics(folder)
-    split, key = {"f": ("sample", "kl"), "h": ("eval", "kl"), "t": ("train", "kl")}[of[0]]
+    split, key = {"f": ("sample", "kl"), "h": ("eval", "watch/kl"), "t": ("train", "watch/kl")}[of[0]]
     measured = {row["step"]: row[key] for row in rows if row["split"] == split and row["step"]}
     assert measured[step] == budget["kl"] and all(kl < 0.01 for at, kl in measured.items() if at < step)
     assert max(row["step"] for row in rows) == step and max(r["step"] for r in rows if r["split"] == "train") == step
-    assert summary["after"]["exact_match"] is not None and "kl" in summary["after"]  # evaluated where it ended
+    assert summary["after"]["exact_match"] is not None and "watch/kl" in summary["after"]  # evaluated where it ended
     assert sum(row["split"] == "eval" and row["step"] == step for row in rows) == 1
     kept = folder / "checkpoints" / budget["checkpoint"]
     assert same(load_file(kept / "model.safetensors"), weights(folder))
@@ -528,7 +528,8 @@ def test_the_report_says_what_it_cannot_tell(tmp_path):
 
 def test_without_a_scorer_the_report_says_so(tmp_path):
     rows = [
-        {"stage": "dpo", "split": "eval", "step": 10 * i, "kl": 0.5 * i, "rewards/margins": 0.1 * i} for i in range(9)
+        {"stage": "dpo", "split": "eval", "step": 10 * i, "watch/kl": 0.5 * i, "rewards/margins": 0.1 * i}
+        for i in range(9)
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     page = words_of(tmp_path)
