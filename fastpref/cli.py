@@ -10,7 +10,9 @@ from __future__ import annotations
 import argparse
 import os
 import signal
+import socket
 import sys
+import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
@@ -48,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from .train.display import quiet_imports
 
     quiet_imports()
-    from .errors import SaveError
+    from .errors import RankLost, SaveError
     from .train.loop import Stopped, TrainingError
 
     logging.disable_progress_bar()  # a bar for every save and load would break ours
@@ -64,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(error, 1, "out of GPU memory; lower per_device_train_batch_size or max_length, or set "
                                "gradient_checkpointing=full, use_peft=true (fastpref plan --model tells what fits)"
                      )
-    except (SaveError, TrainingError) as error:
+    except (RankLost, SaveError, TrainingError) as error:
         return _fail(error, 1)
     except (ValueError, TypeError, OSError, ImportError) as error:
         return _fail(error, 2)
@@ -74,6 +76,10 @@ def _fail(error: BaseException, code: int, line: str | None = None) -> int:
     if os.environ.get("FASTPREF_DEBUG") == "1":
         traceback.print_exception(error)
     text = line or " ".join(str(error).split()) or type(error).__name__
+    rank = int(os.environ.get("RANK", "0"))
+    if rank:  # what all ranks have met the first one says; torchrun ends the others meanwhile
+        time.sleep(3)
+        text = f"rank {rank} on {socket.gethostname()}: {text}"
     print(f"fastpref: {text}", file=sys.stderr)
     return code
 

@@ -11,6 +11,10 @@ class SaveError(RuntimeError):
     """A save that failed; what was saved before is untouched. Its text is the one line shown."""
 
 
+class RankLost(RuntimeError):
+    """Another process of the run is gone, or silent. Its text is the one line shown."""
+
+
 def refuse(*rules: tuple[Any, str]) -> None:
     """Raises UserError with the first message whose condition holds."""
     for wrong, message in rules:

@@ -63,6 +63,7 @@ class TrainConfig:
     prefix_sharing: bool = key(True, "packed: equal prompts once a micro-batch (with the same LoRA dropout)", RUN)
     fsdp: bool | None = key(None, "weights sharded over torchrun's processes; None: if there are several", RUN, FREE)
     dp_replicate: int = key(1, "groups that each hold the whole model (HSDP: one a node)", "at least 1", RUN, FREE)
+    ddp_timeout: int = key(1800, "seconds that ranks wait for one that does not answer", "at least 1", RUN, FREE)
 
     output_dir: str = key(MISSING, "checkpoints, metrics and the trained model", RUN, FREE, section="run")
     overwrite_output_dir: bool = key(False, "start over in a folder that holds a run", RUN, FREE)

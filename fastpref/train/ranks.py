@@ -7,8 +7,10 @@ an error of the first rank) goes over gloo between the hosts; a GPU never waits 
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -16,12 +18,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 
-from fastpref.errors import UserError
+from fastpref.errors import RankLost, UserError, first_line
 
 from .config import TrainConfig
+from .machine import versions
 
 T = TypeVar("T")
 LAUNCH = "torchrun --nproc-per-node=GPUS -m fastpref train CONFIG.yaml"
+ROLL_CALL = 5.0  # seconds
 
 
 def size() -> int:
@@ -61,27 +65,62 @@ def joined(config: TrainConfig) -> Iterator[None]:
             raise UserError(f"torchrun started more processes here than there are GPUs: --nproc-per-node={found}")
         torch.cuda.set_device(local)
         backend = "cpu:gloo,cuda:nccl"
-    dist.init_process_group(backend, **_store_of_this_attempt())
-    yield
-    # Only where all ranks come to the end: after an error on one of them torchrun ends the others.
-    dist.barrier()
+    store, mine, count = _store_of_this_attempt()
+    wait = timedelta(seconds=config.ddp_timeout)
+    dist.init_process_group(backend, store=store, rank=mine, world_size=count, timeout=wait)
+    try:
+        _refuse_differing(told(versions() | config.to_dict()))
+        yield
+        # Only where all ranks come to the end: after an error on one of them torchrun ends the others.
+        dist.barrier()
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        raise RankLost(_roll_call(store, mine, count, config.ddp_timeout, first_line(error))) from error
     dist.destroy_process_group()
 
 
-def _store_of_this_attempt() -> dict[str, Any]:
-    """Where the ranks find each other. torchrun's c10d rendezvous keeps one store over its restarts, in which the
-    addresses of the processes that are gone still stand (pytorch issue 135712; torch 2.13): each attempt of a node
-    that is alone gets a corner of its own. Over several nodes the counts of restarts differ, so torchrun must not
-    share its store there."""
+def _store_of_this_attempt() -> tuple[dist.Store, int, int]:
+    """Where the ranks find each other, this one's number, and how many they are.
+
+    torchrun's c10d rendezvous keeps one store over its restarts, in which the addresses of the processes that are gone
+    still stand (pytorch issue 135712; torch 2.13): each attempt of a node that is alone gets a corner of its own. Over
+    several nodes the counts of restarts differ, so torchrun must not share its store there."""
     restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
-    if not restarts or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return {}
-    if os.environ.get("GROUP_WORLD_SIZE", "1") != "1":
+    shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if restarts and shared and os.environ.get("GROUP_WORLD_SIZE", "1") != "1":
         raise UserError(f"torchrun --max-restarts={restarts} over several nodes: its restarts fail while it shares its "
                         "store (pytorch issue 135712); start it with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1")
-    store, rank, count = next(rendezvous("env://"))
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return {"store": dist.PrefixStore(f"attempt {attempt}", store), "rank": rank, "world_size": count}
+    store, mine, count = next(rendezvous("env://"))
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if shared and restarts else "0"
+    return dist.PrefixStore(f"fastpref attempt {attempt}", store), mine, count
+
+
+def _refuse_differing(of_ranks: Sequence[dict[str, Any]]) -> None:
+    """Versions and configurations; what every rank knows of all."""
+    first = of_ranks[0]
+    for other, found in enumerate(of_ranks):
+        for name in first.keys() | found.keys():
+            if first.get(name) != found.get(name):
+                raise UserError(f"{name} is {first.get(name)!r} on rank 0, and {found.get(name)!r} on rank {other}: "
+                                "the ranks need the same versions and the same configuration")
+
+
+def _roll_call(store: dist.Store, mine: int, count: int, wait: float, why: str) -> str:
+    """Which ranks do not say, within a few seconds, that they too have lost one."""
+    missing = set(range(count)) - {mine}
+    try:
+        store.set(f"lost {mine}", "")
+        end = time.monotonic() + min(ROLL_CALL, wait)
+        while missing and time.monotonic() < end:
+            missing = {other for other in missing if not store.check([f"lost {other}"])}
+            time.sleep(0.1)
+    except RuntimeError:
+        missing = {0}  # that keeps the store
+    names = ", ".join(map(str, sorted(missing)))
+    who = f"rank{'s' * (len(missing) > 1)} {names} of {count}" if missing else f"a rank of {count}"
+    return (f"{who} ended, or did not answer for {wait:g} s (ddp_timeout); what it said tells why, and --resume goes "
+            f"on from the last checkpoint ({why})")
 
 
 def _check(stage: TrainConfig, count: int) -> None:

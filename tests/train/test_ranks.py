@@ -6,8 +6,10 @@ import io
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -188,6 +190,71 @@ def test_restarts_over_nodes_take_a_store_that_is_not_shared(world, tmp_path, mo
     with pytest.raises(UserError, match="start it with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"):
         train(config_of(world, tmp_path, "stopped"), display=quiet())
     assert not (tmp_path / "stopped").exists() and ranks.size() == 1
+
+
+def test_ranks_that_differ_are_named():
+    same = {"torch": "2.13.0", "learning_rate": 1e-6}
+    ranks._refuse_differing([same, dict(same)])
+    with pytest.raises(UserError, match="learning_rate is 1e-06 on rank 0, and 1e-05 on rank 2: the ranks need"):
+        ranks._refuse_differing([same, same, same | {"learning_rate": 1e-5}])
+    with pytest.raises(UserError, match="triton is None on rank 0, and '3.7.0' on rank 1"):
+        ranks._refuse_differing([same, same | {"triton": "3.7.0"}])
+
+
+def test_a_roll_call_names_who_is_missing(monkeypatch):
+    monkeypatch.setattr(ranks, "ROLL_CALL", 0.3)
+    store = dist.HashStore()
+    store.set("lost 2", "")
+    said = ranks._roll_call(store, 0, 4, 60, "Connection closed by peer")
+    assert said.startswith("ranks 1, 3 of 4 ended, or did not answer for 60 s (ddp_timeout)") and "Connection" in said
+    assert ranks._roll_call(store, 1, 4, 60, "x").startswith("rank 3 of 4 ended")
+
+
+def test_the_rank_that_keeps_the_store_is_gone(monkeypatch):
+    class Gone:
+        def set(self, name, value):
+            raise dist.DistNetworkError("Connection reset by peer")
+
+    assert ranks._roll_call(Gone(), 2, 3, 60, "x").startswith("rank 0 of 3 ended")
+
+
+def processes(commands, **environment):
+    """Started side by side as ranks of one run, without torchrun."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    its = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(len(commands)), "OMP_NUM_THREADS": "1",
+           "PYTHONPATH": str(Path(__file__).parents[2])} | environment
+    return [subprocess.Popen([sys.executable, "-m", "fastpref", "train", *command], stderr=subprocess.PIPE, text=True,
+                             stdout=subprocess.DEVNULL, env=os.environ | its | {"RANK": str(rank)})
+            for rank, command in enumerate(commands)]
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_silent_is_named(world, tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config_of(world, tmp_path, "stopped").to_dict() | {"max_steps": 2000,
+                                                                                     "ddp_timeout": 8}))
+    first, second = processes([[str(path)], [str(path)]])
+    metrics = tmp_path / "stopped" / "metrics.jsonl"
+    while not (metrics.is_file() and '"train"' in metrics.read_text()):
+        assert first.poll() is None, first.stderr.read()
+        time.sleep(0.2)
+    second.send_signal(signal.SIGSTOP)
+    said = first.communicate(timeout=90)[1]
+    second.kill()
+    assert first.returncode == 1 and "fastpref: rank 1 of 2 ended, or did not answer for 8 s (ddp_timeout)" in said
+
+
+@pytest.mark.slow
+def test_what_all_ranks_meet_is_said_by_the_first(world, tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config_of(world, tmp_path, "stopped").to_dict()))
+    first, second = processes([[str(path)], [str(path), "learning_rate=0.5"]])
+    said = [one.communicate(timeout=90)[1].splitlines()[-1] for one in (first, second)]
+    line = "learning_rate is 0.0001 on rank 0, and 0.5 on rank 1: the ranks need the same versions and the same "
+    assert said[0] == f"fastpref: {line}configuration" and said[1].startswith("fastpref: rank 1 on ")
+    assert (first.returncode, second.returncode) == (2, 2) and not (tmp_path / "stopped").exists()
 
 
 @pytest.mark.slow
