@@ -75,7 +75,7 @@ def test_every_kind_has_examples():
 @pytest.mark.parametrize("kind", EXAMPLES)
 def test_a_kind(kind):
     argument, right, wrong = EXAMPLES[kind]
-    assert argument in [make_prompts.NUMBERS.get(a, a) for a in make_prompts.KINDS[kind][1]]
+    assert argument in map(make_prompts.value, make_prompts.KINDS[kind][1])
     assert [text for text in right if not verifier.meets(kind, argument, text)] == []
     assert [text for text in wrong if verifier.meets(kind, argument, text)] == []
     assert not verifier.meets(kind, argument, "") and not verifier.meets(kind, argument, " Yes no ")
@@ -179,8 +179,7 @@ def test_satisfaction():
 
 
 def verifier_argument(kind):
-    argument = make_prompts.KINDS[kind][1][0]
-    return make_prompts.NUMBERS.get(argument, 1 if argument == "one" else argument)
+    return make_prompts.value(make_prompts.KINDS[kind][1][0])
 
 
 def test_kl_and_perplexity():

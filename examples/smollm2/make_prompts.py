@@ -20,10 +20,10 @@ DATA = Path(__file__).parent / "data"
 SEED = 14
 TRAIN, HELD_OUT, HELD_OUT_OF_NEW_KIND, QUESTIONS = 80, 20, 30, 100  # prompts a kind; questions in all
 
-TASKS = (
-    "Write a short text about {}.", "Tell me something about {}.", "Describe {} briefly.",
-    "Give me some advice about {}.", "What should a beginner know about {}?",
-    "Write a short note to a friend about {}.", "Why do people care about {}?", "Write a brief introduction to {}.",
+TASKS = (  # short answers: those that end are what most constraints can be met by, and cost the least
+    "Say something about {}.", "Write a very short text about {}.", "Tell me one thing about {}.",
+    "Give me one piece of advice about {}.", "Describe {} in a few words.", "Write a line to a friend about {}.",
+    "What is nice about {}?", "Write a caption for a picture of {}.",
 )
 TOPICS = (
     "coffee", "riding a bicycle", "growing tomatoes", "the moon", "old maps", "learning the piano", "rainy days",
@@ -52,13 +52,13 @@ QUESTION_TOPICS = (
 )
 
 # kind -> (ways to ask, arguments to choose from). The first are trained, those of NEW_KINDS are not.
-NUMBERS = {"two": 2, "three": 3, "four": 4, "five": 5}
+NUMBERS = {"one": 1, "two": 2, "three": 3, "four": 4, "five": 5}
 KINDS: dict[str, tuple[tuple[str, ...], tuple[Any, ...]]] = {
     "lowercase": (("Use only lowercase letters.", "Your whole answer must be in lowercase, without capital letters."),
                   ("",)),
     "uppercase": (("Use only capital letters.", "Your whole answer must be in CAPITAL LETTERS."), ("",)),
-    "sentences": (("Answer in exactly {} sentences.", "Your answer must have exactly {} sentences."),
-                  ("one", "two", "three", "four")),
+    "sentences": (("Answer in exactly {}.", "Your answer must have exactly {}."),
+                  ("one sentence", "two sentences", "three sentences")),
     "bullets": (('Answer with exactly {} bullet points, each on a line that starts with "* ".',
                  'Your answer must be a list of exactly {} bullet points. Use "* " for each.'),
                 ("two", "three", "four", "five")),
@@ -74,7 +74,7 @@ KINDS: dict[str, tuple[tuple[str, ...], tuple[Any, ...]]] = {
              'The last words of your answer must be "{}"'),
             ("That is all.", "Have a nice day!", "I hope this helps.", "Let me know what you think.", "The end.")),
     "at_most_words": (("Use at most {} words.", "Keep your answer to {} words or fewer."), (10, 15, 20, 30)),
-    "at_least_words": (("Use at least {} words.", "Your answer must have {} words or more."), (40, 50, 60)),
+    "at_least_words": (("Use at least {} words.", "Your answer must have {} words or more."), (20, 30, 40)),
     "quoted": (("Put your whole answer in double quotation marks.",
                 'Wrap your entire answer in double quotes ("...").'), ("",)),
     "no_commas": (("Do not use any commas.", "Your answer must not contain a comma."), ("",)),
@@ -91,11 +91,18 @@ KINDS: dict[str, tuple[tuple[str, ...], tuple[Any, ...]]] = {
     "repeated": (('Use the word "{}" at least twice.', 'The word "{}" must appear two times or more.'),
                  ("truly", "simple", "always", "quiet", "wonder")),
 }
+# Asked for in the case that is asked for: of 232 answers to questions in usual writing 3 were, too few to learn from.
+CASES = {"lowercase": str.lower, "uppercase": str.upper}
 NEW_KINDS = ("numbered", "paragraphs", "postscript", "repeated")
 
 
 def chat(text: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": text}]
+
+
+def value(argument: Any) -> Any:
+    """What the verifier compares with: the number of "two" and "two sentences"."""
+    return NUMBERS.get(str(argument).split(" ")[0], argument)
 
 
 def prompts(rng: random.Random, kind: str, topics: tuple[str, ...], count: int) -> list[dict[str, Any]]:
@@ -106,8 +113,8 @@ def prompts(rng: random.Random, kind: str, topics: tuple[str, ...], count: int) 
         argument = arguments[len(found) % len(arguments)]
         topic = rng.choice(topics)
         text = f"{rng.choice(TASKS).format(topic)} {rng.choice(ways).format(argument)}"
-        value = NUMBERS.get(argument, 1 if argument == "one" else argument)
-        found.setdefault(text, {"prompt": chat(text), "kind": kind, "argument": value, "topic": topic})
+        text = CASES.get(kind, str)(text)
+        found.setdefault(text, {"prompt": chat(text), "kind": kind, "argument": value(argument), "topic": topic})
     return list(found.values())
 
 
