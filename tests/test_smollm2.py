@@ -282,7 +282,7 @@ def test_study(monkeypatch, tmp_path):
     assert len(settings["pairs_sha256"]) == 64
     result = module.one_seed(3, settings | {"num_train_epochs": 1}, tmp_path / "seed", lambda text: None)
     methods = result["methods"]
-    assert list(methods) == ["0", "0.2"] and methods["0"]["step"] == methods["0.2"]["step"] == [0, 1, 2]
+    assert list(methods) == ["0", "1.0"] and methods["0"]["step"] == methods["1.0"]["step"] == [0, 1, 2]
     trained = AutoModelForCausalLM.from_pretrained(tmp_path / "seed" / "DPO" / "model")
     change = 0.0
     for i in (0, 5):
@@ -295,11 +295,13 @@ def test_study(monkeypatch, tmp_path):
                 logps = which(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1].double().log_softmax(-1)
             change += sign * float(logps.gather(1, torch.tensor(ids)[:, None]).sum()) / 2
     assert methods["0"]["chosen"][0] == 0 and methods["0"]["chosen"][-1] == pytest.approx(change, rel=2e-3)
-    assert methods["0.2"]["chosen"][-1] > methods["0"]["chosen"][-1]  # eta holds them up
+    monkeypatch.setattr(module, "one_method", None)  # done ones are not run again
+    assert module.one_seed(3, settings | {"num_train_epochs": 1}, tmp_path / "seed", lambda text: None) == result
+    assert methods["1.0"]["chosen"][-1] > methods["0"]["chosen"][-1]  # eta holds them up
     results = {"3": result, "4": result}
     record = {"results": results, "summary": module.summarize(results), "device": "cpu, 2 threads", "seeds": [3, 4],
               "date": "2026-01-01T00:00:00+00:00", "seconds": 2.0, "versions": {"torch": "2", "fastpref": "0"}}
-    assert "| RPO η 0.2 | " in module.table(record)
+    assert "| RPO η 1 | " in module.table(record)
     assert module.draw(record)["smollm2"].axes[2].get_title() == "Constraints kept"
     monkeypatch.setattr(module, "PAIRS", tmp_path / "none")
     with pytest.raises(UserError, match="no such file; `make smollm2` makes it"):

@@ -1,7 +1,7 @@
 """DPO and RPO on a real model, from the same pairs: chosen log-probs, constraints kept, KL.
 
     make smollm2                             # its first round makes the pairs
-    python examples/studies/smollm2.py       # three seeds, an hour on two cores
+    python examples/studies/smollm2.py       # three seeds; a method of a seed that is done is not run again
 
 Does what RPO's paper (arXiv 2405.16436) says of DPO, that it drives the log-probs of chosen responses down, hold for
 SmolLM2-135M-Instruct, and what does it cost? Per seed both train on the pairs that the first round of `make smollm2`
@@ -48,8 +48,9 @@ GROUPS = ("trained kinds", "held-out kinds")
 def settings(quick: bool) -> dict[str, Any]:
     if not PAIRS.is_file():
         raise UserError(f"{PAIRS}: no such file; `make smollm2` makes it")
-    found = {"pairs_sha256": hashlib.sha256(PAIRS.read_bytes()).hexdigest(), "etas": [0, 0.2], "eval_steps": 5,
-             "num_train_epochs": 2, "prompts_a_kind": 10}
+    values = yaml.safe_load(SETTINGS.read_text(encoding="utf-8"))
+    found = {"pairs_sha256": hashlib.sha256(PAIRS.read_bytes()).hexdigest(), "etas": [0, values["eta"]],
+             "eval_steps": 5, "prompts_a_kind": 8, "num_train_epochs": values["num_train_epochs"], "of": values}
     return found | ({"num_train_epochs": 0.2, "prompts_a_kind": 1, "eval_steps": 1} if quick else {})
 
 
@@ -60,42 +61,50 @@ def rounds_config() -> Config:
 
 
 def one_seed(seed: int, settings: dict[str, Any], folder: Path, say: study.Say) -> dict[str, Any]:
-    """Curves of held-out pairs, and the report of each method; goes on from what an interrupted run left."""
+    """Of each method its curves of held-out pairs and its report; goes on from what an interrupted run left."""
     folder.mkdir(exist_ok=True)
     lines = PAIRS.read_text(encoding="utf-8").splitlines(keepends=True)
     for name, held_out in (("train", False), ("heldout", True)):
         kept = [line for i, line in enumerate(lines) if (i % HELD_OUT_PAIRS == 0) == held_out]
         (folder / f"{name}.jsonl").write_text("".join(kept), encoding="utf-8")
     logging.disable_progress_bar()
-    base = rounds_config()
     found = {}
     for eta in settings["etas"]:
-        say(method_name(eta))
-        values = {key: value for key, value in yaml.safe_load(SETTINGS.read_text(encoding="utf-8")).items()
-                  if key not in ("rounds", "eta")}
-        values |= {
-            "model_name_or_path": base.train.model_name_or_path, "output_dir": str(folder / method_name(eta)),
-            "seed": seed, "train_dataset": str(folder / "train.jsonl"), "eval_dataset": str(folder / "heldout.jsonl"),
-            "eval_steps": settings["eval_steps"], "num_train_epochs": settings["num_train_epochs"],
-            "reference_dir": str(folder / "reference"), "save_steps": 0, "loss": "rpo" if eta else "dpo",
-        } | ({"eta": eta} if eta else {})
-        config = config_from_dict(values, NAME)
-        train(config, resume=True, display=Display(Console(file=io.StringIO())))
-        lines_read = (folder / method_name(eta) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        curve = [line for line in map(json.loads, lines_read) if line["split"] == "eval"]
-        say(f"{method_name(eta)}: answers")
-        most, model = settings["prompts_a_kind"], Path(config.output_dir) / "model"
-        made = report.measure(replace(base, train=config), model, most, 2 * most, seed=report.SEED + seed)
-        found[str(eta)] = {
-            "step": [line["step"] for line in curve],
-            "chosen": [study.significant(line["logps/chosen"] - curve[0]["logps/chosen"]) for line in curve],
-            "rejected": [study.significant(line["logps/rejected"] - curve[0]["logps/rejected"]) for line in curve],
-            "kl": study.significant(made["kl"]["nats_per_response"]),
-            "perplexity": {when: study.significant(ppl) for when, ppl in made["perplexity_under_start"].items()},
-            "kept": {group: {when: made["satisfaction"][group][when]["share"] for when in ("before", "after")}
-                     for group in GROUPS},
-        }
+        done = folder / f"{method_name(eta)}.json"
+        record = json.loads(done.read_text(encoding="utf-8")) if done.is_file() else {}
+        if record.get("settings") != settings:
+            record = {"settings": settings, "result": one_method(eta, seed, settings, folder, say)}
+            done.write_text(json.dumps(record), encoding="utf-8")
+        found[str(eta)] = record["result"]
     return {"methods": found}
+
+
+def one_method(eta: float, seed: int, settings: dict[str, Any], folder: Path, say: study.Say) -> dict[str, Any]:
+    say(method_name(eta))
+    base = rounds_config()
+    values = {key: value for key, value in settings["of"].items() if key not in ("rounds", "eta")}
+    values |= {
+        "model_name_or_path": base.train.model_name_or_path, "output_dir": str(folder / method_name(eta)),
+        "seed": seed, "train_dataset": str(folder / "train.jsonl"), "eval_dataset": str(folder / "heldout.jsonl"),
+        "eval_steps": settings["eval_steps"], "num_train_epochs": settings["num_train_epochs"],
+        "reference_dir": str(folder / "reference"), "save_steps": 0, "loss": "rpo" if eta else "dpo",
+    } | ({"eta": eta} if eta else {})
+    config = config_from_dict(values, NAME)
+    train(config, resume=True, display=Display(Console(file=io.StringIO())))
+    lines = (folder / method_name(eta) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    curve = [line for line in map(json.loads, lines) if line["split"] == "eval"]
+    say(f"{method_name(eta)}: answers")
+    most, model = settings["prompts_a_kind"], Path(config.output_dir) / "model"
+    made = report.measure(replace(base, train=config), model, most, 2 * most, seed=report.SEED + seed)
+    return {
+        "step": [line["step"] for line in curve],
+        "chosen": [study.significant(line["logps/chosen"] - curve[0]["logps/chosen"]) for line in curve],
+        "rejected": [study.significant(line["logps/rejected"] - curve[0]["logps/rejected"]) for line in curve],
+        "kl": study.significant(made["kl"]["nats_per_response"]),
+        "perplexity": {when: study.significant(ppl) for when, ppl in made["perplexity_under_start"].items()},
+        "kept": {group: {when: made["satisfaction"][group][when]["share"] for when in ("before", "after")}
+                 for group in GROUPS},
+    }
 
 
 def method_name(eta: float | str) -> str:
