@@ -1,7 +1,9 @@
 """fastpref: preference losses fused with the LM head. The `[tokens, vocabulary]` logits are never built."""
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from . import losses
-from .head import PreferenceOutput, TokenStats, linear_logps, linear_preference_loss, linear_token_stats
 from .losses import (
     AOT,
     BCO,
@@ -38,38 +40,41 @@ from .losses import (
     get_loss,
     tail_weights,
 )
-from .modules import (
-    AOTLoss,
-    AOTUnpairedLoss,
-    APODownLoss,
-    APOZeroLoss,
-    APOZeroUnpairedLoss,
-    BCOLoss,
-    BCOPairLoss,
-    ChosenSFTLoss,
-    CPOLoss,
-    DiscoPOPLoss,
-    DPOLoss,
-    DPONormLoss,
-    EXOLoss,
-    HingeLoss,
-    IPOLoss,
-    IterativeRPOLoss,
-    KTOLoss,
-    NCALoss,
-    ORPOLoss,
-    PreferenceLoss,
-    RDPOLoss,
-    RobustDPOLoss,
-    RPOLoss,
-    SFTLoss,
-    SimPOLoss,
-    SLiCLoss,
-    SPPOLoss,
-    WeightedSumLoss,
-    WPOLoss,
-)
 from .plan import Plan, Problem, plan
+
+if TYPE_CHECKING:
+    from .head import PreferenceOutput, TokenStats, linear_logps, linear_preference_loss, linear_token_stats
+    from .modules import (
+        AOTLoss,
+        AOTUnpairedLoss,
+        APODownLoss,
+        APOZeroLoss,
+        APOZeroUnpairedLoss,
+        BCOLoss,
+        BCOPairLoss,
+        ChosenSFTLoss,
+        CPOLoss,
+        DiscoPOPLoss,
+        DPOLoss,
+        DPONormLoss,
+        EXOLoss,
+        HingeLoss,
+        IPOLoss,
+        IterativeRPOLoss,
+        KTOLoss,
+        NCALoss,
+        ORPOLoss,
+        PreferenceLoss,
+        RDPOLoss,
+        RobustDPOLoss,
+        RPOLoss,
+        SFTLoss,
+        SimPOLoss,
+        SLiCLoss,
+        SPPOLoss,
+        WeightedSumLoss,
+        WPOLoss,
+    )
 
 __version__ = "0.1.0"
 
@@ -84,3 +89,15 @@ __all__ = [
     "WeightedSumLoss", "get_loss", "linear_logps", "linear_preference_loss", "linear_token_stats", "losses", "plan",
     "tail_weights",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """What computes is imported when it is asked for: it needs torch, which takes a second or two to import."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    home = importlib.import_module(".modules" if name.endswith("Loss") else ".head", __name__)
+    return globals().setdefault(name, getattr(home, name))
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,5 +1,4 @@
-"""The command `fastpref`: train, rounds, eval, preview, info, losses, plan. A user's error is one line on
-stderr, exit code 2.
+"""The command `fastpref`. A user's error is one line on stderr, exit code 2.
 
 Other exit codes: 1 for a run that cannot go on (disk full, NaN gradients, out of memory), 130 after Ctrl-C, 143 after
 SIGTERM. FASTPREF_DEBUG=1 shows the traceback as well.
@@ -16,8 +15,10 @@ import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from . import __version__
+from .errors import RankLost, SaveError, Stopped, TrainingError
 
 EXAMPLES = """examples:
   fastpref train examples/quickstart.yaml
@@ -43,18 +44,9 @@ EXTRAS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit code."""
     options = parse(arguments)
-    # Loading transformers takes seconds; --help and a mistyped option should not.
-    import torch
-    from transformers.utils import logging
-
-    from .train.display import quiet_imports
-
-    quiet_imports()
-    from .errors import RankLost, SaveError
-    from .train.loop import Stopped, TrainingError
-
-    logging.disable_progress_bar()  # a bar for every save and load would break ours
     try:
+        if not options.light:
+            _quiet_models()
         return options.run(options) or 0
     except Stopped as stopped:
         print(f"fastpref: {stopped}", file=sys.stderr)
@@ -62,14 +54,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("fastpref: aborted; the last complete checkpoint is as it was", file=sys.stderr)
         return 128 + signal.SIGINT
-    except torch.OutOfMemoryError as error:
-        return _fail(error, 1, "out of GPU memory; lower per_device_train_batch_size or max_length, or set "
-                               "gradient_checkpointing=full, use_peft=true (fastpref plan --model tells what fits)"
-                     )
     except (RankLost, SaveError, TrainingError) as error:
         return _fail(error, 1)
     except (ValueError, TypeError, OSError, ImportError) as error:
         return _fail(error, 2)
+    except RuntimeError as error:
+        if "torch" not in sys.modules or not isinstance(error, sys.modules["torch"].OutOfMemoryError):
+            raise
+        return _fail(error, 1, "out of GPU memory; lower per_device_train_batch_size or max_length, or set "
+                               "gradient_checkpointing=full, use_peft=true (fastpref plan --model tells what fits)")
+
+
+def _quiet_models() -> None:
+    """Loads transformers, which takes seconds: not for --help, `keys` or a mistyped option."""
+    from .train.display import quiet_imports
+
+    quiet_imports()
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # a bar for every save and load would break ours
 
 
 def _fail(error: BaseException, code: int, line: str | None = None) -> int:
@@ -97,11 +100,11 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 class _Command(argparse.ArgumentParser):
-    """A command whose --help ends with what its default `keys` tells."""
+    """A command whose --help ends with what its default `more` tells."""
 
     def format_help(self) -> str:
-        keys = self.get_default("keys")
-        return super().format_help() + (keys() if keys else "")
+        more = self.get_default("more")
+        return super().format_help() + (more() if more else "")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -112,6 +115,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"fastpref {__version__}")
+    parser.set_defaults(light=False)
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Command)
 
     command = commands.add_parser("train", help="train as a configuration file says")
@@ -119,12 +123,12 @@ def _parser() -> argparse.ArgumentParser:
     how = command.add_mutually_exclusive_group()
     how.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in output_dir")
     how.add_argument("--dry-run", action="store_true", help="check and count everything; no weights, nothing written")
-    command.set_defaults(run=_train, keys=_train_keys)
+    command.set_defaults(run=_train, more=_common_keys)
 
     command = commands.add_parser("rounds", help="sample, score, pair and train, again and again")
     _takes_config(command, "YAML file, as for train, with a section `rounds` of the keys below")
     command.add_argument("--resume", action="store_true", help="go on with the rounds in output_dir")
-    command.set_defaults(run=_rounds, keys=_rounds_keys)
+    command.set_defaults(run=_rounds, more=_rounds_keys)
 
     command = commands.add_parser("eval", help="held-out metrics of a trained run, or of a configuration's model")
     command.add_argument("source", metavar="RUN_DIR|CONFIG", help="folder of a run, or a YAML file")
@@ -140,11 +144,15 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("overrides", nargs="*", metavar="n|key=value", help="how many records (3); settings")
     command.set_defaults(run=_preview)
 
+    command = commands.add_parser("keys", help="the keys of a configuration file: default, meaning, what each takes")
+    command.add_argument("word", nargs="?", metavar="WORD", help="those that speak of it, or are called so elsewhere")
+    command.set_defaults(run=_keys, light=True)
+
     command = commands.add_parser("info", help="versions, devices, and what is available here and why something is not")
-    command.set_defaults(run=_info)
+    command.set_defaults(run=_info, light=True)
 
     command = commands.add_parser("losses", help="every loss: formula, what it needs, paper")
-    command.set_defaults(run=_losses)
+    command.set_defaults(run=_losses, light=True)
 
     command = commands.add_parser("plan", help="memory that training a model takes, or how the fused head runs")
     command.add_argument("--model", help="hub id, or a folder with a config.json: the memory of all ways to train it")
@@ -158,11 +166,11 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
     command.add_argument("--budget-mib", type=int, default=2048, help="workspace; default 2048")
     command.add_argument("--frozen-head", action="store_true", help="no gradient for the LM head's weight (LoRA)")
-    command.set_defaults(run=_plan)
+    command.set_defaults(run=_plan, light=True)
 
     command = commands.add_parser("bench", help="microbenchmarks, and comparing two of their results")
     command.add_argument("arguments", nargs=argparse.REMAINDER, metavar="COMMAND ...", help="none: lists them")
-    command.set_defaults(run=_bench)
+    command.set_defaults(run=_bench, light=True, more=_bench_commands)
     return parser
 
 
@@ -171,18 +179,42 @@ def _takes_config(command: argparse.ArgumentParser, what: str) -> None:
     command.add_argument("overrides", nargs="*", metavar="key=value", help="instead of what the file says")
 
 
-def _train_keys() -> str:
+def _common_keys() -> str:
     from .train.config import TrainConfig
-    from .train.keys import help_text
+    from .train.keys import COMMON, help_text, keys_of
 
-    return help_text(TrainConfig)
+    every = keys_of(TrainConfig).values()
+    common = [key._replace(section="") for key in every if COMMON in key.rules]
+    return (f"\nthe commonest keys [with their defaults]:\n{help_text(common)}\n"
+            f"\nall {len(every)}: fastpref keys; those about lengths: fastpref keys length\n"
+            "a file with comments for your case: fastpref init --help\n")
 
 
 def _rounds_keys() -> str:
     from .rounds.config import RoundsConfig
-    from .train.keys import help_text
+    from .train.keys import help_text, keys_of
 
-    return help_text(RoundsConfig)
+    return ("\nkeys of the section `rounds` [with their defaults]; the file's others: fastpref keys\n\n"
+            + help_text(keys_of(RoundsConfig).values()) + "\n")
+
+
+def _keys(options: argparse.Namespace) -> None:
+    from .errors import UserError
+    from .rounds.config import RoundsConfig
+    from .train.config import TrainConfig, options_of_losses
+    from .train.keys import help_text, keys_of, matching
+
+    found = []
+    for config, prefix in ((TrainConfig, ""), (RoundsConfig, "rounds.")):
+        keys = list(keys_of(config).values())
+        if keys := matching(keys, options.word) if options.word else keys:
+            found.append(help_text(keys, prefix))
+    of_losses = options_of_losses()
+    if keys := matching(of_losses, options.word) if options.word else of_losses:
+        found.append(help_text(keys))
+    if not found:
+        raise UserError(f"no key speaks of {options.word!r}; `fastpref keys` lists them all")
+    print("\n\n".join(found))
 
 
 def _train(options: argparse.Namespace) -> None:
@@ -323,6 +355,7 @@ def _plan(options: argparse.Namespace) -> None:
     if options.model is not None:
         from .train.memory_estimate import load_sizes, plan_text
 
+        _quiet_models()
         found = load_sizes(options.model, options.max_tokens, options.lora_r)
         print(plan_text(options.model, found, options.gpu_gib, options.budget_mib * MIB))
         return
@@ -339,7 +372,15 @@ def _plan(options: argparse.Namespace) -> None:
     print(plan(problem, options.budget_mib * MIB))
 
 
+def _bench_commands() -> str:
+    return "\n" + _benchmarks().USAGE
+
+
 def _bench(options: argparse.Namespace) -> int:
+    return _benchmarks().main(options.arguments)
+
+
+def _benchmarks() -> Any:
     """They are part of the source tree and of the sdist, not of the wheel."""
     root = Path(__file__).parent.parent
     if not (root / "bench" / "__main__.py").is_file():
@@ -349,6 +390,6 @@ def _bench(options: argparse.Namespace) -> int:
         )
     if str(root) not in sys.path:
         sys.path.insert(0, str(root))
-    from bench.__main__ import main as bench
+    from bench import __main__
 
-    return bench(options.arguments)
+    return __main__

@@ -15,6 +15,18 @@ class RankLost(RuntimeError):
     """Another process of the run is gone, or silent. Its text is the one line shown."""
 
 
+class TrainingError(RuntimeError):
+    """The run cannot go on; its text is the one line shown."""
+
+
+class Stopped(Exception):
+    """A signal asked the run to end; what it had done is saved."""
+
+    def __init__(self, signum: int, message: str) -> None:
+        super().__init__(message)
+        self.signum = signum
+
+
 def refuse(*rules: tuple[Any, str]) -> None:
     """Raises UserError with the first message whose condition holds."""
     for wrong, message in rules:

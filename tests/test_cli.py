@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -17,6 +19,7 @@ import yaml
 
 import fastpref
 from fastpref import cli
+from fastpref.train.config import TrainConfig
 
 sys.path.insert(0, str(Path(__file__).parent / "train"))
 from tiny import make_config, make_pairs, make_tokenizer, settings, write_rows  # noqa: E402
@@ -79,14 +82,66 @@ def test_version_info_and_plan(capsys):
 
 
 @pytest.mark.parametrize(("command", "line"), [
-    ("train", "  save_steps [500] 0: only where a stage ends, and when stopped (whole number, at least 0)"),
+    ("train", "  max_length [1024] prompt + longest response (whole number, at least 2)"),
     ("rounds", "  generation_batch_size [32] responses generated at once (whole number, at least 1)"),
 ])
-def test_help_of_a_command_lists_the_keys_of_its_file(capsys, command, line):
+def test_help_of_a_command_lists_the_keys_of_its_file(capsys, monkeypatch, command, line):
+    monkeypatch.setenv("COLUMNS", "100")
     with pytest.raises(SystemExit) as ended:
         cli.parse([command, "--help"])
     assert ended.value.code == 0
     assert line in capsys.readouterr().out.splitlines()
+
+
+def test_what_needs_no_torch_does_not_wait_for_it():
+    """Its import takes seconds, and so does transformers'."""
+    script = """if True:
+        import sys
+        from fastpref import cli
+        for words in ("losses", "keys", "keys length", "plan --length 8 --hidden 8 --vocab 8"):
+            assert cli.main(words.split()) == 0
+        for words in ("--help", "train --help", "rounds --help", "bench --help"):
+            try: cli.main(words.split())
+            except SystemExit: pass
+        print(sorted({"torch", "transformers", "numpy"} & set(sys.modules)), file=sys.stderr)
+    """
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stderr.splitlines()[-1] == "[]"
+    assert "what became faster or slower" in done.stdout  # of the benchmarks' commands
+
+
+def test_losses_compute_where_they_were_imported_before_torch():
+    script = """if True:
+        from fastpref import losses
+        totals = losses.Totals(2, 6, 3)
+        seq = lambda t: losses.SequenceLogps(t([-1.0, -2.0]), t([3, 3]), ref_logps=t([-1.5, -1.0]), totals=totals)
+        import torch
+        print(float(torch.compile(losses.DPO(beta=0.1), backend="eager", fullgraph=True)(seq(torch.tensor))))
+    """
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert float(done.stdout) == pytest.approx(math.log1p(math.exp(-0.1 * 1.5)))
+
+
+def test_keys_of_a_word(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert cli.main(["keys"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    named = {line.split()[0] for line in lines if line.startswith("  ") and line[2] != " "}
+    assert named >= {*TrainConfig.__dataclass_fields__} - {"loss_options"} and "rounds.number" in named
+    assert named >= {"beta", "eta", "desirable_weight"}  # options of losses
+    assert cli.main(["keys", "save-steps"]) == 0
+    assert capsys.readouterr().out.split("\n", 1)[1].startswith("  save_steps [500] 0: only where a stage ends")
+    assert cli.main(["keys", "cutoff_len"]) == 0  # LLaMA-Factory's name
+    assert "  max_length [1024]" in capsys.readouterr().out
+    assert cli.main(["keys", "eta"]) == 0 and "of rpo, slic" in capsys.readouterr().out
+
+
+def test_help_of_train_names_the_commonest_twelve(capsys):
+    with pytest.raises(SystemExit):
+        cli.parse(["train", "--help"])
+    text = capsys.readouterr().out.partition("the commonest keys")[2]
+    assert len(re.findall(r"^  \w+ \[", text, re.M)) == 12 and "fastpref keys" in text
 
 
 @pytest.mark.parametrize("columns", [80, 160])

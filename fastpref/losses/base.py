@@ -8,16 +8,16 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
-from typing import ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, ClassVar, Literal, TypeAlias, TypeVar
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-
+from .late import F, torch
 from .sequences import SequenceLogps
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 Coupling = Literal["sequence", "pair", "batch"]
-LossFunction = Callable[[SequenceLogps], Tensor]
+LossFunction: TypeAlias = "Callable[[SequenceLogps], Tensor]"
 
 CLASSES: dict[str, type[Loss]] = {}  # by name, those of this package
 _OPTIONS: dict[str, tuple[str, ...]] = {}
@@ -230,8 +230,8 @@ def logistic(x: Tensor, label_smoothing: float) -> Tensor:
 def evaluate(loss: LossFunction, seq: SequenceLogps) -> Tensor:
     """The scalar a loss returns; anything else is a ValueError."""
     value = loss(seq)
-    if not isinstance(value, Tensor) or value.dim() != 0:
-        got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+    if not isinstance(value, torch.Tensor) or value.dim() != 0:
+        got = f"shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else f"a {type(value).__name__}"
         raise ValueError(f"loss returned {got}; it must return a scalar tensor")
     return value
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from .base import Coupling, Loss, check, check_number, register
+from .late import torch
 from .pairs import DPO, BCOPair
 from .reference_free import ChosenSFT
 from .sequences import SequenceLogps
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _WIDTH: dict[Coupling, int] = {"sequence": 0, "pair": 1, "batch": 2}
 

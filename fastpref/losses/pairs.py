@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
-
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+from typing import TYPE_CHECKING, Literal
 
 from .base import Coupling, Loss, check, check_number, check_smoothing, logistic, register
+from .late import F, torch
 from .sequences import SequenceLogps
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Divergence = Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"]
 DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")

@@ -5,13 +5,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Literal
 
 from .base import check, check_number
+from .late import torch
 from .sequences import Number, _at_least_one
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 AGGREGATIONS = ("grpo", "bnpo", "dr_grpo", "dapo")
 

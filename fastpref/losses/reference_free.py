@@ -7,14 +7,14 @@ the chosen NLL" is -(sum of logp_chosen over the pairs of the batch) / (number o
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
-
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+from typing import TYPE_CHECKING, Literal
 
 from .base import Coupling, Loss, check, check_number, check_smoothing, logistic, register
+from .late import F, torch
 from .sequences import SequenceLogps
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @register

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, TypeAlias
 
-import torch
-from torch import Tensor
+from .late import torch
 
-Number = int | float | Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Number: TypeAlias = "int | float | Tensor"
 
 
 @dataclass(frozen=True)
@@ -130,4 +133,4 @@ class SequenceLogps:
 
 
 def _at_least_one(count: Number) -> Number:
-    return count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1)
+    return count.clamp(min=1) if isinstance(count, torch.Tensor) else max(count, 1)

@@ -6,13 +6,14 @@ r = logp - ref_logp, log-probs summed over tokens; s the logistic function.
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from .base import Coupling, Loss, check_number, register
+from .late import F, torch
 from .sequences import SequenceLogps
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)

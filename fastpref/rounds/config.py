@@ -20,9 +20,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fastpref.errors import UserError, refuse
-from fastpref.train.config import TrainConfig, checked_config, differing_keys, read_values
+from fastpref.train.config import EngineName, TrainConfig, checked_config, differing_keys, read_values
 from fastpref.train.keys import FREE, check_bounds, convert, key, keys_of, no_such_key
-from fastpref.train.vllm_engine import EngineName
 
 from .pairing import Pairing
 

@@ -37,7 +37,7 @@ import yaml
 from transformers import PreTrainedTokenizerBase
 
 from fastpref.data import Example, Examples, Invalid, load_records
-from fastpref.errors import UserError
+from fastpref.errors import Stopped, UserError
 from fastpref.files import crc32_of, replacing, write_text
 from fastpref.report.page import write_report
 from fastpref.train import checkpoint
@@ -45,7 +45,7 @@ from fastpref.train.best_of_n import best_of_n
 from fastpref.train.checkpoint import snapshot
 from fastpref.train.config import TrainConfig
 from fastpref.train.display import Display
-from fastpref.train.loop import Handover, Interrupted, StopFlag, Stopped, describe, spent, train
+from fastpref.train.loop import Handover, Interrupted, StopFlag, describe, spent, train
 from fastpref.train.machine import device_name, versions
 from fastpref.train.metrics_log import check_report_to
 from fastpref.train.model import (

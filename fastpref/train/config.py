@@ -19,14 +19,18 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 
 from fastpref import losses
-from fastpref.data import Kind
 from fastpref.errors import UserError, refuse
 
-from .keys import FREE, RUN, Key, check_bounds, convert, key, keys_of, no_such_key
+from .keys import COMMON, FREE, RUN, Key, check_bounds, convert, key, keys_of, no_such_key
 from .yaml_file import read_values
+
+if TYPE_CHECKING:  # it needs torch, and keys are told without
+    from fastpref.data import Kind
+
+EngineName = Literal["auto", "transformers", "vllm"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,25 +41,27 @@ class TrainConfig:
     stage's loss takes is an error. What may be left to the program is `None` by default.
     """
 
-    model_name_or_path: str = key(MISSING, "hub id, or a local folder", RUN, section="model: the same for every stage")
+    model_name_or_path: str = key(
+        MISSING, "hub id, or a local folder", RUN, COMMON, section="model: the same for every stage")
     model_revision: str = key("main", "of a hub id: branch, tag or commit", RUN)
     tokenizer_name_or_path: str | None = key(None, "None: the model's", RUN)
     init_from_config: bool = key(False, "random weights from the folder's config.json instead of its weights", RUN)
     chat_template: str | None = key(None, "a file, or chatml; None: the tokenizer's", RUN)
     trust_remote_code: bool = key(False, "run Python code that comes with the model", RUN)
     disable_dropout: bool = key(True, "the model's own dropout and router jitter are off", RUN)
-    use_peft: bool = key(False, "train a LoRA adapter; the weights stay as they are", RUN)
+    use_peft: bool = key(False, "train a LoRA adapter; the weights stay as they are", RUN, COMMON)
     merge_adapter: bool = key(False, "model_name_or_path is an adapter: add it to its model first, and train that", RUN)
     lora_r: int = key(16, "rank of the adapter", "at least 1", RUN)
     lora_alpha: int = key(32, "what the adapter adds is scaled by lora_alpha / lora_r", "at least 1", RUN)
     lora_dropout: float | None = key(
         None, "None: 0 if a stage's loss has a reference (which has none), else 0.05", "0 to below 1", RUN)
     lora_target_modules: tuple[str, ...] | None = key(None, "None: every linear layer but the LM head", RUN)
-    dtype: Literal["float32", "bfloat16"] = key("float32", "of the weights; LoRA's adapter is float32 in any case", RUN)
+    dtype: Literal["float32", "bfloat16"] = key(
+        "float32", "of the weights; LoRA's adapter is float32 in any case", RUN, COMMON)
     bf16: bool | None = key(None, "autocast over fp32 weights; None: on a GPU that has it", RUN)
     gradient_checkpointing: Literal["none", "selective", "full", "offload"] = key(
         "none", "Activations made again in the backward pass. selective: all but the matrix products; full: all (true);"
-        " offload: as full, and what a layer starts from waits in host memory", RUN)
+        " offload: as full, and what a layer starts from waits in host memory", RUN, COMMON)
     use_liger_kernel: bool = key(False, "liger-kernel's RMSNorm, RoPE, SwiGLU; on a GPU, where it knows the model", RUN)
     packing: bool | None = key(
         None, "Batches without padding, for which the model's attention must be replaced. None: where that is possible",
@@ -65,7 +71,7 @@ class TrainConfig:
     dp_replicate: int = key(1, "groups that each hold the whole model (HSDP: one a node)", "at least 1", RUN, FREE)
     ddp_timeout: int = key(1800, "seconds that ranks wait for one that does not answer", "at least 1", RUN, FREE)
 
-    output_dir: str = key(MISSING, "checkpoints, metrics and the trained model", RUN, FREE, section="run")
+    output_dir: str = key(MISSING, "checkpoints, metrics and the trained model", RUN, FREE, COMMON, section="run")
     overwrite_output_dir: bool = key(False, "start over in a folder that holds a run", RUN, FREE)
     reference_dir: str | None = key(None, "reference log-probs of several runs; None: output_dir/reference", RUN, FREE)
     seed: int = key(42, "of new weights, dropout, the order of the data and samples", "at least 0", RUN)
@@ -75,10 +81,11 @@ class TrainConfig:
     save_total_limit: int | None = key(2, "older checkpoints are removed; None: all stay", "at least 1", RUN, FREE)
     stages: tuple[Mapping[str, Any], ...] = key((), "one after the other, each with keys of its own", RUN)
 
-    train_dataset: Any = key(MISSING, "a file, a data set, or a list of them (data.load_records)", section="data")
-    eval_dataset: Any = key(None, "held-out records, as train_dataset", FREE)
+    train_dataset: Any = key(
+        MISSING, "a file, a data set, or a list of them (data.load_records)", COMMON, section="data")
+    eval_dataset: Any = key(None, "held-out records, as train_dataset", FREE, COMMON)
     dataset_streaming: bool = key(False, "train_dataset: read only its first records, as many as max_steps take")
-    max_length: int = key(1024, "prompt + longest response", "at least 2")
+    max_length: int = key(1024, "prompt + longest response", "at least 2", COMMON)
     max_prompt_length: int | None = key(None, "a limit on the prompt alone", "at least 1")
     truncation_mode: Literal["keep_start", "keep_end"] = key("keep_end", "of a prompt that is too long")
     overlong_response: Literal["error", "drop", "truncate"] = key(
@@ -96,18 +103,18 @@ class TrainConfig:
         "first ten", RUN)
 
     name: str | None = key(None, "None: the loss's", section="stage")
-    loss: str = key("dpo", "`fastpref losses` lists them; their options are keys too")
+    loss: str = key("dpo", "`fastpref losses` lists them; their options are keys too", COMMON)
     loss_options: Mapping[str, Any] = field(default_factory=dict)
     ref_model_name_or_path: str | None = key(None, "None: the policy as the stage found it")
     check_reference: bool = key(True, "before step 1: what a training step scores has to agree with that policy", FREE)
     per_device_train_batch_size: int | None = key(
-        None, "examples (pairs) a micro-batch; None: 8, or what its tokens allow", "at least 1")
+        None, "examples (pairs) a micro-batch; None: 8, or what its tokens allow", "at least 1", COMMON)
     max_tokens_per_batch: int | None = key(None, "tokens that fill a micro-batch; None: no limit", "at least 1")
     gradient_accumulation_steps: int = key(
         1, "micro-batches a step, on all GPUs together: their number changes no result", "at least 1")
-    num_train_epochs: float = key(1.0, "passes over the data", "above 0")
+    num_train_epochs: float = key(1.0, "passes over the data", "above 0", COMMON)
     max_steps: int = key(-1, "above 0: so many, whatever the epochs", "-1 or at least 1")
-    learning_rate: float = key(1e-6, "after the warm-up", "at least 0")
+    learning_rate: float = key(1e-6, "after the warm-up", "at least 0", COMMON)
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = key("linear", "after the warm-up")
     warmup_steps: int = key(0, "the learning rate rises over so many", "at least 0")
     warmup_ratio: float = key(0.0, "of the stage's steps; warmup_steps comes first", "0 to 1")
@@ -276,6 +283,17 @@ def _options_of(loss: str) -> dict[str, Any]:
     cls = loss_classes()[loss]
     hints = get_type_hints(cls)
     return {f.name: hints[f.name] for f in fields(cls)}
+
+
+def options_of_losses() -> list[Key]:
+    """For people: each with the losses that take it, and its default there."""
+    found: dict[str, list[Key]] = {}
+    for name in loss_classes():
+        for option, kind in _options_of(name).items():
+            about = Key(option, kind, getattr(loss_classes()[name](), option), name, (), "options of losses")
+            found.setdefault(option, []).append(about)
+    return [keys[0]._replace(default=" / ".join(dict.fromkeys(key.shown for key in keys)),
+                             meaning="of " + ", ".join(key.meaning for key in keys)) for keys in found.values()]
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:

@@ -11,6 +11,7 @@ import difflib
 import functools
 import json
 import math
+import shutil
 import textwrap
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,6 +19,8 @@ from dataclasses import MISSING, field, fields
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 from fastpref.errors import UserError
+
+from .aliases import ALIASES, hint
 
 
 def _is_date(text: str) -> bool:
@@ -41,6 +44,7 @@ BOUNDS: dict[str, Callable[[Any], bool]] = {
     "tensorboard, wandb or none": lambda value: value in ("tensorboard", "wandb"),
 }
 RUN = "the same for the whole run"  # a stage cannot have it for itself: there is one model and one output folder
+COMMON = "common"  # `fastpref train --help` names it
 FREE = "changes no weight"  # so it may differ between a checkpoint and the run that goes on from it
 
 
@@ -49,7 +53,7 @@ class Key(NamedTuple):
     kind: Any  # the type of its values
     default: Any  # MISSING: required
     meaning: str
-    rules: tuple[str, ...]  # bounds, RUN, FREE
+    rules: tuple[str, ...]  # bounds, RUN, FREE, COMMON
     section: str  # title of the table it stands in
 
     @property
@@ -74,7 +78,7 @@ class Key(NamedTuple):
 
 def key(default: Any, meaning: str, *rules: str, section: str = "") -> Any:
     """A dataclass field that is a key; `section` begins a table, of this key and those after it."""
-    if unknown := set(rules) - {*BOUNDS, RUN, FREE}:
+    if unknown := set(rules) - {*BOUNDS, RUN, FREE, COMMON}:
         raise TypeError(f"rules of a key: got {unknown}")
     described = {"key": (meaning, rules, section)}
     given: dict[str, Any] = {"default_factory": dict} if default == {} else {"default": default}
@@ -103,8 +107,11 @@ def check_bounds(config: Any, prefix: str = "") -> None:
 
 
 def no_such_key(name: str, prefix: str, known: Iterable[str]) -> UserError:
-    near = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.0)
-    return UserError(f"{prefix}{name}: no such key; the nearest is {near[0]}")
+    said = hint(str(name))
+    near = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.7)
+    if said is None and near:
+        said = f"the nearest is {near[0]}"
+    return UserError(f"{prefix}{name}: no such key; {said or '`fastpref keys` lists them all'}")
 
 
 def words(kind: Any) -> str:
@@ -120,15 +127,24 @@ def words(kind: Any) -> str:
     return {Any: "data", str: "text", int: "whole number", float: "number", bool: "true / false"}[kind]
 
 
-def help_text(config: type) -> str:
-    """All keys of a dataclass for a terminal, a paragraph a section: name, default, meaning, what it takes."""
-    lines = ["", "keys of the file [with their defaults]:"]
-    for name, about in keys_of(config).items():
-        if about.section not in lines:
-            lines += ["", about.section]
-        text = f"{name} [{about.shown}] {about.meaning} ({about.takes})"
-        lines += textwrap.wrap(text, 100, initial_indent="  ", subsequent_indent="      ", break_on_hyphens=False)
-    return "\n".join([*lines, ""])
+def help_text(keys: Iterable[Key], prefix: str = "") -> str:
+    """Keys for a terminal, a paragraph a section: name, default, meaning, what it takes."""
+    lines: list[str] = []
+    section, wrap = None, textwrap.TextWrapper(
+        min(100, shutil.get_terminal_size().columns), subsequent_indent="      ", break_on_hyphens=False)
+    for about in keys:
+        if about.section != section:
+            lines += ["", *wrap.wrap(about.section)]
+            section = about.section
+        lines += wrap.wrap(f"  {prefix}{about.name} [{about.shown}] {about.meaning} ({about.takes})")
+    return "\n".join(lines[1:])
+
+
+def matching(keys: Iterable[Key], word: str) -> list[Key]:
+    """Those that have the word in their name or meaning, or that others call so."""
+    wanted = word.lower().replace("-", "_")
+    return [about for about in keys
+            if about.name == ALIASES.get(wanted) or wanted in f"{about.name} {about.meaning}".lower()]
 
 
 def convert(key: str, value: Any, kind: Any) -> Any:

@@ -35,7 +35,7 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from fastpref.data import Batch, Example, identity_of
-from fastpref.errors import UserError
+from fastpref.errors import Stopped, TrainingError, UserError
 from fastpref.files import PARTIAL, write_text
 from fastpref.report.page import write_report
 
@@ -81,18 +81,6 @@ from .summary import show_summary, summarize
 from .traits import save_config
 
 MOST_SAMPLES = 12  # generations that the summary keeps, before and after
-
-
-class Stopped(Exception):
-    """A signal asked the run to end; what it had done is saved."""
-
-    def __init__(self, signum: int, message: str) -> None:
-        super().__init__(message)
-        self.signum = signum
-
-
-class TrainingError(RuntimeError):
-    """The run cannot go on; its text is the one line shown."""
 
 
 @dataclass

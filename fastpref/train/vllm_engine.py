@@ -15,16 +15,15 @@ import gc
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 
 from fastpref.errors import UserError, first_line
 
+from .config import EngineName
 from .sample import Sampling, room, stop_tokens
-
-EngineName = Literal["auto", "transformers", "vllm"]
 
 
 def uses_vllm(engine: EngineName) -> bool:

@@ -11,7 +11,8 @@ import pytest
 from fastpref import losses
 from fastpref.errors import UserError
 from fastpref.rounds.config import RoundsConfig, config_from, differing
-from fastpref.train.config import TrainConfig, config_from_dict, differing_keys, load_config
+from fastpref.train.aliases import ALIASES
+from fastpref.train.config import TrainConfig, config_from_dict, differing_keys, load_config, options_of_losses
 from fastpref.train.keys import BOUNDS, FREE, RUN, help_text, key, keys_of
 
 BASE = """
@@ -77,6 +78,12 @@ def test_to_dict_gives_the_same_configuration_back(tmp_path):
     [
         (BASE + "learning_rte: 1\n", (), "learning_rte: no such key; the nearest is learning_rate"),
         (BASE + "bta: 1\n", (), "bta: no such key; the nearest is beta"),
+        (BASE + "zyx: 1\n", (), "zyx: no such key; `fastpref keys` lists them all"),  # nothing is near
+        (BASE + "cutoff_len: 512\n", (), "cutoff_len: no such key; here it is max_length"),
+        (BASE + "rl: dpo\n", (), "rl: no such key; here it is loss"),
+        (BASE + "push_to_hub: true\n", (), "push_to_hub: no such key; `fastpref export RUN --push REPO` puts"),
+        (BASE + "attn_implementation: sdpa\n", (), "attn_implementation: no such key; leave it out: packed batches"),
+        (BASE, ("deepspeed=ds.json",), "deepspeed: no such key; here it is fsdp"),
         (BASE, ("per_device_batch_size=2",), "no such key; the nearest is per_device_eval_batch_size"),
         (BASE + "learning_rate: fast\n", (), "learning_rate is 'fast'; it takes a number"),
         (BASE + "learning_rate: .nan\n", (), "learning_rate is nan; it takes a number"),
@@ -190,8 +197,16 @@ def test_stages_are_computed_once(tmp_path):
     assert dataclasses.replace(config, seed=3).stage_configs()[1].seed == 3  # another configuration, its own stages
 
 
-def test_help_lists_every_key_with_its_default():
-    text = help_text(TrainConfig)
+def test_other_programs_names_are_none_of_ours_and_lead_to_some():
+    ours = {*keys_of(TrainConfig), *(key.name for key in options_of_losses())}
+    assert not ours & ALIASES.keys()
+    assert {said for said in ALIASES.values() if said.isidentifier()} <= ours
+    assert {"deepspeed", "sequence_len", "cutoff_len", "pref_beta", "lora_rank"} <= ALIASES.keys()
+
+
+def test_help_lists_every_key_with_its_default(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    text = help_text(keys_of(TrainConfig).values())
     assert set(keys_of(TrainConfig)) == set(re.findall(r"^  (\w+) \[", text, flags=re.M))
     for line in (
         "  lora_r [16] rank of the adapter (whole number, at least 1)",
