@@ -264,6 +264,24 @@ def test_autocast_over_fp32_weights(loss, budget):
     assert relative(weight.grad, exact.weight) <= 1.5 * relative(w.grad, exact.weight)
 
 
+@pytest.mark.parametrize("budget", [None, 100_000])
+def test_autocasts_weight_gradient_is_of_the_rows_that_the_logits_were_made_of(budget):
+    """dW = U^T (g x) of x as rounded in the forward pass, bit by bit: TRL's own tests look for it. Every row is scored,
+    so that rows are taken from `hidden` as they lie."""
+    batch = make_batch([9, 14, 11, 6], hidden_size=48)
+    targets = batch.targets.clamp(min=0)
+    found = []
+    for given in (batch.hidden, batch.hidden.bfloat16().float()):
+        weight = batch.weight.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            out = fp.linear_preference_loss(given.clone().requires_grad_(), weight, targets, loss="cpo",
+                                            memory_budget=budget)
+            tokens = fp.linear_logps(given, weight, targets, memory_budget=budget)
+        found.append(torch.autograd.grad(out.loss + tokens.sum(), weight)[0])
+    assert not torch.equal(batch.hidden, batch.hidden.bfloat16().float())
+    assert torch.equal(*found)
+
+
 def test_autocast_in_a_training_step():
     """fp32 parameters, trunk and head in bf16: the gradient of every parameter is fp32 and points the same way."""
     model, batch = tiny()

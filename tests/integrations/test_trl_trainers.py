@@ -136,10 +136,14 @@ def test_compiled(trainer, tmp_path):
     assert_same_weights(ours, theirs)
 
 
+@pytest.mark.parametrize("weighted", [False, True], ids=["", "wpo"])
 @pytest.mark.parametrize("loss_type", ["ipo", "sigmoid_norm", ["sigmoid", "ipo"], "sigmoid"])
-def test_dpo_responses_without_a_prompt(loss_type, tmp_path):
-    """Cut from the left, whole windows are responses, whose first token TRL counts in the lengths it divides by."""
-    theirs, ours = both_dpo(tmp_path, loss_type=loss_type, max_length=4, truncation_mode="keep_end", max_steps=2)
+def test_dpo_responses_without_a_prompt(loss_type, weighted, tmp_path):
+    """Cut from the left, whole windows are responses, whose first token TRL counts in the lengths it divides by, and
+    not in those of WPO's weights."""
+    theirs, ours = both_dpo(
+        tmp_path, loss_type=loss_type, max_length=4, truncation_mode="keep_end", max_steps=2, use_weighting=weighted
+    )
     assert_same_history(ours, theirs)
     assert_same_weights(ours, theirs)
 
@@ -378,14 +382,6 @@ def test_a_token_beyond_the_vocabulary_is_an_error(cls, tmp_path):
     model = LlamaForCausalLM(make_config(vocab_size=60))
     with pytest.raises(IndexError):
         make_dpo(cls, tmp_path, model).train()
-
-
-def test_wpo_without_a_prompt_is_refused(tmp_path):
-    trainer = make_dpo(
-        FusedDPOTrainer, tmp_path, loss_type="ipo", use_weighting=True, max_length=4, truncation_mode="keep_end"
-    )
-    with pytest.raises(ValueError, match="use_weighting counts its tokens otherwise than loss_type"):
-        trainer.train()
 
 
 # Every option that TRL's configs have beyond transformers', and where it is dealt with. A new one makes this fail: then

@@ -153,15 +153,17 @@ class FusedDPOTrainer(_Fused, DPOTrainer):
         loss, mask = self._preference_loss, inputs["completion_mask"]
         if not set(AVERAGED) & set(self.loss_types) or not mask[:, 0].any():
             return loss
-        if self.use_weighting:
-            raise ValueError(
-                "a response has no prompt before it, and use_weighting counts its tokens otherwise than loss_type "
-                f"{self.loss_types}: give it a prompt, or leave use_weighting out"
-            )
 
         def with_lengths(seq: SequenceLogps) -> Tensor:
-            return loss(replace(seq, lengths=mask.sum(1).to(seq.lengths)))
+            lengths = mask.sum(1).to(seq.lengths)
+            if not self.use_weighting:
+                return loss(replace(seq, lengths=lengths))
+            # WPO's weights are means over the tokens that were predicted: sums that have the same mean over these.
+            sums = (seq.logps if seq.unweighted is None else seq.unweighted, seq.extra("log_sum_p2"))
+            logps, log_sum_p2 = (x * seq.per_length * lengths for x in sums)
+            return loss(replace(seq, lengths=lengths, unweighted=logps, extras={"log_sum_p2": log_sum_p2}))
 
+        with_lengths.needs_extras = getattr(loss, "needs_extras", ())  # type: ignore[attr-defined]
         return with_lengths
 
     def _compute_loss(self: Any, model: Any, inputs: Inputs, return_outputs: bool) -> Any:
