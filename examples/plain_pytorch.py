@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from pathlib import Path
 
 import torch
@@ -34,6 +35,8 @@ def make_batch(tokenizer, records: list[dict[str, str]]) -> tuple[Tensor, Tensor
 
 
 def main(steps: int, batch_size: int, learning_rate: float) -> list[float]:
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise SystemExit("plain_pytorch.py trains in one process; examples/transformers_trainer.py in several")
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(HERE / "model")
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(HERE / "model"))

@@ -75,6 +75,7 @@ def main(steps: int, batch_size: int, learning_rate: float) -> list[float]:
                 report_to="none",
                 save_strategy="no",
                 disable_tqdm=True,
+                use_cpu=not torch.cuda.is_available(),  # said, for torchrun: processes without a GPU meet over gloo
             ),
             loss=fp.RPO(beta=0.1, eta=0.05),
             ref_model=copy.deepcopy(model),
@@ -83,6 +84,8 @@ def main(steps: int, batch_size: int, learning_rate: float) -> list[float]:
             processing_class=tokenizer,
         )
         trainer.train()
+        if trainer.is_world_process_zero():
+            print(f"one training by {trainer.args.world_size} processes", flush=True)
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 

@@ -59,6 +59,8 @@ def main(steps: int, batch_size: int, learning_rate: float, model: str = "") -> 
             processing_class=tokenizer,
         )
         trainer.train()
+        if trainer.is_world_process_zero():
+            print(f"one training by {trainer.args.world_size} processes", flush=True)
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 

@@ -736,8 +736,8 @@ class Pass:
             dx.put_rows(kept, dx_sum, factor[kept:], x)
 
     def scaled_rows(self, start: int, end: int, w: Tensor, out: Tensor) -> Tensor:
-        """w * x in the compute dtype, x as the logits were made of it (rounded, under autocast); zero for an ignored row,
-        whatever its hidden state holds."""
+        """w * x in the compute dtype, of x as the logits were made of it (under autocast, rounded); zero for an ignored
+        row, whatever its hidden state holds."""
         if self.scored.index is not None or self.scored.hidden.dtype != out.dtype:
             return rows.scale_rows(self.scored.rows(start, end, out), w, out)
         for mine, there in self.scored.runs(start, end):

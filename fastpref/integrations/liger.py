@@ -5,32 +5,58 @@ liger-kernel 0.8, so that changing the import is enough.
 
 What differs: prompts and padding cost nothing in the head; sums are fp32 whatever the weight's dtype; sequences without
 scored tokens give 0, not NaN; an odd batch, and an option that Liger would ignore, are refused. liger-kernel itself is
-not needed.
+not needed. The functions (`liger_fused_linear_dpo`, ...) take their arguments by place, as Liger's do.
 """
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fastpref import losses
 from fastpref.head import PreferenceOutput, linear_logps, linear_preference_loss
 from fastpref.losses import Coupling, Loss, SequenceLogps, Totals
 
+from .liger_grpo import LigerFusedLinearGRPOLoss
+
 __all__ = [
-    "CrossEntropyOutput",
+    "CrossEntropyOutput",  # noqa: F822
     "LigerFusedLinearCPOLoss",
     "LigerFusedLinearCrossEntropyLoss",
     "LigerFusedLinearDPOLoss",
+    "LigerFusedLinearGRPOLoss",
     "LigerFusedLinearKTOLoss",
     "LigerFusedLinearORPOLoss",
     "LigerFusedLinearSimPOLoss",
+    "liger_fused_linear_cpo",
+    "liger_fused_linear_cross_entropy",
+    "liger_fused_linear_dpo",
+    "liger_fused_linear_grpo",
+    "liger_fused_linear_kto",
+    "liger_fused_linear_orpo",
+    "liger_fused_linear_simpo",
 ]
+
+_DISTILLATION = (
+    "LigerFusedLinearCosineSimilarityLoss", "LigerFusedLinearJSDLoss", "liger_fused_linear_cosine",
+    "liger_fused_linear_jsd",
+)
+
+
+def __getattr__(name: str) -> Any:
+    if name == "CrossEntropyOutput":
+        return _cross_entropy_output()
+    if name in _DISTILLATION:  # an AttributeError would lose its words on the way out of an import
+        raise ImportError(f"{name} is distillation, which fastpref has not: from liger_kernel.chunked_loss")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 @dataclass(frozen=True)
@@ -395,7 +421,8 @@ class LigerFusedLinearKTOLoss(_Chunked):
         baseline: dict[str, Any] = {}
         if kl is not None:
             if kl.numel() != 1:
-                raise ValueError(f"kl is of shape {tuple(kl.shape)}; it takes one value for the whole batch")
+                raise ValueError(f"kl is of shape {tuple(kl.shape)}; it takes one value for the batch, kl.mean(): "
+                                 "of [S] Liger adds up the losses against every one of them, S times too much")
             kl = kl.detach().float().reshape(1).to(_input.device)
             baseline = {"kl_logps": kl, "ref_kl_logps": torch.zeros_like(kl)}
         reference = _reference(self.use_ref_model, ref_input, ref_weight, ref_bias, target, _input)
@@ -423,13 +450,24 @@ class LigerFusedLinearKTOLoss(_Chunked):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class CrossEntropyOutput(NamedTuple):
+@dataclass
+class _CrossEntropyOutput:
     """Liger's, by the names of its fields."""
 
     loss: Tensor
     z_loss: Tensor | None = None
     token_accuracy: Tensor | None = None
     predicted_tokens: Tensor | None = None
+
+
+@functools.cache
+def _cross_entropy_output() -> type:
+    """Liger's class where it is installed; asked for late, for its import takes seconds."""
+    try:
+        from liger_kernel.transformers.functional import CrossEntropyOutput
+    except ImportError:
+        return _CrossEntropyOutput
+    return CrossEntropyOutput
 
 
 class LigerFusedLinearCrossEntropyLoss(nn.Module):
@@ -443,14 +481,15 @@ class LigerFusedLinearCrossEntropyLoss(nn.Module):
 
     Plain means and sums take the one-pass path of three GEMMs; lse_square_scale, label_smoothing, use_token_scaling and
     "none" one more for what does not fit the memory budget. lse_square_scale and label_smoothing need the target's
-    logit by itself: rows of W are gathered, [N, H]. Accuracy and predicted tokens cost a GEMM.
+    logit by itself: rows of W are gathered, [N, H]; label_smoothing with a softcap also the mean of the capped logits,
+    for four more GEMMs in fp32. Accuracy and predicted tokens cost a GEMM.
 
     Args:
         accum_dtype: None or float32; sums are fp32 in any case.
         others: as in liger_kernel.transformers.
 
     Raises:
-        ValueError: another accum_dtype; label_smoothing with softcap (the mean of capped logits has no gradient here).
+        ValueError: another accum_dtype; label_smoothing, reduction or softcap outside their range.
 
     Call: `(lin_weight [V, H], _input [N, H], target [N], bias=None)`. Returns the loss, or a `CrossEntropyOutput` if
     any of the three was asked for.
@@ -479,8 +518,6 @@ class LigerFusedLinearCrossEntropyLoss(nn.Module):
         ):
             if not ok:
                 raise ValueError(f"{name} is {value!r}; it takes {takes}")
-        if label_smoothing and softcap is not None:
-            raise ValueError(f"label_smoothing is {label_smoothing!r} with a softcap; it takes 0 there")
         self.ce_weight = ce_weight
         self.ignore_index = ignore_index
         self.lse_square_scale = lse_square_scale
@@ -495,7 +532,7 @@ class LigerFusedLinearCrossEntropyLoss(nn.Module):
 
     def forward(
         self, lin_weight: Tensor, _input: Tensor, target: Tensor, bias: Tensor | None = None
-    ) -> Tensor | CrossEntropyOutput:
+    ) -> Any:
         scored = target != self.ignore_index
         safe = torch.where(scored, target, 0)
         weights: Tensor | None = None
@@ -519,7 +556,7 @@ class LigerFusedLinearCrossEntropyLoss(nn.Module):
         if self.return_token_accuracy:
             hits = ((predicted == target) & scored).float()
             accuracy = hits if self.reduction == "none" else hits.sum() / scored.sum()
-        return CrossEntropyOutput(
+        return _cross_entropy_output()(
             loss,
             z_loss.detach() if self.return_z_loss and z_loss is not None else None,
             accuracy,
@@ -553,9 +590,12 @@ class LigerFusedLinearCrossEntropyLoss(nn.Module):
         loss = -logps if weights is None else -weights * logps
         z_loss = torch.zeros_like(logps)
         if self.lse_square_scale or self.label_smoothing:
-            # In fp32: as a dot product of one row with one row of W, z_y is no more than a gather of W.
-            x = hidden.to(logps.dtype)
-            z_y = (x * F.embedding(safe, weight).to(logps.dtype)).sum(-1)
+            # In fp32, of operands as the logits were made of them.
+            device = hidden.device.type
+            compute = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+            x, wide = hidden.to(compute).to(logps.dtype), weight.to(compute)
+            # As a dot product of one row with one row of W, z_y is no more than a gather of W.
+            z_y = (x * F.embedding(safe, wide).to(logps.dtype)).sum(-1)
             z_y = z_y if bias is None else z_y + bias[safe]
             if self.softcap is not None:
                 z_y = self.softcap * torch.tanh(z_y / self.softcap)
@@ -564,10 +604,8 @@ class LigerFusedLinearCrossEntropyLoss(nn.Module):
             if self.label_smoothing:
                 w = self.ce_weight if self.ce_weight is not None else weight.new_ones(weight.shape[0])
                 w = w.to(weight.device, logps.dtype)
-                # sum over v of w_v z_v = x . (W^T w) + w . b: no logits
-                with torch.autocast(weight.device.type, enabled=False):
-                    weighted = (x * torch.mv(weight.to(logps.dtype).t(), w)).sum(-1)
-                weighted = weighted if bias is None else weighted + (w * bias).sum()
+                with torch.autocast(device, enabled=False):
+                    weighted = _weighted_logits(x, wide.to(logps.dtype), bias, w, self.softcap)
                 smooth = torch.where(scored, w.sum() * lse - weighted, 0) / weight.shape[0]
                 loss = (1 - self.label_smoothing) * loss + self.label_smoothing * smooth
         if self.use_token_scaling:
@@ -582,8 +620,104 @@ class LigerFusedLinearCrossEntropyLoss(nn.Module):
         return loss + z_loss, z_loss
 
 
+_CAPPED_LOGITS = 1 << 24  # of a piece of rows: 64 MiB in fp32, a few times
+
+
+def _weighted_logits(x: Tensor, weight: Tensor, bias: Tensor | None, w: Tensor, softcap: float | None) -> Tensor:
+    """[N]: sum over v of w_v z_v. Without a softcap x . (W^T w) + w . b, no logits; with one some rows at a time, and
+    again in backward."""
+    if softcap is None:
+        weighted = (x * torch.mv(weight.t(), w)).sum(-1)
+        return weighted if bias is None else weighted + (w * bias).sum()
+
+    def capped(rows: Tensor) -> Tensor:
+        return (softcap * torch.tanh(F.linear(rows, weight, None if bias is None else bias.to(x.dtype)) / softcap)) @ w
+
+    parts = x.split(max(_CAPPED_LOGITS // weight.shape[0], 1))
+    return torch.cat([checkpoint(capped, rows, use_reentrant=False) for rows in parts]) if parts else x.sum(-1)
+
+
 @torch.no_grad()
 def _argmax(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """[N] the likeliest tokens (a softcap does not change which), from 1024 rows of logits at a time."""
     parts = [F.linear(rows, weight, bias).argmax(-1) for rows in hidden.split(1024)]
     return torch.cat(parts) if parts else hidden.new_empty(0, dtype=torch.int64)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Functions
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _function(cls: type[nn.Module], order: str, **defaults: Any) -> Callable[..., Any]:
+    """Liger's function of a class: arguments of its call and of its constructor in one row, by place.
+
+    order: their names in Liger's order; defaults: those that are not the constructor's.
+    """
+    call = inspect.signature(cls.forward).parameters
+    made = inspect.signature(cls.__init__).parameters
+    names = [{"weight": "lin_weight"}.get(name, name) for name in order.split()]
+    known = {name: defaults.get(name, (call.get(name) or made[name]).default) for name in names}
+    signature = inspect.Signature(
+        [inspect.Parameter(name, inspect.Parameter.POSITIONAL_ONLY, default=known[name]) for name in names]
+    )
+
+    def function(*given: Any) -> Any:
+        bound = signature.bind(*given)
+        bound.apply_defaults()
+        options = {name: value for name, value in bound.arguments.items() if name not in call}
+        return cls(**options)(**{name: value for name, value in bound.arguments.items() if name in call})
+
+    function.__signature__ = signature  # type: ignore[attr-defined]
+    function.__doc__ = f"`{cls.__name__}` as a function: its constructor's arguments after those of its call."
+    return function
+
+
+_REFERENCE = "ref_input ref_weight ref_bias"
+liger_fused_linear_dpo = _function(
+    LigerFusedLinearDPOLoss,
+    f"_input weight target bias {_REFERENCE} ignore_index beta compute_nll_loss compiled use_ref_model "
+    "average_log_prob chunk_size loss_type label_smoothing discopop_tau alpha",
+)
+liger_fused_linear_cpo = _function(
+    LigerFusedLinearCPOLoss,
+    "_input weight target bias ignore_index beta alpha label_smoothing compute_nll_loss compiled average_log_prob "
+    "chunk_size",
+)
+liger_fused_linear_simpo = _function(
+    LigerFusedLinearSimPOLoss,
+    "_input weight target bias ignore_index beta alpha label_smoothing compute_nll_loss compiled gamma chunk_size",
+    compute_nll_loss=False,
+)
+liger_fused_linear_orpo = _function(
+    LigerFusedLinearORPOLoss,
+    "_input weight target bias ignore_index beta compute_nll_loss nll_target compiled chunk_size",
+)
+liger_fused_linear_kto = _function(
+    LigerFusedLinearKTOLoss,
+    f"_input weight target preference_labels bias {_REFERENCE} kl ignore_index beta compiled use_ref_model "
+    "average_log_prob chunk_size",
+    preference_labels=inspect.Parameter.empty, use_ref_model=True,
+)
+liger_fused_linear_grpo = _function(
+    LigerFusedLinearGRPOLoss,
+    "_input weight selected_token_ids attention_mask advantages bias ref_per_token_logps old_per_token_logps "
+    f"{_REFERENCE} beta epsilon_low epsilon_high loss_type max_completion_length importance_sampling_level "
+    "sapo_temperature_pos sapo_temperature_neg temperature compiled use_ref_model chunk_size vllm_is_ratio delta "
+    "use_bias_correction_kl vespo_k_pos vespo_lambda_pos vespo_k_neg vespo_lambda_neg num_items_in_batch",
+)
+
+
+def liger_fused_linear_cross_entropy(
+    input: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None = None, ce_weight: Tensor | None = None,
+    ignore_index: int = -100, lse_square_scale: float = 0.0, label_smoothing: float = 0.0, reduction: str = "mean",
+    softcap: float | None = None, return_z_loss: bool = False, accum_dtype: torch.dtype | None = None,
+    use_token_scaling: bool = False, return_token_accuracy: bool = False, return_predicted_tokens: bool = False,
+    chunk_mem_const: int = 1,
+) -> Any:
+    """`LigerFusedLinearCrossEntropyLoss` as a function; chunk_mem_const is taken, and without a meaning here."""
+    criterion = LigerFusedLinearCrossEntropyLoss(
+        ce_weight, ignore_index, lse_square_scale, label_smoothing, reduction, softcap, return_z_loss, accum_dtype,
+        use_token_scaling, return_token_accuracy, return_predicted_tokens,
+    )
+    return criterion(weight, input, target, bias)

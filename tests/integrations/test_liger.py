@@ -6,8 +6,10 @@ over the full logits.
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import itertools
+import sys
 
 import pytest
 import torch
@@ -65,7 +67,7 @@ def both(name, **options):
 
 
 def test_signatures_are_ligers():
-    pairs = [(f"LigerFusedLinear{name}Loss", peer) for name in NAMES]
+    pairs = [(f"LigerFusedLinear{name}Loss", peer) for name in (*NAMES, "GRPO")]
     for name, module in [*pairs, ("LigerFusedLinearCrossEntropyLoss", peer_cross_entropy)]:
         own, theirs = getattr(ours, name), getattr(module, name)
         for method in ("__init__", "forward"):
@@ -163,8 +165,10 @@ def test_options_that_are_refused():
         ours.LigerFusedLinearORPOLoss(chunk_size=0)
     with pytest.raises(ValueError, match="accum_dtype is torch.bfloat16; it takes None or torch.float32"):
         ours.LigerFusedLinearCrossEntropyLoss(accum_dtype=torch.bfloat16)
-    with pytest.raises(ValueError, match="label_smoothing is 0.1 with a softcap"):
-        ours.LigerFusedLinearCrossEntropyLoss(label_smoothing=0.1, softcap=30.0)
+    with pytest.raises(ValueError, match="importance_sampling_level is 'sequence'; it takes 'token' with"):
+        ours.LigerFusedLinearGRPOLoss(loss_type="sapo", importance_sampling_level="sequence")
+    with pytest.raises(ValueError, match="max_completion_length is None; it takes a number of tokens"):
+        ours.LigerFusedLinearGRPOLoss(loss_type="dr_grpo")
     with pytest.raises(ValueError, match="reduction is 'avg'"):
         ours.LigerFusedLinearCrossEntropyLoss(reduction="avg")
     weight, hidden, target, bias, *_ = make()
@@ -174,7 +178,7 @@ def test_options_that_are_refused():
         ours.LigerFusedLinearCPOLoss()(weight, hidden[:5], target[:5])
     with pytest.raises(ValueError, match="preference_labels is None"):
         ours.LigerFusedLinearKTOLoss()(hidden, weight, target)
-    with pytest.raises(ValueError, match=r"kl is of shape \(6,\); it takes one value"):
+    with pytest.raises(ValueError, match=r"kl is of shape \(6,\); .*kl.mean\(\): of \[S\] .*S times"):
         ours.LigerFusedLinearKTOLoss()(hidden, weight, target, None, torch.ones(6, dtype=torch.bool), kl=torch.zeros(6))
     with pytest.raises(ValueError, match=r"nll_target is of shape \(3, 6\)"):
         ours.LigerFusedLinearORPOLoss()(weight, hidden, target, bias, target[:3])
@@ -216,6 +220,8 @@ CE = [
     {"lse_square_scale": 0.1, "softcap": 2.0},
     {"label_smoothing": 0.2},
     {"label_smoothing": 0.2, "lse_square_scale": 0.1, "ce_weight": True},
+    {"label_smoothing": 0.2, "softcap": 2.0},
+    {"label_smoothing": 0.2, "softcap": 2.0, "ce_weight": True, "lse_square_scale": 0.1},
     {"use_token_scaling": True, "softcap": 2.0},
     {"use_token_scaling": True, "lse_square_scale": 0.1, "ce_weight": True},
 ]
@@ -223,8 +229,9 @@ CE = [
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("options", CE, ids=lambda options: " ".join(options) or "plain")
-def test_cross_entropy(options, reduction):
+def test_cross_entropy(options, reduction, monkeypatch):
     """Also reduction="none", where Liger before 0.8 summed dW before the upstream gradient (Liger-Kernel#968)."""
+    monkeypatch.setattr(ours, "_CAPPED_LOGITS", 7 * V)  # by 7 rows
     weight, hidden, target, bias, *_ = make()
     hidden, target = hidden.detach().flatten(0, 1).requires_grad_(), target.flatten()
     options = dict(options, reduction=reduction)
@@ -239,7 +246,8 @@ def test_cross_entropy(options, reduction):
     upstream = torch.rand(expected[0].shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
     wanted = torch.autograd.grad(expected[0], exact, upstream)
     found = torch.autograd.grad(out.loss, (weight, hidden, bias), upstream.float())
-    for a, b in zip(out, expected):
+    fields = out.loss, out.z_loss, out.token_accuracy, out.predicted_tokens
+    for a, b in zip(fields, expected):
         torch.testing.assert_close(a, b.to(a.dtype), rtol=2e-5, atol=2e-6)
     for a, b in zip(found, wanted):
         torch.testing.assert_close(a, b.float(), rtol=1e-4, atol=2e-6)
@@ -254,6 +262,147 @@ def test_cross_entropy_without_extras_is_torchs():
     torch.testing.assert_close(loss, F.cross_entropy(hidden @ weight.T + bias, target))
     nothing = ours.LigerFusedLinearCrossEntropyLoss(return_predicted_tokens=True)
     assert nothing(weight, hidden, torch.full_like(target, -100), bias).loss == 0
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_smoothing_under_autocast_takes_operands_as_the_logits_do(softcap):
+    """Hidden states that bf16 rounds give what they give rounded beforehand."""
+    weight, hidden, target, *_ = make(bias=False)
+    hidden, target = hidden.detach().flatten(0, 1), target.flatten()
+    module = ours.LigerFusedLinearCrossEntropyLoss(label_smoothing=0.3, lse_square_scale=0.1, softcap=softcap)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = module(weight, hidden, target), module(weight.bfloat16().float(), hidden.bfloat16().float(), target)
+    assert torch.equal(*found)
+
+
+def test_cross_entropys_output_is_ligers_where_it_imports(monkeypatch):
+    from liger_kernel.transformers.functional import CrossEntropyOutput
+
+    weight, hidden, target, *_ = make(bias=False)
+    module = ours.LigerFusedLinearCrossEntropyLoss(return_z_loss=True)
+    out = module(weight, hidden.flatten(0, 1), target.flatten())
+    assert type(out) is CrossEntropyOutput is ours.CrossEntropyOutput
+    ours._cross_entropy_output.cache_clear()
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "liger_kernel.transformers.functional", None)
+        alone = module(weight, hidden.flatten(0, 1), target.flatten())
+    ours._cross_entropy_output.cache_clear()
+    assert not isinstance(alone, CrossEntropyOutput) and torch.equal(alone.loss, out.loss) and alone.z_loss == 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# GRPO
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def make_grpo(seed=0):
+    """Arguments of the call by their names: ratios of every size, advantages of both signs, completions that end."""
+    weight, hidden, target, bias, ref_input, ref_weight, ref_bias = make(seed=seed)
+    g = torch.Generator().manual_seed(seed + 1)
+    target = torch.randint(0, V, target.shape, generator=g)
+    with torch.no_grad():
+        logps, ref = (
+            (x @ w.T + b).log_softmax(-1).gather(-1, target[..., None])[..., 0]
+            for x, w, b in ((hidden, weight, bias), (ref_input, ref_weight, ref_bias))
+        )
+    return dict(
+        _input=hidden, lin_weight=weight, selected_token_ids=target, bias=bias,
+        attention_mask=(torch.arange(T) < torch.tensor([T, T - 2, 1, T, 3, 2])[:, None]).long(),
+        advantages=torch.tensor([1.0, -0.5, 0.3, -2.0, 0.0, 0.7]),
+        old_per_token_logps=logps + 0.4 * torch.randn(2 * B, T, generator=g),
+        ref_per_token_logps=ref, vllm_is_ratio=0.5 + torch.rand(2 * B, 1, generator=g),
+    ), dict(ref_input=ref_input, ref_weight=ref_weight, ref_bias=ref_bias)
+
+
+GRPO = [
+    {}, {"loss_type": "grpo", "delta": 1.4}, {"loss_type": "bnpo", "use_bias_correction_kl": True},
+    {"loss_type": "dr_grpo", "max_completion_length": 9, "beta": 0.0}, {"loss_type": "cispo", "epsilon_high": 1.1},
+    {"loss_type": "sapo", "sapo_temperature_pos": 0.7}, {"loss_type": "luspo"}, {"loss_type": "vespo"},
+    {"loss_type": "luspo", "importance_sampling_level": "sequence", "beta": 0.0},
+    {"loss_type": "luspo", "importance_sampling_level": "sequence"},
+    {"loss_type": "vespo", "vespo_k_pos": 1.5, "vespo_lambda_neg": 0.5, "beta": 0.0},
+    {"importance_sampling_level": "sequence", "use_bias_correction_kl": True}, {"use_ref_model": False},
+    {"temperature": 0.7, "epsilon_low": 0.05, "epsilon_high": 0.3},
+]
+
+
+@pytest.mark.parametrize("options", GRPO, ids=lambda options: " ".join(map(str, options.values())) or "dapo")
+def test_grpo(options):
+    own, theirs = both("GRPO", **options, chunk_size=2)
+    given, reference = make_grpo()
+    leaves = [given["lin_weight"], given["_input"], given["bias"]]
+    compare(own, theirs, lambda m: m(**given), leaves)
+    others = {"old_per_token_logps": None, "vllm_is_ratio": None, "num_items_in_batch": 40}
+    compare(own, theirs, lambda m: m(**given | others), leaves)
+    by_hidden = reference | {"ref_per_token_logps": None, "vllm_is_ratio": given["vllm_is_ratio"][:, 0]}
+    compare(own, theirs, lambda m: m(**given | by_hidden), leaves)
+
+
+def test_grpos_padding_has_no_part_in_it():
+    given, _ = make_grpo()
+    out = given["attention_mask"] == 0
+    spoilt = given | {name: given[name].masked_fill(out, float("nan")) for name in
+                      ("old_per_token_logps", "ref_per_token_logps")}
+    module = ours.LigerFusedLinearGRPOLoss()
+    assert torch.equal(module(**spoilt)[0], module(**given)[0])
+    with pytest.raises(ValueError, match="ref_per_token_logps is None; it takes .*use_ref_model=False"):
+        module(**given | {"ref_per_token_logps": None})
+    with pytest.raises(ValueError, match=r"vllm_is_ratio is of shape \(6, 2\); it takes \[B\]"):
+        module(**given | {"vllm_is_ratio": torch.ones(2 * B, 2)})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Functions
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+GRPO_TENSORS = (
+    "_input lin_weight selected_token_ids attention_mask advantages bias ref_per_token_logps old_per_token_logps"
+).split()
+
+
+@pytest.mark.parametrize("name", (*NAMES, "GRPO"))
+def test_functions_take_what_ligers_take(name):
+    function = getattr(ours, f"liger_fused_linear_{name.lower()}")
+    module = importlib.import_module(f"liger_kernel.chunked_loss.{name.lower()}_loss")
+    theirs = inspect.signature(getattr(module, f"LigerFusedLinear{name}Function").forward).parameters
+    wanted = [(p.name.replace("lin_weight", "weight"), p.default) for p in list(theirs.values())[1:]]  # without ctx
+    found = inspect.signature(function).parameters.values()
+    assert [(p.name.replace("lin_weight", "weight"), p.default) for p in found] == wanted
+
+
+def test_functions_are_ligers():
+    weight, hidden, target, bias, *ref = make()
+    labels = torch.tensor([True, False, True, True, False, True])
+    given, _ = make_grpo()
+    calls = {
+        "dpo": (hidden, weight, target, bias, *ref, -100, 0.3, True, False, True, False, 2, "sigmoid", 0.0, 0.05, 0.6),
+        "cpo": (hidden, weight, target, bias, -100, 0.3, 0.6, 0.1, True, False),
+        "simpo": (hidden, weight, target, bias, -100, 0.3, 0.6, 0.1, False, False, 0.7),
+        "orpo": (hidden, weight, target, bias, -100, 0.3, True, None, False),
+        "kto": (hidden, weight, target, labels, bias, *ref, torch.tensor(0.2), -100, 0.3, False),
+        "grpo": (*(given[name] for name in GRPO_TENSORS), None, None, None, 0.1, 0.1, 0.3, "grpo", None, "token", 1.0,
+                 1.05, 0.9, False),
+    }
+    functional = importlib.import_module("liger_kernel.chunked_loss.functional")
+    for name, arguments in calls.items():
+        function = f"liger_fused_linear_{name}"
+        own, theirs = getattr(ours, function), getattr(functional, function)
+        leaves = list(arguments[:2])
+        compare(own, theirs, lambda f: f(*arguments), leaves)  # noqa: B023
+    rows, flat = hidden.flatten(0, 1), target.flatten()
+    loss = ours.liger_fused_linear_cross_entropy(rows, weight, flat, bias, label_smoothing=0.1, reduction="sum")
+    torch.testing.assert_close(
+        loss, F.cross_entropy(rows @ weight.T + bias, flat, label_smoothing=0.1, reduction="sum")
+    )
+
+
+def test_distillation_is_refused_by_name():
+    for name in ("LigerFusedLinearJSDLoss", "LigerFusedLinearCosineSimilarityLoss", "liger_fused_linear_jsd"):
+        with pytest.raises(ImportError, match=f"^{name} is distillation, which fastpref has not: .*chunked_loss$"):
+            exec(f"from fastpref.integrations.liger import {name}")
+    with pytest.raises(ImportError, match="cannot import name 'LigerNothing'"):
+        from fastpref.integrations.liger import LigerNothing  # noqa: F401
 
 
 def test_repr_and_pickle():

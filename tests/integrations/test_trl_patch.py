@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import runpy
+
 import pytest
 import torch
 
@@ -138,23 +140,40 @@ def test_patch_and_unpatch(monkeypatch):
     assert utils._ChunkedLogProbFunction is TRLS
 
 
+class Other:
+    pass
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda m: m.setattr(trl, "__version__", "1.17.0"), "TRL 1.17.0 is not supported: .* of TRL 1.16 only"),
-        (lambda m: m.delattr(utils, "_ChunkedLogProbFunction"), "has no _ChunkedLogProbFunction"),
-        (lambda m: m.setattr(TRLS, "forward", staticmethod(lambda ctx, hidden, mask: None)), "takes ctx, hidden, mask"),
+        (lambda m: m.setattr(utils, "_ChunkedLogProbFunction", Other), r"its _Chunked\w+ \([0-9a-f]{12}\) is not"),
+        (lambda m: m.delattr(utils, "_ChunkedLogProbFunction"), "it has no _ChunkedLogProbFunction"),
     ],
-    ids=["version", "presence", "signature"],
+    ids=["source", "presence"],
 )
 def test_an_unknown_trl_is_refused(monkeypatch, change, message):
     kernel.check_version.cache_clear()
     with monkeypatch.context() as changed:
         change(changed)
-        with pytest.raises(ImportError, match=message):
+        with pytest.raises(ImportError, match=message + ".*; pip install 'trl==[0-9.]+'$"):
             patch()
     kernel.check_version.cache_clear()
     assert kernel._replaced is None
+
+
+def test_comments_and_indentation_are_not_of_the_source(tmp_path):
+    one, other = tmp_path / "one.py", tmp_path / "other.py"
+    one.write_text("def f(x):\n    return x\n")
+    other.write_text("class A:\n    def f(x):\n        # why\n\n        return x\n")
+    hashes = {kernel.source_hash(runpy.run_path(str(one))["f"]), kernel.source_hash(runpy.run_path(str(other))["A"].f)}
+    assert len(hashes) == 1
+
+
+def test_the_command_installs_a_version_that_was_compared():
+    version = ".".join(kernel.INSTALL.rstrip("'").rpartition("==")[2].split(".")[:2])
+    for known in kernel.COMPARED.values():
+        assert any(version in versions.split(", ") for versions in known.values())
 
 
 def sft(folder, model, **changes):

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from datasets import Dataset
 from transformers import LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, TrainingArguments
 
 trl = pytest.importorskip("trl")
@@ -17,7 +18,7 @@ trl = pytest.importorskip("trl")
 from trl.trainer.base_config import _BaseConfig  # noqa: E402
 
 from fastpref.integrations.trl import FusedDPOTrainer, FusedKTOTrainer, kernel  # noqa: E402
-from fastpref.integrations.trl.options import DPO_LOSSES, refuse_config, refuse_model  # noqa: E402
+from fastpref.integrations.trl.options import DPO_LOSSES, KNOWN, refuse_config  # noqa: E402
 from tests.integrations.trl_world import (  # noqa: E402
     arguments,
     assert_same_entries,
@@ -245,7 +246,7 @@ def test_lora_on_the_head_is_refused(cls, tmp_path):
 def test_virtual_tokens_are_refused(tmp_path):
     peft = pytest.importorskip("peft")
     config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
-    with pytest.raises(ValueError, match=r"peft_config\['default'\] is 'PROMPT_TUNING'; .*patch\(\)"):
+    with pytest.raises(ValueError, match=r"peft_config is 'PROMPT_TUNING'; .*patch\(\)"):
         make_dpo(FusedDPOTrainer, tmp_path, peft_config=config)
 
 
@@ -346,6 +347,7 @@ def test_refused_at_construction(case, tmp_path):
     [
         ({"loss_type": "bco"}, "loss_type is 'bco'; it takes kto, apo_zero_unpaired"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor is 0.1"),
+        ({"desirable_weight": -1.0}, "desirable_weight is -1.0; it takes a number of at least 0"),
         ({"train_sampling_strategy": "random"}, "train_sampling_strategy='random'"),
         ({"per_device_train_batch_size": 1}, "batch size must be > 1"),
     ],
@@ -356,24 +358,47 @@ def test_kto_refused_at_construction(given, message, tmp_path):
 
 
 def test_an_unknown_trl_is_refused(tmp_path, monkeypatch):
+    """What a trainer replaces was changed: refused, with its hash and a command. What it does not replace may."""
     kernel.check_version.cache_clear()
     with monkeypatch.context() as changed:
         changed.setattr(trl, "__version__", "2.0.0")
-        with pytest.raises(ImportError, match="TRL 2.0.0 is not supported"):
-            make_dpo(FusedDPOTrainer, tmp_path)
+        changed.setattr(trl.KTOTrainer, "_compute_loss", lambda self, model, inputs, return_outputs: 0)
+        make_dpo(FusedDPOTrainer, tmp_path)
+        message = r"TRL 2.0.0 is not supported: its KTOTrainer._compute_loss \([0-9a-f]{12}\) .*; pip install 'trl=="
+        with pytest.raises(ImportError, match=message):
+            make_kto(FusedKTOTrainer, tmp_path)
     kernel.check_version.cache_clear()
 
 
+def test_an_option_that_only_a_newer_trl_has_is_refused(tmp_path):
+    @dataclasses.dataclass
+    class Newer(trl.DPOConfig):
+        margin_scale: float = 1.0
+        others: list[int] = dataclasses.field(default_factory=list)
+
+    refuse_config(arguments(Newer, tmp_path))
+    with pytest.raises(ValueError, match="margin_scale is 2.0; a newer TRL has it .*: leave it 1.0, or use TRL's own"):
+        refuse_config(arguments(Newer, tmp_path, margin_scale=2.0))
+
+
 def test_what_only_others_have_is_refused(tmp_path):
-    """DeepSpeed and image models do not run here: the checks alone."""
+    """DeepSpeed does not run here: the checks alone."""
     config = arguments(trl.DPOConfig, tmp_path)
     config.deepspeed_plugin = SimpleNamespace(zero_stage=3)
     with pytest.raises(ValueError, match="deepspeed is 'ZeRO-3'; .*FSDP2"):
         refuse_config(config)
     config.deepspeed_plugin.zero_stage = 2
     refuse_config(config)
-    with pytest.raises(ValueError, match=r"train_dataset is 'images'; .*patch\(\)"):
-        refuse_model(SimpleNamespace(_is_vision_dataset=True))
+
+
+@pytest.mark.parametrize("kind", ["Dataset", "IterableDataset"])
+@pytest.mark.parametrize("trainer", MAKERS)
+def test_images_are_refused_before_a_model_is_loaded(trainer, kind, tmp_path):
+    make, (_, cls) = MAKERS[trainer]
+    data = Dataset.from_list([{"images": [], "prompt": "a", "chosen": "b", "rejected": "c"}])
+    data = data if kind == "Dataset" else data.to_iterable_dataset()
+    with pytest.raises(ValueError, match=r"^train_dataset has a column 'images'; the fused .* text: .*patch\(\)$"):
+        make(cls, tmp_path, "no/such/model", ref_model=None, train_dataset=data)
 
 
 @pytest.mark.parametrize("cls", [trl.DPOTrainer, FusedDPOTrainer])
@@ -434,6 +459,7 @@ def test_every_option_is_dealt_with(config):
     own = {f.name for f in dataclasses.fields(config)} - {f.name for f in dataclasses.fields(TrainingArguments)}
     overridden = {name for cls in (config, _BaseConfig) for name in cls.__annotations__ if not name.startswith("_")}
     assert own | overridden == set(FIELDS[config])
+    assert own <= KNOWN
 
 
 def test_every_loss_type_of_trls_is_known():

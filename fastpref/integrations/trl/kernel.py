@@ -7,7 +7,9 @@ GRPO and RLOO trainers all go through it. (DistillationTrainer has a kernel of i
 from __future__ import annotations
 
 import functools
+import hashlib
 import inspect
+from pkgutil import resolve_name
 from typing import Any
 
 import torch
@@ -16,20 +18,27 @@ from torch.distributed.tensor import DTensor
 
 from fastpref.head import linear_token_stats
 
+INSTALL = "pip install 'trl==1.16.0'"
+
 try:
     import trl
     from trl.trainer import utils
 except ImportError as error:
-    raise ImportError(f"fastpref.integrations.trl needs TRL 1.16: pip install 'fastpref[trl]' ({error})") from error
-
-# Versions whose trainers were read and compared with ours, number by number (tests/integrations).
-KNOWN_VERSIONS = ("1.16",)
+    raise ImportError(f"fastpref.integrations.trl needs TRL: {INSTALL} ({error})") from error
 
 _NAME = "_ChunkedLogProbFunction"
-_PARAMETERS = [
-    "ctx", "hidden", "weight", "bias", "targets", "temperature", "chunk_size", "final_logit_softcapping", "logit_scale",
-    "outputs",
-]
+# What is replaced, and what calls it: the hash of its source as it was read and compared with ours, number by number
+# (tests/integrations), and the versions that have it. A version of TRL is taken for what it has of these, not for its
+# number; what it is refused for is named with the hash to add here once those tests pass.
+COMPARED: dict[str, dict[str, str]] = {
+    "trl.trainer.utils:_ChunkedLogProbFunction": {"fe31e20b5e73": "1.15", "4046f521dc0d": "1.16"},
+    "trl.trainer.utils:add_fused_lm_head": {"858bc8f4c247": "1.15", "5f4aa2119cf1": "1.16"},
+    "trl.trainer.dpo_trainer:DPOTrainer.compute_ref_log_probs": {"2e9d3bad4fc7": "1.15, 1.16"},
+    "trl.trainer.dpo_trainer:DPOTrainer._compute_loss": {"c7f0caad2e5f": "1.15, 1.16"},
+    "trl.trainer.kto_trainer:KTOTrainer.compute_ref_log_probs": {"11817c89f35a": "1.15, 1.16"},
+    "trl.trainer.kto_trainer:KTOTrainer._compute_kl_logps": {"410f2d549e05": "1.15, 1.16"},
+    "trl.trainer.kto_trainer:KTOTrainer._compute_loss": {"c1199cfee455": "1.15, 1.16"},
+}
 # TRL's name of a column: ours
 _OUTPUTS = {
     "entropy": "entropy",
@@ -95,21 +104,27 @@ def _check_whole(weight: Tensor) -> None:
         )
 
 
+def source_hash(thing: Any) -> str:
+    """Of its lines without indentation, blank ones and comments, which change nothing."""
+    lines = (line.strip() for line in inspect.getsource(thing).splitlines())
+    text = "\n".join(line for line in lines if line and not line.startswith("#"))
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
 @functools.cache
-def check_version() -> None:
-    """Refuses a TRL whose insides were not looked at."""
-    version = ".".join(trl.__version__.split(".")[:2])
-    reason = None
-    if version not in KNOWN_VERSIONS:
-        reason = f"its trainers were compared with those of TRL {', '.join(KNOWN_VERSIONS)} only"
-    elif not hasattr(utils, _NAME):
-        reason = f"trl.trainer.utils has no {_NAME}"
-    else:
-        found = list(inspect.signature(getattr(utils, _NAME).forward).parameters)
-        if found != _PARAMETERS:
-            reason = f"{_NAME}.forward takes {', '.join(found)}; expected {', '.join(_PARAMETERS)}"
-    if reason:
-        raise ImportError(f"TRL {trl.__version__} is not supported: {reason}")
+def check_version(*owners: str) -> None:
+    """ImportError where the TRL installed has something else of `COMPARED`, of these owners ("DPOTrainer", ...)."""
+    for path, known in COMPARED.items():
+        name = path.partition(":")[2]
+        if name.partition(".")[0] not in owners:
+            continue
+        try:
+            found = source_hash(resolve_name(path))
+        except (ImportError, AttributeError):
+            found = ""
+        if found not in known:
+            reason = f"its {name} ({found}) is not one that was compared with ours" if found else f"it has no {name}"
+            raise ImportError(f"TRL {trl.__version__} is not supported: {reason}; {INSTALL}")
 
 
 _replaced: Any = None  # TRL's own function, while ours stands in its place
@@ -136,12 +151,12 @@ def patch() -> _Patched:
     manager it restores TRL's function at the end.
 
     Raises:
-        ImportError: a version of TRL that was not looked at, or that does not have what is replaced here.
+        ImportError: a TRL in which what is replaced here is not as it was compared, with the command that installs one.
     """
     global _replaced
-    check_version()
     if _replaced is not None:
         return _Patched(here=False)
+    check_version(_NAME, "add_fused_lm_head")
     _replaced = getattr(utils, _NAME)
     setattr(utils, _NAME, ChunkedLogProbs)
     return _Patched(here=True)

@@ -1,10 +1,13 @@
-"""TRL's configs read: the loss they ask for, and what of them is refused, by name and with what to use instead."""
+"""TRL's configs read: the loss they ask for, and what of them is refused, by name and with what to use instead
+(docs/refusals.py lists it)."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import MISSING, fields
 from typing import Any
 
-from accelerate.utils import is_peft_model
+from transformers import TrainingArguments
 from trl import DPOConfig, KTOConfig
 
 from fastpref import losses
@@ -34,6 +37,15 @@ DPO_LOSSES: dict[str, tuple[str, dict[str, str]]] = {
 KTO_LOSSES = ("kto", "apo_zero_unpaired")
 AVERAGED = ("ipo", "sigmoid_norm")  # divide by the lengths of the responses
 
+# What the configs have beyond TrainingArguments: honoured here or by code of TRL's that stays, or refused below.
+KNOWN = frozenset(
+    "activation_offloading beta dataset_num_proc desirable_weight disable_dropout discopop_tau f_alpha_divergence_coef "
+    "f_divergence_type label_smoothing ld_alpha loss_type loss_weights max_length model_init_kwargs pad_to_multiple_of "
+    "pad_token padding_free precompute_ref_batch_size precompute_ref_log_probs ref_model_mixup_alpha "
+    "ref_model_sync_steps router_aux_loss_coef sync_ref_model truncation_mode trust_remote_code undesirable_weight "
+    "use_weighting".split()
+)
+
 _INSTEAD = "use TRL's own trainer with fastpref.integrations.trl.patch()"
 
 
@@ -61,10 +73,18 @@ def refuse_config(config: Any) -> None:
     plugin = config.deepspeed_plugin
     if plugin is not None and plugin.zero_stage == 3:
         _refuse("deepspeed", "ZeRO-3", "it shards the LM head: use ZeRO-1, ZeRO-2 or FSDP2")
+    known = {field.name for field in fields(TrainingArguments)} | KNOWN
+    for field in fields(config):
+        default = field.default if field.default_factory is MISSING else field.default_factory()
+        if field.name not in known and getattr(config, field.name) not in (default, None):
+            _refuse(field.name, getattr(config, field.name), f"a newer TRL has it and fastpref has not: leave it "
+                    f"{default!r}, or {_INSTEAD}")
     if isinstance(config, DPOConfig):
         _refuse_dpo(config)
-    elif config.loss_type not in KTO_LOSSES:
+        return
+    if config.loss_type not in KTO_LOSSES:
         _refuse("loss_type", config.loss_type, f"it takes {', '.join(KTO_LOSSES)}")
+    kto_loss(config)  # a number outside its range is named here, before anything is loaded
 
 
 def _refuse_dpo(config: DPOConfig) -> None:
@@ -73,7 +93,7 @@ def _refuse_dpo(config: DPOConfig) -> None:
         if loss_type not in DPO_LOSSES:
             _refuse("loss_type", loss_type, f"it takes {', '.join(DPO_LOSSES)}")
     if config.padding_free:
-        _refuse("padding_free", True, "TRL 1.16 falls back to padding; leave it False (prompts and padding cost the "
+        _refuse("padding_free", True, "TRL falls back to padding; leave it False (prompts and padding cost the "
                 "fused head nothing)")
     used = {option for loss_type in types for option in DPO_LOSSES[loss_type][1]}
     if config.f_divergence_type != "alpha_divergence":
@@ -98,18 +118,21 @@ def _refuse_dpo(config: DPOConfig) -> None:
         for loss_type in ("sft", "aot", "aot_unpaired"):
             if loss_type in types:
                 _refuse("use_weighting", True, f"loss_type {loss_type!r} is no mean over pairs: leave one of them out")
-    dpo_loss(config)  # a number outside its range is named here, before anything is loaded
+    dpo_loss(config)
 
 
-def refuse_model(trainer: Any) -> None:
-    """ValueError for a model or data that the fused trainers do not take; called when TRL has made both."""
-    if trainer._is_vision_dataset:
-        _refuse("train_dataset", "images", f"the fused trainers take text: {_INSTEAD}")
-    if is_peft_model(trainer.model):
-        for name, config in trainer.model.peft_config.items():
-            if config.is_prompt_learning:
-                _refuse(f"peft_config[{name!r}]", config.peft_type.value,
-                        f"its virtual tokens move the targets: use LoRA, or {_INSTEAD}")
+def refuse_data(train_dataset: Any) -> None:
+    """ValueError for images, which TRL looks for in the same way."""
+    columns = getattr(train_dataset, "column_names", None) or next(iter(train_dataset or ()), ())
+    for column in ("image", "images"):
+        if column in columns:
+            raise ValueError(f"train_dataset has a column {column!r}; the fused trainers take text: {_INSTEAD}")
+
+
+def refuse_prompt_learning(configs: Mapping[str, Any]) -> None:
+    for name, config in configs.items():
+        if getattr(config, "is_prompt_learning", False):
+            _refuse(name, config.peft_type.value, f"its virtual tokens move the targets: use LoRA, or {_INSTEAD}")
 
 
 def _refuse(option: str, value: object, instead: str) -> None:

@@ -6,6 +6,7 @@ PEFT, distribution, checkpoints, evaluation and logs are TRL's own code; metrics
 
 from __future__ import annotations
 
+import inspect
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -30,7 +31,7 @@ from fastpref.losses import LossFunction, SequenceLogps, tail_weights
 from fastpref.trunk import unwrap
 
 from .kernel import check_version
-from .options import AVERAGED, dpo_loss, kto_loss, refuse_config, refuse_model
+from .options import AVERAGED, dpo_loss, kto_loss, refuse_config, refuse_data, refuse_prompt_learning
 
 Inputs = dict[str, Tensor]
 Scored = Any  # a PreferenceModelOutput whose loss and extras are there
@@ -40,10 +41,9 @@ _MEASURED = ("entropy", "mean_logit", "top1")  # sums over the scored tokens tha
 
 @contextmanager
 def _preference_heads(trainer: type) -> Iterator[None]:
-    """TRL's constructor gives policy and reference its fused head before it shards, wraps or uses them; while this
-    lasts, they get ours at the same moment."""
-    base = next(cls for cls in trainer.__mro__ if cls.__module__.startswith("trl."))
-    module: Any = sys.modules[base.__module__]
+    """The constructor of TRL's trainer gives policy and reference its fused head before it shards, wraps or uses them;
+    while this lasts, they get ours at the same moment."""
+    module: Any = sys.modules[trainer.__module__]
     theirs = module.add_fused_lm_head
 
     def both(model: Any, *args: Any, **kwargs: Any) -> None:
@@ -63,12 +63,18 @@ class _Fused:
     _READ: Callable[[Any], LossFunction]  # a config's loss
 
     def __init__(self: Any, model: Any, ref_model: Any = None, args: Any = None, *more: Any, **given: Any) -> None:
-        check_version()
+        trls = next(cls for cls in type(self).__mro__ if cls.__module__.startswith("trl."))
+        check_version("add_fused_lm_head", trls.__name__)
+        # All that can be refused before the models are loaded.
+        named = inspect.signature(trls).bind(model, ref_model, args, *more, **given).arguments
         if args is not None:
             refuse_config(args)
-        with _preference_heads(type(self)):
+        refuse_data(named.get("train_dataset"))
+        refuse_prompt_learning({"peft_config": named.get("peft_config")})
+        with _preference_heads(trls):
             super().__init__(model, ref_model, args, *more, **given)  # type: ignore[call-arg]
-        refuse_model(self)
+        if is_peft_model(self.model):
+            refuse_prompt_learning(self.model.peft_config)
         self._preference_loss = self._READ(self.args)
         if hasattr(self.model.config.get_text_config(), "output_router_logits"):
             unwrap(self.model).router_aux_loss_coef = self.router_aux_loss_coef  # its weight in the forward's loss
@@ -127,10 +133,13 @@ class _Fused:
 class FusedDPOTrainer(_Fused, DPOTrainer):
     """`trl.DPOTrainer` on `fastpref.linear_preference_loss`: the same arguments, configs, metrics and files.
 
+    A reference is scored without dropout. With disable_dropout=False TRL leaves it on where the reference is a PEFT
+    model without its adapter.
+
     Raises:
         ValueError: at construction, for what of DPOConfig is not honoured (or has no effect in TRL), by name and with
             what to use instead; for a model whose LM head the fused loss does not compute.
-        ImportError: a version of TRL whose trainer was not looked at.
+        ImportError: a TRL in which what is replaced here is not as it was compared, with the command that installs one.
     """
 
     _READ = staticmethod(dpo_loss)
