@@ -23,6 +23,7 @@ from transformers import AutoTokenizer
 
 from fastpref.data import records_from_rows
 from fastpref.report.metrics import METRICS, SAMPLES
+from fastpref.report.verdict import ROWS
 from fastpref.rounds.config import RoundsConfig
 from fastpref.train import config, preview
 from fastpref.train.keys import keys_of
@@ -108,6 +109,13 @@ def metric_table(keys: Iterable[str] = METRICS) -> str:
     return "\n".join([*lines, ""])
 
 
+def row_table() -> str:
+    """What to do about what is seen; a verdict links to the rows."""
+    lines = ["| what you see | what it means | what helps |", "|---|---|---|"]
+    lines += [f'| <a id="{name}"></a>{" | ".join(cells)} |' for name, cells in ROWS.items()]
+    return "\n".join([*lines, ""])
+
+
 def written(page: str) -> str:
     """The page on training with its tables as the code has them now."""
     return _with_tables(page, {"examples": examples_text(), "config": config_tables(), "losses": loss_table(),
@@ -121,7 +129,8 @@ def written_rounds(page: str) -> str:
 def written_watch(page: str) -> str:
     always = ("logps/chosen", "logps/rejected", "rewards/accuracies", "rewards/margins",
               *(key for key in METRICS if key.startswith("watch/")))
-    return _with_tables(page, {"watch": metric_table(always), "samples": metric_table(["kl", *SAMPLES])})
+    return _with_tables(page, {"watch": metric_table(always), "samples": metric_table(["kl", *SAMPLES]),
+                               "rows": row_table()})
 
 
 def _with_tables(page: str, tables: dict[str, str]) -> str:

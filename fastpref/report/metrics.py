@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,8 @@ METRICS = {
     "num_tokens": Metric("tokens", "tokens trained on so far", "tokens"),
     "tokens_per_s": Metric("throughput", "tokens of the batches, prompts too", "tokens/s", "higher", "tok/s"),
     "scored_tokens_per_s": Metric("scored tokens", "tokens that reach the LM head", "tokens/s", "higher", "scored"),
-    "saved_tokens_per_s": Metric("saved tokens", "shared prompts: not computed twice", "tokens/s", "higher", "saved"),
+    "saved_tokens_per_s": Metric("shared tokens", "of shared prompts: not computed twice", "tokens/s", "higher",
+                                 "shared"),
     "mfu": Metric("model FLOP utilisation", "FLOP of the model over what the device can do", "share", "higher", "mfu"),
     "peak_memory_mib": Metric("peak memory", "on a GPU what torch has allocated at most; on a CPU the process", "MiB",
                               "lower"),
@@ -92,6 +95,13 @@ METRICS |= SAMPLES
 def metric(key: str) -> Metric:
     """Of a key as logged: exact_match/TASK is an exact match. A key of nobody's is its own name."""
     return METRICS.get(key) or METRICS.get(key.partition("/")[0], Metric(key, ""))
+
+
+def without_ties(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Drops the reward accuracy of a policy that still is its own reference: all rewards are 0, so none is ahead."""
+    margin = row.get("rewards/margins")
+    tied = isinstance(margin, (int, float)) and abs(margin) < 1e-6
+    return {key: value for key, value in row.items() if not (tied and key == "rewards/accuracies")}
 
 
 def number(value: float | None, digits: int = 3) -> str:

@@ -19,9 +19,10 @@ from fastpref.files import write_text
 
 from .charts import Line, Point, change_chart, line_chart, spread
 from .frontier import Measured, best_of, best_sentence, frontier, implicit_frontier
-from .metrics import metric, number, percent
-from .reading import Row, Run, Stage, as_row, flat, is_number, read_run, without_ties
+from .metrics import metric, number, percent, without_ties
+from .reading import Row, Run, Stage, as_row, flat, is_number, read_run
 from .render import render
+from .verdict import EXTREMES, Verdict, link_of, verdict_of
 
 MOST_EVALUATIONS = 40
 
@@ -36,12 +37,13 @@ def write_report(run_dir: str | Path) -> Path:
     not JSON (a killed run may leave half a line), are left out and counted in the report, never an error.
     """
     run = read_run(Path(run_dir))
-    pairs = _before_and_after(run)
+    pairs, verdict = _before_and_after(run), verdict_of(run)
     path = Path(run_dir) / "report.html"
     made_by = {"device": run.summary.get("device"), **as_row(run.summary.get("versions"))}
     matches = [(stage.name, points) for stage in run.stages if (points := stage.series("eval", "exact_match"))]
     write_text(path, render(
-        "run.html", title=f"{run.name} · fastpref run", run=run, cards=_headlines(run, pairs), tasks=_tasks(run, pairs),
+        "run.html", title=f"{run.name} · fastpref run", run=run, cards=_headlines(run, pairs, verdict),
+        verdict=verdict, link=link_of(verdict, path.parent), tasks=_tasks(run, pairs),
         matches=matches, best={stage.name: _best(run, stage) for stage in run.stages},
         stages=[_stage(stage, run) for stage in run.stages], config=run.config_text.rstrip(),
         made_by={name: value for name, value in made_by.items() if value is not None},
@@ -192,17 +194,22 @@ def _sentence(panel: Panel, key: str, stage: Stage, name: str) -> str:
 # ---- the words on top ----------------------------------------------------------------------------------------------
 
 HEADLINES = ("exact_match", "rewards/accuracies", "rewards/margins", "accuracy", "margin", "mean_reward",
-             "logps/chosen", "logps/rejected", "loss")
+             "logps/chosen", "logps/rejected", "watch/kl", "loss")
 
 
-def _headlines(run: Run, pairs: Pairs) -> list[Row]:
+def _headlines(run: Run, pairs: Pairs, verdict: Verdict) -> list[Row]:
+    """No figure that the loss raises is called better where the verdict says that this is no news."""
+    bad = verdict.extreme or verdict.kind in ("broken", "over-optimised")
     cards: list[Row] = []
     for key in HEADLINES:
         if key in pairs:
             before, after = pairs[key]
             about = metric(key)
             show = percent if about.share else partial(number, digits=4)
-            cards.append(change_card(about.title, before, after, show, about.better, f"before {run.last}"))
+            card = change_card(about.title, before, after, show, about.better, f"before {run.last}")
+            if bad and key in EXTREMES and card.get("mood") == "better":
+                card["mood"] = ""
+            cards.append(card)
     for key in ("tokens_per_s", "peak_memory_mib"):
         value = run.summary.get(key)
         if not is_number(value):
@@ -242,7 +249,11 @@ def _duration(seconds: float) -> str:
 
 def _best(run: Run, stage: Stage) -> str:
     points = _measured(stage, "sample", "reward")
-    return best_sentence(points, _place_of(run, stage, best_of(points).step)) if points else ""
+    return best_sentence(points, _place_of_best(run, stage, points)) if points else ""
+
+
+def _place_of_best(run: Run, stage: Stage, points: Sequence[Measured]) -> str:
+    return run.place_of(stage, best_of(points).step) or "no checkpoint was saved there"
 
 
 def _measured(stage: Stage, split: str, reward: str) -> list[Measured]:
@@ -253,15 +264,6 @@ def _measured(stage: Stage, split: str, reward: str) -> list[Measured]:
         for row in stage.rows(split)
         if is_number(row.get(kl)) and is_number(row.get(reward))
     ]
-
-
-def _place_of(run: Run, stage: Stage, step: float) -> str:
-    """Where the weights of a step are."""
-    found = [name for name in run.checkpoints if name.endswith(f"-{stage.name}-{step:08.0f}")]
-    if found:
-        return f"checkpoints/{found[0]}"
-    ended = stage.name == run.last and step == max(row["step"] for rows in stage.splits.values() for row in rows)
-    return "model/" if ended and "model" in run.checkpoints else "no checkpoint was saved there"
 
 
 # ---- the parts of the page -------------------------------------------------------------------------------------------
@@ -284,7 +286,7 @@ def _watch(run: Run, stage: Stage) -> list[Markup]:
                 f"Bars are standard errors; k3 is the better one up to about 0.25 nats a token, k1 beyond.{cost}")
     fresh = line_chart("KL to the reference, on fresh samples", estimators, y_label="nats per response", note=note,
                        guide=(0.0, "as the reference"))
-    reward = (frontier(points, _place_of(run, stage, best_of(points).step)) if points
+    reward = (frontier(points, _place_of_best(run, stage, points)) if points
               else implicit_frontier(_measured(stage, "eval", "rewards/margins")))
     return [*_panels(WATCH, stage), *filter(None, (fresh, reward))]
 

@@ -19,7 +19,7 @@ import yaml
 from fastpref.errors import UserError
 
 from .charts import Point
-from .metrics import number
+from .metrics import number, without_ties
 
 Row = dict[str, Any]
 
@@ -71,21 +71,30 @@ class Run:
         found = self.summary.get("samples")
         return [sample for sample in found if isinstance(sample, dict)] if isinstance(found, list) else []
 
+    def place_of(self, stage: Stage, step: float) -> str:
+        """Where the weights of a step are; "" where they were not saved."""
+        found = [name for name in self.checkpoints if name.endswith(f"-{stage.name}-{step:08.0f}")]
+        if found:
+            return f"checkpoints/{found[0]}"
+        ended = stage.name == self.last and step == max(row["step"] for rows in stage.splits.values() for row in rows)
+        return "model/" if ended and "model" in self.checkpoints else ""
+
     @property
     def last(self) -> str:
         """The last stage's name."""
         return self.stages[-1].name if self.stages else ""
 
 
-def read_run(run_dir: Path) -> Run:
-    """Raises UserError if there is no metrics.jsonl; whatever else is missing or broken is left out, or a warning."""
+def read_run(run_dir: Path, summary: Any = None) -> Run:
+    """summary: what is not in summary.json yet.
+
+    Raises UserError if there is no metrics.jsonl; whatever else is missing or broken is left out, or a warning."""
     metrics = run_dir / "metrics.jsonl"
     if not metrics.is_file():
         raise UserError(f"run_dir: no metrics.jsonl in {run_dir}; expected the folder of a training run")
     warnings: list[str] = []
-    summary: Any = None
     try:
-        summary = json.loads(_text(run_dir / "summary.json") or "{}")
+        summary = summary or json.loads(_text(run_dir / "summary.json") or "{}")
     except ValueError as error:
         warnings.append(f"summary.json is not JSON ({error}); the report was made without it.")
     summary = as_row(summary)
@@ -143,13 +152,6 @@ def _read_metrics(path: Path, warnings: list[str]) -> dict[str, dict[str, list[R
         stage: {split: [without_ties(by_step[s]) for s in sorted(by_step)] for split, by_step in splits.items()}
         for stage, splits in steps.items()
     }
-
-
-def without_ties(row: Row) -> Row:
-    """Drops the reward accuracy of a policy that still is its own reference: all rewards are 0, so none is ahead."""
-    margin = row.get("rewards/margins")
-    tied = is_number(margin) and abs(margin) < 1e-6
-    return {key: value for key, value in row.items() if not (tied and key == "rewards/accuracies")}
 
 
 def is_number(value: object) -> TypeGuard[float]:

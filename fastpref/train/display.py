@@ -10,11 +10,12 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
+from rich.padding import Padding
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from fastpref.report.metrics import metric
+from fastpref.report.metrics import metric, without_ties
 
 Tick = Callable[[int, int], None]  # (done, of): called between forward passes; may raise to stop
 
@@ -34,6 +35,11 @@ ROWS = ("exact_match", "rewards/accuracies", "rewards/margins", "accuracy", "mar
         "kl", "loss")
 
 
+FIRST = ("exact_match", "loss", "rewards/accuracies", "accuracy", "rewards/margins", "margin", "watch/kl",
+         "watch/chosen_change")  # of ROWS, where there is no room for all
+STYLES = {"worked": "green", "over-optimised": "yellow", "nothing": "cyan", "broken": "red"}
+
+
 def number(name: str, value: float, digits: int = 4) -> str:
     unit = metric(name).unit
     if unit == "share":
@@ -44,7 +50,9 @@ def number(name: str, value: float, digits: int = 4) -> str:
 
 
 def _line(keys: Sequence[str], values: Mapping[str, float], digits: int = 4) -> list[str]:
-    return [f"{metric(key).short} {number(key, values[key], digits)}" for key in keys if key in values]
+    values = without_ties(values)
+    return [f"{metric(key).short} {number(key, values[key], digits)}" for key in keys
+            if key in values and (values[key] or key != "saved_tokens_per_s")]
 
 
 def duration(seconds: float) -> str:
@@ -67,6 +75,26 @@ class Display:
         """One line, never broken at the console's width: in a pipe other programs read it."""
         self.console.print(Text(text, style=style), soft_wrap=True)
 
+    def values(self, head: str, values: Mapping[str, float], style: str = "") -> None:
+        """A line of metrics; in a terminal as many of them as it is wide, those first that say most."""
+        parts = {key: part for key in ROWS if key in values for part in _line([key], values)}
+        if self.console.is_terminal:
+            room, kept = self.console.width - len(head), set()
+            for key in sorted(parts, key=lambda key: FIRST.index(key) if key in FIRST else len(FIRST)):
+                room -= len(parts[key]) + 3
+                kept |= {key} if room >= 0 else set()
+            parts = {key: part for key, part in parts.items() if key in kept}
+        self.say(" | ".join([head, *parts.values()]), style)
+
+    def verdict(self, found: Mapping[str, Any]) -> None:
+        """`Verdict.content`: its word, the facts, what next."""
+        self.console.print(Text(f"verdict {found['kind']}", style=f"bold {STYLES.get(found['kind'], '')}"))
+        for text in (*found["because"], f"next: {found['next']}"):
+            if self.console.is_terminal:
+                self.console.print(Padding(Text(text), (0, 0, 0, 2)))
+            else:
+                self.say(f"  {text}")
+
     @contextmanager
     def steps(self, name: str, done: int, total: int) -> Iterator[StepBar]:
         """Shows the steps of a stage."""
@@ -75,7 +103,8 @@ class Display:
             yield bar
             return
         # eta before the values: on a narrow terminal it is their end that is cut off
-        columns = (TextColumn("[bold]{task.description}"), BarColumn(bar_width=10), _Count(), _Eta(), _Values())
+        bar_width = max(10, min(40, self.console.width - 80))
+        columns = (TextColumn("[bold]{task.description}"), BarColumn(bar_width), _Count(), _Eta(), _Values())
         with Progress(*columns, console=self.console) as self.progress:
             bar.task = self.progress.add_task(escape(name), total=total, completed=done, values={})
             try:
@@ -180,7 +209,13 @@ def evaluation_table(title: str, columns: Mapping[str, Mapping[str, float]]) -> 
         table.add_column(escape(name), justify="right")
     for key in ROWS:
         if any(key in values for values in columns.values()):
-            cells = (number(key, values[key]) if values.get(key) is not None else "" for values in columns.values())
+            cells = (_cell(key, values) for values in columns.values())
             about = metric(key)
             table.add_row(f"{about.name}, {about.unit}" if about.unit == "nats" else about.name, *cells)
     return table
+
+
+def _cell(key: str, values: Mapping[str, float]) -> str:
+    if values.get(key) is None:
+        return ""
+    return number(key, values[key]) if key in without_ties(values) else "all tied"

@@ -28,6 +28,7 @@ def metrics_of_pairs(kind: Kind, out: Any, batch: Batch, start: Tensor | None) -
     """
     found: dict[str, Tensor] = {}
     if out.logps is not None and kind != "sft":
+        found["response_length"] = out.lengths.float()
         if start is not None:
             found |= changes(out.logps - start, batch.desirable)
         if batch.ref_logps is not None:

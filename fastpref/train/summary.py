@@ -1,12 +1,17 @@
-"""What a run came to: summary.json, and the table printed at its end."""
+"""What a run came to: summary.json with its verdict, and the table printed at its end."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from fastpref.files import write_text
+from fastpref.report.reading import read_run
+from fastpref.report.verdict import verdict_of
 
 from .checkpoint import State
 from .config import TrainConfig
@@ -46,6 +51,12 @@ def summarize(stages: Sequence[TrainConfig], data: StageData, state: State, devi
     }
 
 
+def write_summary(run_dir: Path, summary: dict[str, Any]) -> None:
+    """summary.json, with the verdict on metrics.jsonl as it is now."""
+    summary["verdict"] = verdict_of(read_run(run_dir, summary)).content()
+    write_text(run_dir / "summary.json", json.dumps(summary, indent=1) + "\n")
+
+
 def show_summary(display: Display, run_dir: Path, summary: dict[str, Any]) -> None:
     """The table at the end of a run: what the held-out set says before and after, and what it cost."""
     columns: dict[str, dict[str, float]] = {}
@@ -54,8 +65,7 @@ def show_summary(display: Display, run_dir: Path, summary: dict[str, Any]) -> No
         found = {k: v for k, v in summary["stages"][name].get("before", {}).items() if k == "exact_match"}
         if found and not columns:
             columns["at the start"] = found
-    # at its start a policy is its own reference: every reward is 0, and no share of pairs means anything
-    nothing = ("rewards/accuracies", "watch/chosen_change", "watch/chosen_fell")
+    nothing = ("watch/chosen_change", "watch/chosen_fell")  # since the start
     columns[f"before {last}"] = {k: v for k, v in summary["before"].items() if k not in nothing}
     columns[f"after {last}"] = summary["after"]
     if summary["after"]:
@@ -68,6 +78,8 @@ def show_summary(display: Display, run_dir: Path, summary: dict[str, Any]) -> No
     for name, stage in summary["stages"].items():
         for line in watch_lines(run_dir, stage):
             display.say(f"{name}: {line}")
+    if "verdict" in summary:
+        display.verdict(summary["verdict"])
 
 
 def watch_lines(run_dir: Path, stage: dict[str, Any]) -> list[str]:
