@@ -135,6 +135,15 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("overrides", nargs="*", metavar="key=value", help="instead of what the configuration says")
     command.set_defaults(run=_eval)
 
+    command = commands.add_parser("report", help="report.html of a run, made again from its files")
+    command.add_argument("run_dir", metavar="RUN", help="folder of a run, or of rounds")
+    command.set_defaults(run=_report, light=True)
+
+    command = commands.add_parser("compare", help="the curves of several runs in one page, with verdicts, differences")
+    command.add_argument("run_dirs", metavar="RUN", nargs="+", help="folders of runs, 2 to 8")
+    command.add_argument("--output", default="compare.html", help="the page; default compare.html")
+    command.set_defaults(run=_compare, light=True)
+
     command = commands.add_parser("cache-ref", help="compute the reference log-probs that training starts with")
     _takes_config(command, "YAML file, as for train")
     command.set_defaults(run=_cache_ref)
@@ -240,6 +249,21 @@ def _eval(options: argparse.Namespace) -> None:
     from .train.evaluate_run import evaluate_run
 
     evaluate_run(options.source, options.overrides)
+
+
+def _report(options: argparse.Namespace) -> None:
+    from .report.page import write_report
+    from .rounds.report import write_page
+
+    folder = Path(options.run_dir)
+    of_rounds = (folder / "start" / "round.json").is_file() and (folder / "summary.json").is_file()
+    print(write_page(folder) if of_rounds else write_report(folder))
+
+
+def _compare(options: argparse.Namespace) -> None:
+    from .report.compare import write_comparison
+
+    print(write_comparison(options.run_dirs, options.output))
 
 
 def _cache_ref(options: argparse.Namespace) -> None:

@@ -21,6 +21,7 @@ from fastpref.report.charts import Line, line_chart
 from fastpref.report.metrics import number, percent
 from fastpref.report.page import change_card
 from fastpref.report.render import render
+from fastpref.report.verdict import POINTS, Gold, Verdict, link_of, verdict_of_rounds
 from fastpref.train.display import Display, duration
 
 Values = Mapping[str, Any]
@@ -105,6 +106,19 @@ def show_table(display: Display, summary: Values) -> None:
                       duration(row["seconds"]["total"]))
     display.console.print(table)
     display.say(f"all rounds | {time_split(_total_seconds(summary['rounds']))}")
+    display.verdict(judged(rows).content())
+
+
+def judged(rows: Sequence[Values]) -> Verdict:
+    """The verdict on all rounds; rows: the start and every round."""
+    golds = []
+    for label in ("reward", "exact match"):
+        found = _series(rows, label)
+        if found:
+            least = POINTS if label == "exact match" else 0.0
+            golds.append(Gold(f"held-out {label}", [(at, held.value, held.error) for at, held in found],
+                              found[0][1].show, least, "round"))
+    return verdict_of_rounds(rows, golds)
 
 
 def _total_seconds(rows: Sequence[Values]) -> dict[str, float]:
@@ -120,11 +134,12 @@ def write_page(run_dir: Path) -> Path:
     config = (run_dir / "config.yaml").read_text(encoding="utf-8", errors="replace")
     rounds = summary["rounds"]
     rows = [summary["start"], *rounds]
-    name = run_dir.resolve().name
+    name, verdict = run_dir.resolve().name, judged(rows)
     path = run_dir / "report.html"
     write_text(path, render(
         "rounds.html", title=f"{name} · fastpref rounds", name=name, device=summary.get("device", ""),
-        cards=_headlines(rows), findings=_findings(rows), charts=_charts(rows), labels=_labels(rows), rounds=rounds,
+        verdict=verdict, link=link_of(verdict, run_dir), cards=_headlines(rows),
+        findings=_findings(rows), charts=_charts(rows), labels=_labels(rows), rounds=rounds,
         rows=[_row(run_dir, row) for row in rows],
         parts_of_time=[part for part in PARTS if any(row["seconds"].get(part) for row in rounds)],
         pairs=_pairs(run_dir / f"round-{rounds[-1]['round']:03d}" / "pairs.jsonl"), config=config.rstrip(),

@@ -33,6 +33,9 @@ if TYPE_CHECKING:  # it needs torch, and keys are told without
 EngineName = Literal["auto", "transformers", "vllm"]
 
 
+FULL_RATE, LORA_RATE = 1e-6, 1e-5  # learning rates, where none is set
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """Every key of a configuration file, with its default. Lengths are in tokens; a step is an optimiser step.
@@ -114,7 +117,8 @@ class TrainConfig:
         1, "micro-batches a step, on all GPUs together: their number changes no result", "at least 1")
     num_train_epochs: float = key(1.0, "passes over the data", "above 0", COMMON)
     max_steps: int = key(-1, "above 0: so many, whatever the epochs", "-1 or at least 1")
-    learning_rate: float = key(1e-6, "after the warm-up", "at least 0", COMMON)
+    learning_rate: float | None = key(
+        None, "after the warm-up; None: 1e-6, with use_peft 1e-5", "at least 0", COMMON)
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = key("linear", "after the warm-up")
     warmup_steps: int = key(0, "the learning rate rises over so many", "at least 0")
     warmup_ratio: float = key(0.0, "of the stage's steps; warmup_steps comes first", "0 to 1")
@@ -159,6 +163,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_bounds(self)
+        if self.learning_rate is None:  # LoRA's is ten times that of full weights (docs/training.md)
+            object.__setattr__(self, "learning_rate", LORA_RATE if self.use_peft else FULL_RATE)
         refuse(
             (self.use_peft and self.init_from_config,
              "use_peft adapts pretrained weights; init_from_config makes random ones: set one of them"),

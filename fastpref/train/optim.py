@@ -181,7 +181,7 @@ def make_optimizer(parameters: Iterable[nn.Parameter], config: TrainConfig) -> t
     ]
     groups = [group for group in groups if group["params"]]
     options: dict[str, Any] = {
-        "lr": config.learning_rate,
+        "lr": config.learning_rate or 0.0,
         "betas": (config.adam_beta1, config.adam_beta2),
         "eps": config.adam_epsilon,
     }
@@ -270,12 +270,12 @@ def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
 
     The first step has a rate above 0, and the first after the warm-up the full one.
     """
-    warmup = config.warmup_steps or math.ceil(config.warmup_ratio * steps)
+    peak, warmup = config.learning_rate or 0.0, config.warmup_steps or math.ceil(config.warmup_ratio * steps)
     if step < warmup:
-        return config.learning_rate * (step + 1) / (warmup + 1)
+        return peak * (step + 1) / (warmup + 1)
     left = 1 - (step - warmup) / max(steps - warmup, 1)
     if config.lr_scheduler_type == "linear":
-        return config.learning_rate * left
+        return peak * left
     if config.lr_scheduler_type == "cosine":
-        return config.learning_rate * 0.5 * (1 - math.cos(math.pi * left))
-    return config.learning_rate
+        return peak * 0.5 * (1 - math.cos(math.pi * left))
+    return peak

@@ -23,7 +23,7 @@ from transformers.utils import cached_file, find_adapter_config_file
 
 from fastpref.errors import UserError, first_line
 
-from .config import TrainConfig
+from .config import FULL_RATE, LORA_RATE, TrainConfig
 
 LOG = logging.getLogger("fastpref")
 HUB = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False,
@@ -101,6 +101,10 @@ def goes_on_with_adapter(config: TrainConfig) -> bool:
 def adapter_lines(config: TrainConfig) -> list[str]:
     """What the log says of adapters among the models: one line each."""
     found = []
+    rates = [stage.learning_rate or 0.0 for stage in config.stage_configs()] if config.use_peft else []
+    if any(0 < rate <= FULL_RATE for rate in rates):
+        found.append(f"learning_rate {min(rates):g} is one of full weights; LoRA takes about ten times as much "
+                     f"({LORA_RATE:g} where none is set)")
     if (source := source_of_run(config)).adapter:
         then = f"merged into {source.model}" if config.merge_adapter else f"on {source.model}, goes on training"
         found.append(f"adapter {source.adapter} (r {source.settings.get('r')}): {then}")

@@ -16,6 +16,7 @@ from fastpref.data import (
     Invalid,
     Record,
     TokenizeReport,
+    hashes_of,
     load_examples,
     stream_records,
     tokenize_records,
@@ -39,6 +40,13 @@ class StageData:
     eval: Examples = field(default_factory=lambda: Examples([]))
     questions: list[Question] = field(default_factory=list)
     prompts: list[TokenizedPrompt] = field(default_factory=list)  # that the watch samples from
+
+    @property
+    def leaked(self) -> float:
+        """The share of the held-out examples that are among the training ones, token by token."""
+        held_out = hashes_of(self.eval)
+        trained = set(hashes_of(self.train)) if held_out else set()
+        return sum(one in trained for one in held_out) / max(len(held_out), 1)
 
 
 class _Records(Sequence[Record]):
@@ -116,6 +124,9 @@ def load_data(
             _check_labelled(stage, data.train, stage.seed + index, display)
         examples = (example for part in (data.train, data.eval) for example in part)
         check_ids(stage, tokenizer, (ids for e in examples for ids in (e.prompt_ids, *e.responses)))
+        if share := 0.0 if held_out_only else data.leaked:
+            display.say(f"{stage.name}: {100 * share:.1f} % of the held-out records are among the training ones: "
+                        "held-out numbers will look better than they are", "yellow")
         found.append(data)
     return found
 

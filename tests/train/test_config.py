@@ -14,6 +14,7 @@ from fastpref.rounds.config import RoundsConfig, config_from, differing
 from fastpref.train.aliases import ALIASES
 from fastpref.train.config import TrainConfig, config_from_dict, differing_keys, load_config, options_of_losses
 from fastpref.train.keys import BOUNDS, FREE, RUN, help_text, key, keys_of
+from fastpref.train.source import adapter_lines
 
 BASE = """
 model_name_or_path: m
@@ -44,6 +45,16 @@ def test_values_and_defaults(tmp_path):
     assert config.loss_fn == losses.DPO(beta=0.3)
     (stage,) = config.stage_configs()
     assert stage.name == "dpo" and stage.loss_fn == config.loss_fn and stage.kind == "pair"
+
+
+def test_lora_has_a_learning_rate_of_its_own(tmp_path):
+    assert load(tmp_path, BASE).learning_rate == 1e-6
+    lora = load(tmp_path, BASE + "use_peft: true\nstages: [{loss: sft, learning_rate: 2e-5}, {loss: dpo}]\n")
+    assert [stage.learning_rate for stage in lora.stage_configs()] == [2e-5, 1e-5]
+    assert adapter_lines(lora) == []
+    set_low = load(tmp_path, BASE + "use_peft: true\nlearning_rate: 5e-7\n")
+    assert set_low.learning_rate == 5e-7 and adapter_lines(set_low) == [
+        "learning_rate 5e-07 is one of full weights; LoRA takes about ten times as much (1e-05 where none is set)"]
 
 
 def test_stages_inherit_what_they_do_not_set(tmp_path):

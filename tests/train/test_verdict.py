@@ -10,13 +10,18 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from test_report import Page, charts
+from tiny import make, make_pairs, write_rows
 
+from fastpref.cli import main
 from fastpref.report import verdict
 from fastpref.report.metrics import percent
 from fastpref.report.page import write_report
 from fastpref.report.reading import read_run
 from fastpref.report.verdict import Evidence, Gold, judge, verdict_of, verdict_of_rounds
 from fastpref.train.display import Display
+from fastpref.train.model import load_tokenizer
+from fastpref.train.stage_data import load_data
 from fastpref.train.summary import write_summary
 
 SAVED = Path(__file__).parent / "verdicts"
@@ -175,3 +180,40 @@ def test_how_often_it_is_right_on_the_frontier():
         assert caught / (caught + missed) > 0.7 and wrong / (wrong + right) < 0.1
     finally:
         sys.path.remove(str(ROOT / "examples" / "studies"))
+
+
+def test_runs_are_compared_in_one_page(tmp_path, capsys):
+    folders = [run_of(tmp_path / name, name) for name in ("worked", "past")]
+    for folder, eta in zip(folders, (1.0, 0.005)):
+        (folder / "config.yaml").write_text(f"output_dir: {folder}\nseed: 42\nstages:\n- {{loss: rpo, eta: {eta}}}\n")
+    assert main(["compare", *map(str, folders), "--output", str(tmp_path / "two.html")]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'two.html'}\n"
+    page = Page((tmp_path / "two.html").read_text(encoding="utf-8"))
+    assert "worked: worked" in page.text and "past: over-optimised exact match fell: 73.4% → 66.3%" in page.text
+    assert "stages.0.eta 1.0 0.005" in page.text and "seed" not in page.text and "output_dir" not in page.text
+    assert "Exact match, greedy 87.7% 66.3%" in page.text
+    drawn = charts((tmp_path / "two.html").read_text(encoding="utf-8"))
+    for title in ("Loss", "KL to the reference", "Exact match, greedy"):
+        roles = {g.get("class").split()[0] for g in drawn[title].iter("g")}
+        assert {"run0", "run1"} <= roles, title
+    assert main(["compare", str(folders[0])]) == 2
+    assert "compare takes 2 to 8 runs; got 1" in capsys.readouterr().err
+
+
+def test_a_report_is_made_again(tmp_path, capsys):
+    folder = run_of(tmp_path / "run", "past")
+    assert main(["report", str(folder)]) == 0
+    assert capsys.readouterr().out == f"{folder / 'report.html'}\n"
+    assert "Verdict: over-optimised" in (folder / "report.html").read_text(encoding="utf-8")
+    assert main(["report", str(tmp_path)]) == 2
+    assert "no metrics.jsonl" in capsys.readouterr().err
+
+
+def test_a_held_out_set_of_training_records_is_said(world, tmp_path):
+    rows = make_pairs(8, seed=3)
+    trained, held_out = write_rows(tmp_path / "a.jsonl", rows[:6]), write_rows(tmp_path / "b.jsonl", rows[3:7])
+    shown = io.StringIO()
+    config = make(world, tmp_path / "run", train_dataset=str(trained), eval_dataset=str(held_out))
+    (data,) = load_data(config.stage_configs(), load_tokenizer(config), Display(Console(file=shown, width=200)))
+    assert data.leaked == 0.75
+    assert "dpo: 75.0 % of the held-out records are among the training ones" in shown.getvalue()
