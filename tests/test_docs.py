@@ -8,6 +8,7 @@ import dataclasses
 import importlib
 import importlib.util
 import io
+import json
 import re
 import shlex
 import sys
@@ -176,7 +177,8 @@ def check_command(words: list[str]) -> None:
     elif program.startswith("python"):
         check_python(words[1:])
     else:
-        assert program in ("pip", "apt-get", "git", "cd", "pre-commit", "export"), f"unknown command {program}"
+        known = ("pip", "apt-get", "git", "cd", "docker", "pre-commit", "export")
+        assert program in known, f"unknown command {program}"
 
 
 def check_python(words: list[str]) -> None:
@@ -349,6 +351,31 @@ def test_every_page_is_in_the_navigation():
 
     nav = list(pages(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]))
     assert sorted(nav) == sorted(str(page.relative_to(ROOT / "docs")) for page in SITE)
+
+
+def test_the_index_links_every_page():
+    index = ROOT / "docs" / "index.md"
+    linked = {(index.parent / link.partition("#")[0]).resolve() for link in links(index)}
+    assert set(SITE) - {index} <= linked
+
+
+def test_what_the_readme_names_of_the_docs_is_a_link():
+    assert not [span for span in spans(ROOT / "README.md") if re.fullmatch(r"(docs|examples)/[\w/.-]*", span)]
+
+
+def test_the_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    cells = json.loads((ROOT / "examples" / "colab.ipynb").read_text(encoding="utf-8"))["cells"]
+    code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    assert len(code) >= 6 and not any(cell.get("outputs") for cell in cells)  # committed without
+    namespace, printed = {"__name__": "__main__"}, io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        for i, text in enumerate(code):
+            exec(compile(text, f"cell {i}", "exec"), namespace)  # noqa: S102
+    assert "loss and gradients agree" in printed.getvalue()
+    assert namespace["history"][-1]["logps/chosen"] > namespace["history"][0]["logps/chosen"]
 
 
 def test_the_tables_of_keys_and_losses_are_the_codes():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -23,8 +24,8 @@ else:
 
 ROOT = Path(__file__).resolve().parents[1]
 IN_SDIST = (
-    "CHANGELOG.md", "CITATION.cff", "CMakeLists.txt", "CONTRIBUTING.md", "LICENSE", "MANIFEST.in", "Makefile",
-    "README.md", "constraints.txt", "mkdocs.yml", "pyproject.toml", "setup.py",
+    "CHANGELOG.md", "CITATION.cff", "CMakeLists.txt", "CONTRIBUTING.md", "Dockerfile", "LICENSE", "MANIFEST.in",
+    "Makefile", "README.md", "constraints.txt", "mkdocs.yml", "pyproject.toml", "setup.py",
 )
 FOLDERS_IN_SDIST = ("bench", "csrc", "docs", "examples", "fastpref", "tests")
 NOT_CODE = {".pyc", ".pyo", ".so"}
@@ -72,6 +73,36 @@ def test_versions_and_licences_agree():
     assert "Apache License" in (ROOT / "LICENSE").read_text() and "Version 2.0" in (ROOT / "LICENSE").read_text()
     changelog = (ROOT / "CHANGELOG.md").read_text()
     assert "## [Unreleased]" in changelog or f"## [{fastpref.__version__}]" in changelog
+
+
+WORKFLOWS = ROOT / ".github" / "workflows"  # not in a source distribution
+
+
+def test_extras_that_are_named_exist():
+    known = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"])
+    places = [ROOT / name for name in ("README.md", "Dockerfile", "Makefile", "examples/colab.ipynb")]
+    text = "".join(path.read_text(encoding="utf-8") for path in [*places, *WORKFLOWS.glob("*.yml")])
+    named = re.findall(r"(?:fastpref|whl\)|'\.)\[([\w,]+)\]", text)
+    assert len(named) >= 6 and {extra for extras in named for extra in extras.split(",")} <= known
+
+
+def test_workflows_wheels_and_image_are_of_the_supported_versions():
+    """They cannot run here: their Pythons are those of pyproject.toml, their torch that of constraints.txt."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    found = (re.fullmatch(r"Programming Language :: Python :: (3\.\d+)", c) for c in project["project"]["classifiers"])
+    pythons = [match[1] for match in found if match]
+    assert project["tool"]["cibuildwheel"]["build"].split() == [f"cp{python.replace('.', '')}-*" for python in pythons]
+    pinned = re.search(r"^torch==(.*)$", (ROOT / "constraints.txt").read_text(), re.M)[1]
+    assert f"ARG TORCH={pinned}-" in (ROOT / "Dockerfile").read_text()
+    if not WORKFLOWS.exists():
+        pytest.skip("a source distribution")
+    workflows = {path.stem: yaml.safe_load(path.read_text()) for path in WORKFLOWS.glob("*.yml")}
+    assert workflows["tests"]["jobs"]["pinned"]["strategy"]["matrix"]["python"] == pythons
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), flags=re.M))
+    steps = [step for workflow in workflows.values() for job in workflow["jobs"].values() for step in job["steps"]]
+    assert {name for step in steps for name in re.findall(r"\bmake ([\w-]+)", step.get("run", ""))} <= targets
+    for script in re.findall(r"\{project\}/(\S+\.py)", project["tool"]["cibuildwheel"]["test-command"]):
+        assert (ROOT / script).exists()
 
 
 SMOKE = """
