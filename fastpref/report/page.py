@@ -310,6 +310,7 @@ def _stage(stage: Stage, run: Run) -> Row:
         "watch": [] if rewarded else _watch(run, stage),
         "machine": _panels(MACHINE, stage),
         "evaluations": _evaluations(stage.rows("eval")),
+        "developed": run.developed(stage),
     }
 
 

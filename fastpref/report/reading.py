@@ -18,10 +18,11 @@ import yaml
 
 from fastpref.errors import UserError
 
-from .charts import Point
+from .charts import Point, spread
 from .metrics import number, without_ties
 
 Row = dict[str, Any]
+MOST_TIMES = 6  # of a prompt's responses that are shown
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,21 @@ class Run:
     warnings: list[str]
     written: datetime
     checkpoints: frozenset[str]  # names of those that are there, "model" among them
+    sampled: str = ""  # samples.jsonl
+
+    def developed(self, stage: Stage) -> list[Row]:
+        """Fresh samples: a row a prompt, with its (step, response, reward or None) at every sampling."""
+        found: dict[str, dict[float, Row]] = {}
+        for line in self.sampled.splitlines():
+            try:
+                row = as_row(json.loads(line))
+            except ValueError:
+                continue
+            for sample in row.get("samples", ()) if row.get("stage") == stage.name else ():
+                found.setdefault(text_of(sample["prompt"]), {})[row["step"]] = sample
+        return [{"prompt": prompt, "responses": [
+            (step, text_of(sample["response"]), sample.get("reward")) for step, sample in spread(sorted(
+                steps.items(), key=lambda item: item[0]), MOST_TIMES)]} for prompt, steps in found.items()]
 
     @property
     def samples(self) -> list[Row]:
@@ -114,6 +130,7 @@ def read_run(run_dir: Path, summary: Any = None) -> Run:
         warnings=warnings,
         written=datetime.fromtimestamp(metrics.stat().st_mtime, tz=timezone.utc),
         checkpoints=frozenset(path.name for path in (*run_dir.glob("checkpoints/*"), *run_dir.glob("model"))),
+        sampled=_text(run_dir / "samples.jsonl"),
     )
 
 
@@ -152,6 +169,11 @@ def _read_metrics(path: Path, warnings: list[str]) -> dict[str, dict[str, list[R
         stage: {split: [without_ties(by_step[s]) for s in sorted(by_step)] for split, by_step in splits.items()}
         for stage, splits in steps.items()
     }
+
+
+def text_of(text: Any) -> str:
+    """For people: a text, or messages with their roles."""
+    return text if isinstance(text, str) else "\n".join(f"{m['role']}: {m.get('content', '')}" for m in text)
 
 
 def is_number(value: object) -> TypeGuard[float]:

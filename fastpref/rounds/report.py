@@ -20,6 +20,7 @@ from fastpref.files import write_text
 from fastpref.report.charts import Line, line_chart
 from fastpref.report.metrics import number, percent
 from fastpref.report.page import change_card
+from fastpref.report.reading import text_of
 from fastpref.report.render import render
 from fastpref.report.verdict import POINTS, Gold, Verdict, link_of, verdict_of_rounds
 from fastpref.train.display import Display, duration
@@ -237,5 +238,5 @@ def _pairs(path: Path) -> list[list[tuple[str, str, float | None]]]:
 
 
 def _text(text: Any) -> str:
-    text = text if isinstance(text, str) else "\n".join(f"{m['role']}: {m.get('content', '')}" for m in text)
+    text = text_of(text)
     return text[:MOST_CHARS] + (" …" if len(text) > MOST_CHARS else "")

@@ -79,11 +79,13 @@ def is_right(text: str, answer: str) -> bool:
 
 
 def exact_match(questions: Sequence[Question], texts: Sequence[str]) -> dict[str, float]:
-    """Share of generations that are right, of all and of each task."""
-    groups: dict[str, list[bool]] = {"exact_match": []}
+    """Share of generations that are right, of all that have an answer and of each task; nothing where none has."""
+    groups: dict[str, list[bool]] = {}
     for question, text in zip(questions, texts, strict=True):
+        if question.answer is None:
+            continue
         right = is_right(text, question.answer)
-        groups["exact_match"].append(right)
+        groups.setdefault("exact_match", []).append(right)
         if question.task is not None:
             groups.setdefault(f"exact_match/{question.task}", []).append(right)
     return {name: sum(hits) / len(hits) for name, hits in groups.items()}

@@ -8,7 +8,8 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ from .prompts import TokenizedPrompt
 from .sample import Sampling, sample
 from .scorer import Scorer
 
+SHOWN = 6  # responses of a sampling that are kept
 CLOSE = 0.25  # nats a token, up to which k3 is the better estimator of the two
 
 
@@ -70,6 +72,7 @@ class FreshSamples:
     prompts: Sequence[TokenizedPrompt]
     reference: Callable[[], AbstractContextManager[Policy]]  # within it, a policy with the reference's weights
     scorer: Scorer | None
+    shown: list[dict[str, Any]] = field(default_factory=list)  # the first of the last samples, for people
 
     def is_due(self, state: State, last: bool) -> bool:
         """Whether a multiple of sample_steps has come since the last sampling (a stage's end, its start where time has
@@ -129,14 +132,16 @@ class FreshSamples:
             "response_length": sum(len(sampled.ids) for sampled in samples) / len(samples),
             "ended": sum(sampled.ended for sampled in samples) / len(samples),
         }
+        prompts = [prompt.prompt for prompt in self.prompts]
+        texts = [sampled.after(prompt) for prompt, sampled in zip(prompts, samples, strict=True)]
+        self.shown = [{"prompt": prompt, "response": text} for prompt, text in zip(prompts[:SHOWN], texts)]
         if self.scorer is not None:
-            prompts = [prompt.prompt for prompt in self.prompts]
-            texts = [sampled.after(prompt) for prompt, sampled in zip(prompts, samples, strict=True)]
             scores = self.scorer.score(prompts, texts)
             there = [score for score in scores if score is not None]
             if there:
                 values |= mean_and_error("reward", torch.tensor(there, dtype=torch.float64))
             values["not_scored"] = len(scores) - len(there)
+            self.shown = [one | {"reward": score} for one, score in zip(self.shown, scores)]
         return values
 
     def sampling(self, seed: int) -> Sampling:

@@ -63,6 +63,11 @@ class MetricsLog:
         if self.wandb is not None:
             self.wandb.log(named | {"epoch": epoch}, step=global_step)
 
+    def samples(self, stage: str, step: int, samples: list[dict[str, Any]]) -> None:
+        """Into samples.jsonl: responses of fresh samples. Of a step that is done again the later line counts."""
+        with self.path.with_name("samples.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"stage": stage, "step": step, "samples": samples}, ensure_ascii=False) + "\n")
+
     def size(self) -> int:
         """Bytes so far, all of them on the disk."""
         os.fsync(self.file.fileno())
@@ -80,6 +85,8 @@ class NoLog:
     """What ranks other than the first have for a log."""
 
     def write(self, *line: Any) -> None: ...
+
+    def samples(self, *line: Any) -> None: ...
 
     def size(self) -> int:
         return 0

@@ -9,7 +9,9 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from fastpref.data import Example, Record
+from fastpref.report.reading import text_of
 
+PROSE = 8  # words: more than these are prose
 Prompt = str | list[dict[str, Any]]  # a text, or messages
 
 
@@ -45,31 +47,29 @@ def decoded_prompts(
 
 @dataclass(frozen=True)
 class Question:
-    """A held-out prompt and the answer its greedy generation should be."""
+    """A held-out prompt and the answer its greedy generation should be; None: no one answer is right."""
 
     prompt: str  # for people
     prompt_ids: list[int]
-    answer: str
+    answer: str | None
     task: str | None  # the record's `task`, to group by
 
 
 def questions(records: Sequence[Record], examples: Sequence[Example], limit: int | None) -> list[Question]:
-    """One a prompt. The answer is the record's field `answer`, else its chosen response or good completion."""
+    """One a record. The answer is the record's field `answer`, else its chosen response or good completion; of messages
+    only where that is no prose: nobody writes another's sentences word by word."""
     found: dict[int, Question] = {}
     for example in examples:
         record = records[example.record_id]
         answer = record.extra.get("answer")
-        if answer is None and record.label is not False:
-            answer = record.chosen if record.completion is None else record.completion
-        if isinstance(answer, list):
-            answer = answer[-1].get("content")
-        if answer is not None and example.record_id not in found:
+        response = None if record.label is False else record.chosen if record.completion is None else record.completion
+        if answer is None:
+            answer = response[-1].get("content") if isinstance(response, list) else response
+            if isinstance(response, list) and len(str(answer).split()) > PROSE:
+                answer = None
+        if (answer is not None or isinstance(response, list)) and example.record_id not in found:
             task = record.extra.get("task")
-            task = None if task is None else str(task)
-            prompt = _text(record.prompt)
-            found[example.record_id] = Question(prompt, example.prompt_ids, str(answer).strip(), task)
+            found[example.record_id] = Question(
+                text_of(record.prompt), example.prompt_ids, None if answer is None else str(answer).strip(),
+                None if task is None else str(task))
     return list(found.values())[:limit]
-
-
-def _text(prompt: Any) -> str:
-    return prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m.get('content', '')}" for m in prompt)

@@ -21,7 +21,7 @@ from .model import BASE, Policy, fingerprint, load_reference
 from .source import source_of
 
 LOG = logging.getLogger("fastpref")
-LEFT = ("summary.json", "report.html", "metrics.jsonl", "model", "checkpoints", "tensorboard", BASE)
+LEFT = ("summary.json", "report.html", "metrics.jsonl", "samples.jsonl", "model", "checkpoints", "tensorboard", BASE)
 # Keys whose values may be paths
 INPUTS = ("model_name_or_path", "tokenizer_name_or_path", "ref_model_name_or_path", "train_dataset", "eval_dataset",
           "reference_dir", "scorer")

@@ -34,8 +34,8 @@ def summarize(stages: Sequence[TrainConfig], data: StageData, state: State, devi
             "expected": question.answer,
             "before": before,
             "after": after,
-            "right": [is_right(before, question.answer), is_right(after, question.answer)],
         }
+        | ({} if question.answer is None else {"right": [is_right(text, question.answer) for text in (before, after)]})
         for question, before, after in zip(data.questions, last.get("generated", []), state.generated, strict=False)
     ]
     return {

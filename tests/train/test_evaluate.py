@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from tiny import make, make_tokenizer, write_rows
 
-from fastpref.data import eval_order, load_records, tokenize_records
+from fastpref.data import Example, eval_order, load_records, records_from_rows, tokenize_records
 from fastpref.losses import DPO, KTO, SFT
 from fastpref.train import reference
 from fastpref.train.evaluate import evaluate, exact_match, generate, is_right
@@ -151,3 +151,16 @@ def test_questions_answers_and_tasks(setup, tmp_path):
 )
 def test_is_right(text, answer, right):
     assert is_right(text, answer) is right
+
+
+def test_prose_has_no_exact_match():
+    """Of chat data without an `answer`: generations are kept to be read, and no share of them is right."""
+    said = [{"role": "user", "content": "Why?"}]
+    prose = [{"role": "assistant", "content": "Because the sky scatters blue light more than red."}]
+    row = {"prompt": said, "chosen": prose, "rejected": prose}
+    rows = [row, row | {"answer": "42"}]
+    records = records_from_rows(rows)
+    examples = [Example(i, [1], ((2,), (3,))) for i in range(2)]
+    one, other = questions(records, examples, None)
+    assert (one.answer, other.answer) == (None, "42")
+    assert exact_match([one], ["anything"]) == {} and exact_match([one, other], ["x", "42"]) == {"exact_match": 1.0}

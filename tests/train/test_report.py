@@ -345,3 +345,24 @@ def test_ticks_are_round_inside_and_few(low, high):
     assert 3 <= len(found) <= 6 and low - 1e-12 <= found[0] and found[-1] <= high * (1 + 1e-9) + 1e-12
     step = found[1] - found[0]
     assert round(step / 10 ** math.floor(math.log10(step) + 1e-9), 6) in (1, 2, 5)
+
+
+def test_fresh_samples_are_shown_as_they_developed(tmp_path):
+    rows = [{"stage": "dpo", "split": "train", "step": step, "loss": 1.0} for step in (1, 2)]
+    sampled = [{"stage": "dpo", "step": step, "samples": [
+        {"prompt": [{"role": "user", "content": "Why <b>?"}], "response": f"because {step}", "reward": step / 10},
+        {"prompt": "q", "response": f"other {step}"}]} for step in (0, 50, 50, 100)]
+    run = make_run(tmp_path, rows)
+    (run / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in sampled) + '{"half a li')
+    page = Page(write_report(run).read_text(encoding="utf-8"))
+    assert "Fresh samples as they developed" in page.text
+    assert ("Prompt user: Why <b>? Step 0 reward 0 because 0 Step 50 reward 5 because 50 Step 100 reward 10 because "
+            "100 Prompt q Step 0 other 0") in page.text
+
+
+def test_long_samples_are_beside_each_other(tmp_path):
+    samples = [{"prompt": "p", "expected": None, "before": "short", "after": "long " * 40},
+               {"prompt": "p", "before": "a", "after": "b"}]
+    _, html = report(tmp_path, rows_of_a_run(3), {"samples": samples})
+    assert html.count('<article class="card sample long">') == 1 and html.count('<article class="card sample">') == 1
+    assert "Expected" not in html and "✗" not in html
