@@ -23,7 +23,7 @@ from fastpref.plan import DEFAULT_BUDGET
 
 from . import command, gates, memory
 from .harness import Cell, all_right, measure, table
-from .peers import MIB, OPS, PEERS, Implementation, Missing, fastpref, fastpref_backends, peer
+from .peers import BY_DEFAULT, MIB, OPS, Implementation, Missing, fastpref, fastpref_backends, peer
 from .presets import PRESETS
 from .problem import DTYPES, LOSSES, Shape
 from .records import Row, label
@@ -113,7 +113,7 @@ def gpu_groups(device: torch.device, backends: Sequence[str] | None = None) -> I
 def chosen_groups(options: argparse.Namespace, device: torch.device, shapes: Sequence[Shape]) -> Iterator[Group]:
     """Every combination of what was asked for."""
     dtypes = options.dtype or (["bf16"] if device.type == "cuda" else ["fp32", "bf16"])
-    named = options.impl or ["fastpref", *(name for name in PEERS if name != "naive_compiled")]
+    named = options.impl or ["fastpref", *BY_DEFAULT]
     peers = tuple(name for name in named if name != "fastpref")
     budgets = command.budgets(options) if "fastpref" in named else ()
     for shape, dtype, op, loss in product(shapes, dtypes, options.op, options.loss):

@@ -27,6 +27,7 @@ from .problem import BETA, ETA, IGNORE, LOSSES, Batch, Shape
 
 MIB = 2**20
 OPS = ("step", "frozen", "forward")  # gradients of hidden and weight; of hidden; none
+ONE_BF16 = 2.0**-8  # the most that one rounding to bf16 changes a number by
 QUACK_CHUNK = 4096  # rows: its own default
 
 
@@ -34,6 +35,7 @@ class Result(NamedTuple):
     loss: Tensor
     logps: Tensor | None = None  # [S] sequence log-probs; None: it only has the loss
     token_logps: Tensor | None = None  # [N], where the implementation shows them
+    active: float | None = None  # tail="rank1": share of the columns that were multiplied
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class Implementation:
     logits_dtype: Callable[[torch.dtype, str], str] | None = None  # (dtype, device type); None: the inputs' own
     backend: str | None = None
     budget: int | None = None  # bytes
+    grad_tolerance: float = 0.0  # what its gradients may be off by in any dtype
 
     @property
     def label(self) -> str:
@@ -73,10 +76,12 @@ def fastpref_loss(name: str) -> fp.losses.Loss:
     return fp.get_loss(name, **options.get(name, {"beta": BETA}))
 
 
-def fastpref(backend: str | None = None, budget: int | None = None, logits: str | None = None) -> Implementation:
+def fastpref(
+    backend: str | None = None, budget: int | None = None, logits: str | None = None, tail: str = "exact"
+) -> Implementation:
     """logits: "bf16" for tiles of logits in bf16 where fp32 is the default (CUDA)."""
     def arguments(batch: Batch) -> tuple[Tensor, Tensor, dict[str, Any]]:
-        given = dict(softcap=batch.shape.softcap, memory_budget=budget, backend=backend, logits_dtype=logits)
+        given = dict(softcap=batch.shape.softcap, memory_budget=budget, backend=backend, logits_dtype=logits, tail=tail)
         if batch.shape.prompt_share:
             return batch.hidden, batch.targets, given
         return batch.rows(), batch.scored_targets, given
@@ -90,7 +95,8 @@ def fastpref(backend: str | None = None, budget: int | None = None, logits: str 
         if loss != "sft":
             given |= dict(ref_logps=batch.ref_logps)
         out = fp.linear_preference_loss(hidden, batch.weight, targets, loss=fastpref_loss(loss), **given)
-        return Result(out.loss, out.logps)
+        active = out.metrics.get("tail/active")
+        return Result(out.loss, out.logps, active=None if active is None else float(active))
 
     def tokens(batch: Batch) -> Tensor:
         hidden, targets, given = arguments(batch)
@@ -106,16 +112,18 @@ def fastpref(backend: str | None = None, budget: int | None = None, logits: str 
             (shape.scored_length,) * shape.sequences, shape.hidden, shape.vocab, dtype.itemsize,
             4 if logits_dtype(dtype, device) == "fp32" else 2, dtype.itemsize,
             needs_hidden_grad=op != "forward", needs_weight_grad=op == "step", coupling=kind.coupling,
-            scratches=kind.scratches, gathered=shape.prompt_share > 0, device=device,
+            scratches=kind.scratches, gathered=shape.prompt_share > 0, tail=tail == "rank1",
+            device=device,
         )
         return fp.plan(problem, budget)
 
     def gemms(shape: Shape, op: str) -> float:
         return {"forward": 1.0, "frozen": 2.0, "step": 3.0}[op]
 
+    name, off = ("fastpref", 0.0) if tail == "exact" else ("fastpref-rank1", ONE_BF16)
     return Implementation(
-        "fastpref", fp.__version__, run, gemms, tokens=tokens, plan=schedule, logits_dtype=logits_dtype,
-        backend=backend, budget=budget,
+        name, fp.__version__, run, gemms, tokens=tokens, plan=schedule, logits_dtype=logits_dtype, backend=backend,
+        budget=budget, grad_tolerance=off,
     )
 
 
@@ -352,7 +360,9 @@ PEERS: dict[str, Callable[[str], Implementation | Missing]] = {
     "cce": cce,
     "quack": quack,
     "unsloth-zoo": lambda device: unsloth(),
+    "fastpref-rank1": lambda device: fastpref(tail="rank1"),
 }
+BY_DEFAULT = tuple(name for name in PEERS if name not in ("naive_compiled", "fastpref-rank1"))
 
 
 def fastpref_backends(device: torch.device, dtype: torch.dtype) -> list[str]:

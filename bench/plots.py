@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 INK, FAINT, GRID = "#1a1a1a", "#6b6b6b", "#e4e4e4"
 # Okabe and Ito (2008); fastpref has the strongest.
 COLOURS = {
-    "fastpref": "#0072b2", "naive": "#e69f00", "naive_all": "#d55e00", "naive_compiled": "#8c6d1f",
+    "fastpref": "#0072b2", "fastpref-rank1": "#00416b", "naive": "#e69f00", "naive_all": "#d55e00",
+    "naive_compiled": "#8c6d1f",
     "torch_lce": "#009e73", "trl": "#cc79a7", "liger": "#56b4e9", "cce": "#5b5b5b", "quack": "#7a5195",
     "unsloth-zoo": "#a6761d",
     "padded": "#e69f00", "packed": "#009e73", "gathered": "#e69f00",

@@ -38,7 +38,7 @@ from .harness import (
 )
 from .harness import Cell as HeadCell
 from .head import Group
-from .peers import MIB, PEERS, Implementation, Missing
+from .peers import BY_DEFAULT, MIB, Implementation, Missing
 from .presets import PRESETS, QUICK, Preset
 from .problem import DTYPES, IGNORE, LOSSES, REAL, REAL_SIZES, REFERENCE_STD, Batch, Shape, Truth
 from .records import Row
@@ -225,7 +225,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             presets = {"quick": QUICK}
         if real:
             presets = {REAL: REAL_PRESET}
-        named = options.impl or ["fastpref", *(name for name in PEERS if name != "naive_compiled")]
+        named = options.impl or ["fastpref", *BY_DEFAULT]
         peers = tuple(name for name in named if name != "fastpref")
         budgets = command.budgets(options) if "fastpref" in named else ()
         todo = list(product(presets.items(), options.dtype or ["bf16" if cuda else "fp32"]))

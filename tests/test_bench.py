@@ -683,3 +683,11 @@ def test_the_plan_shown_is_the_plan_followed(monkeypatch):
                 harness.prepare(batch, op)
                 harness.run(ours, batch, op, loss)
                 assert ours.plan(shape, op, loss, torch.bfloat16, "cpu") == seen.pop()
+
+
+def test_rank1_is_measured_with_a_tolerance_and_a_number_of_gemms_of_its_own():
+    cell = Cell(Shape(64, 64, 16384, pairs=4, logits="chat"), "fp32", "step", "dpo")
+    exact, rank1 = harness.measure(cell, [peers.fastpref(), peers.peer("fastpref-rank1", "cpu")], CPU, rounds=1)
+    assert rank1.status == "ok" and rank1.impl == "fastpref-rank1" and exact.gemms == 3 and 1 < rank1.gemms < 2.2
+    assert exact.dx_rel_err < 1e-5 < rank1.dx_rel_err < 2**-8 and exact.dw_rel_err < 1e-5 < rank1.dw_rel_err < 2**-8
+    assert "fastpref-rank1" not in peers.BY_DEFAULT
