@@ -71,7 +71,6 @@ def options_of(
     require(memory_budget is None or (isinstance(memory_budget, int) and memory_budget > 0), "memory_budget",
              repr(memory_budget), "a positive number of bytes, or None")
     require(tail in ("exact", "rank1"), "tail", repr(tail), "'exact' or 'rank1'")
-    require(tail == "exact" or device == "cpu", "tail", f"'rank1' on {device}", "'exact' there, as yet")
     fits = tail_eps is None or (tail == "rank1" and isinstance(tail_eps, int | float) and 0 < tail_eps < 1)
     require(fits, "tail_eps", f"{tail_eps!r} with tail={tail!r}", "a number between 0 and 1 beside 'rank1', or None")
     recording = torch.is_grad_enabled()

@@ -175,6 +175,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
     command.add_argument("--budget-mib", type=int, default=2048, help="workspace; default 2048")
     command.add_argument("--frozen-head", action="store_true", help="no gradient for the LM head's weight (LoRA)")
+    command.add_argument("--tail", choices=("exact", "rank1"), default="exact", help="of the LM head's softmax")
     command.set_defaults(run=_plan, light=True)
 
     command = commands.add_parser("bench", help="microbenchmarks, and comparing two of their results")
@@ -391,6 +392,7 @@ def _plan(options: argparse.Namespace) -> None:
         itemsize=size,
         grad_itemsize=size,
         needs_weight_grad=not options.frozen_head,
+        tail=options.tail == "rank1",
         device="cuda",
     )
     print(plan(problem, options.budget_mib * MIB))

@@ -328,6 +328,11 @@ def _add_mm(total: Tensor, a: Tensor, b: Tensor, begun: bool, product: Tensor | 
                 torch.addmm(total, a, b, out_dtype=total.dtype, out=total)  # CUDA, torch 2.10
 
 
+def _add_product(total: Tensor, a: Tensor, b: Tensor, begun: bool) -> None:
+    low = total.dtype != a.dtype and not fp32_gemms(total.device)
+    _add_mm(total, a, b, begun, torch.empty_like(total, dtype=a.dtype) if low else None)
+
+
 def _add_mv(total: Tensor, residuals_CV: Tensor, w: Tensor) -> None:
     """db += U^T w in fp32, some rows of U at a time."""
     step = (32 if total.device.type == "cuda" else 4) * MIB // (4 * total.shape[0])
@@ -380,25 +385,26 @@ class WeightGrad(_Sum):
             into if into is not None else _fresh(torch.empty_like(weight, memory_format=torch.contiguous_format))
         )
         self.wide = torch.promote_types(self.grad.dtype, torch.float32)
-        several = len(plan.groups) > 1 or any(group.long for group in plan.groups) or plan.problem.tail
+        several = len(plan.groups) > 1 or any(group.long for group in plan.groups)
+        several = several or (plan.problem.tail and plan.scheme == "groups")
         apart = several and self.wide != self.grad.dtype
         total = _fresh(torch.empty_like(self.grad, dtype=self.wide)) if apart else self.grad
         super().__init__(total, compute_dtype, plan.weight_slice, begun=self.into)
 
-    def set_slice(self, start: int, end: int, parts: list[tuple[Tensor, Tensor]]) -> None:
-        """dW[start:end] = sum of A^T B over `parts`, the whole of it."""
+    def begin_slice(self, start: int, end: int, *, several: bool, zeros: bool) -> Tensor:
+        """The sum that becomes dW[start:end]: wide where several products are added up."""
         target = self.grad[start:end]
-        total = target
-        if len(parts) > 1 and target.dtype != self.wide:
-            total = torch.empty_like(target, dtype=self.wide)
-        product = None
-        if not fp32_gemms(total.device) and total.dtype != self.compute_dtype:
-            product = torch.empty_like(target, dtype=self.compute_dtype)
-        for i, (residuals_CV, scaled_CH) in enumerate(parts):
-            _add_mm(total, residuals_CV.t(), scaled_CH, i > 0 or self.into, product)
-        if total is not target:
-            target.copy_(total)
-        self.begun = True
+        total = torch.empty_like(target, dtype=self.wide) if several and target.dtype != self.wide else target
+        return total.zero_() if zeros and not self.into else total
+
+    def add_to_slice(self, total: Tensor, residuals_CV: Tensor, scaled_CH: Tensor, begun: bool) -> None:
+        _add_product(total, residuals_CV.t(), scaled_CH, begun or self.into)
+
+    def end_slice(self, start: int, end: int, total: Tensor) -> None:
+        """The whole of dW[start:end] is there: no sum beside it."""
+        if total.dtype != self.grad.dtype:
+            self.grad[start:end].copy_(total)
+        self.total, self.begun = self.grad, True
 
     def finish(self) -> Tensor:
         if not self.begun:
@@ -524,6 +530,10 @@ class Pass:
         self.x_buffer = self.empty(most, p.hidden) if p.gathered else None
         self.scratch: Tensor | None = None
         self.tail = self.logps.new_zeros(3)  # squares left out of U and all of U's; active columns of all rows, as rows
+        # On a GPU: active columns of a block, what that was settled by, and what this call needs.
+        self.tail_needed = tail.Needed.by(weight) if plan.tail_capacity else None
+        self.tail_columns = None if self.tail_needed is None else self.tail_needed.columns(plan.tail_capacity)
+        self.needed = None if self.tail_needed is None else self.logps.new_zeros((), dtype=torch.int64)
 
     def gradients(
         self, weight: Tensor, bias: Tensor | None, needs: Sequence[bool], accumulate_into: Tensor | None = None,
@@ -653,29 +663,53 @@ class Pass:
         self, start: int, stash: Tensor, w: Tensor | None, dx: HiddenGrad | None, dw: _Sum | None
     ) -> None:
         """dX = diag(w) (U W) and dW += U^T (diag(w) X) of rows in the stash; without w, dX waits for its row scale."""
-        (weight, _, _, kernels), eps, count = self.projection, self.options.tail_eps, stash.shape[0]
-        scale = self.scale[start : start + count]
-        found = None if eps is None else tail.find(kernels, stash, scale, eps)
-        if found is not None and found.is_worth_it:
-            product = None if dx is None else self.empty(count, self.plan.problem.hidden, dtype=self.logps.dtype)
-            scaled = None
-            if dw is not None and w is not None:
-                scaled = self.scaled_rows(start, start + count, w, self.operand(count))
-                dw.begin()
-            left_out = tail.multiply(
-                kernels, found, stash, weight, scale, product, scaled, None if dw is None else dw.total,
-                self.plan.tail_columns,
-            )
-            if dx is not None and product is not None:
-                dx.put_rows(start, product, w, None)
-            self.tail += torch.stack((left_out, found.squares, found.active_BV.float().mean() * count))
-            return
-        if found is not None:
-            self.tail += torch.stack((0 * found.squares, found.squares, torch.full_like(found.squares, count)))
+        weight, count = self.projection.weight, stash.shape[0]
+        found = self.find_tail(stash, self.scale[start : start + count])
+        product = scaled = None
         if dx is not None:
-            dx.put(start, stash, weight, w)
+            if found is None:
+                dx.put(start, stash, weight, w)
+            else:
+                product = self.empty(count, self.plan.problem.hidden, dtype=self.logps.dtype)
         if dw is not None and w is not None:
-            dw.add(stash, self.scaled_rows(start, start + count, w, self.operand(count)))
+            scaled = self.scaled_rows(start, start + count, w, self.operand(count))
+            if found is None:
+                dw.add(stash, scaled)
+            else:
+                dw.begin()
+        if found is None:
+            return
+        self.multiply_tail(found, stash, weight, product, scaled, None if dw is None else dw.total)
+        if dx is not None and product is not None:
+            dx.put_rows(start, product, w, self.x_buffer)
+
+    def find_tail(self, residuals: Tensor, scale: Tensor, squares: Tensor | None = None) -> tail.Tail | None:
+        """The tail of U = diag(scale) residuals; None where the products are to be exact. squares: see tail.find."""
+        if self.options.tail_eps is None:
+            return None
+        block_rows, eps = self.plan.tail_block_rows, self.options.tail_eps
+        found = tail.find(self.projection.kernels, residuals, scale, eps, block_rows, self.tail_columns, squares)
+        if self.tail_needed is not None and self.needed is not None:
+            self.needed = torch.maximum(self.needed, found.needed)
+            self.tail_needed.tell(self.needed)
+        self.tail[1] += found.squares
+        if found.is_worth_it:
+            return found
+        self.tail[2] += residuals.numel() / self.plan.problem.vocab
+        return None
+
+    def multiply_tail(
+        self, found: tail.Tail, residuals: Tensor, weight: Tensor, product: Tensor | None, scaled: Tensor | None,
+        total: Tensor | None, begun: bool = False,
+    ) -> None:
+        """product (+)= U W without its row scale, total += U^T scaled."""
+        columns = self.plan.tail_columns
+        left_out = tail.multiply(
+            self.projection.kernels, _add_product, found, residuals, weight, product, scaled, total, columns,
+            begun=begun,
+        )
+        self.tail[0] += left_out
+        self.tail[2] += found.active_BV.float().mean() * (residuals.numel() / self.plan.problem.vocab)
 
     def backward_long(
         self, group: Group, known: Tensor, dx: HiddenGrad | None, scratches: list[_Sum], db: list[Tensor]
@@ -698,23 +732,32 @@ class Pass:
     def recompute(self, ga: Tensor, grads: Gradients, gh: Tensor | None = None) -> None:
         """The first rows' residuals are in the stash; the others' are made again, slice by slice of the vocabulary, so
         that each slice of dW is complete at once: no [V, H] sum in fp32. With gradients of the entropies, gh, all rows
-        are. ga = g a, [N].
+        are. Each slice has a tail of its own. ga = g a, [N].
         """
         (dx, dw, db), p, cols = grads, self.plan.problem, self.plan.slice_cols
-        kept = self.plan.stash_rows if gh is None else 0
+        kept, rank1 = self.plan.stash_rows if gh is None else 0, p.tail and gh is None and p.device == "cpu"
+        if p.tail and not rank1:  # and so it says
+            self.tail[2] += p.rows
         self.scratch = None
         stash, again = self.stash[:kept], p.rows - kept
         late, late_grads = self.late_scale(ga, gh)
         factor = torch.cat(((ga * self.scale)[:kept], late[kept:]))
+        scale = squares = self.scale
+        if rank1:
+            counted = (self.scored.targets != self.options.ignore_index) * self.projection.transform.row_factor
+            scale = torch.cat((self.scale[:kept], counted[kept:].to(self.scale.dtype)))
+            # At a target U is 1 - p: of its squares that much is known before a slice is seen.
+            squares = ((1 - self.logps.exp()) * counted).nan_to_num(0.0, 0.0, 0.0).square()
+        first_sum = 0 if rank1 else kept  # of the rows whose dX is added up slice by slice
         if dx is not None:
-            for first in range(0, kept, self.plan.tile_rows):
+            for first in range(0, first_sum, self.plan.tile_rows):
                 end = min(first + self.plan.tile_rows, kept)
                 dx.put(first, stash[first:end], self.projection.weight, factor[first:end])
         scaled = self.scaled_rows(0, p.rows, factor, self.empty(p.rows, p.hidden)) if dw is not None else None
         x = self.scored.rows(kept, p.rows, self.empty(again, p.hidden) if p.gathered else None)
-        dx_sum = x.new_empty(x.shape, dtype=rows.stats_dtype(x.dtype)) if dx is not None else None
+        dx_sum = x.new_empty(p.rows - first_sum, p.hidden, dtype=self.logps.dtype) if dx is not None else None
         buffered = not fp32_gemms(x.device) and dx_sum is not None and dx_sum.dtype != x.dtype
-        product = torch.empty_like(x) if buffered else None
+        product = self.empty(max(again, kept * rank1), p.hidden) if buffered else None
         tile = self.empty(again * cols)
         scratch = tile if self.swept_in_place else self.empty(again * cols, dtype=self.options.logits_dtype)
         for start in range(0, p.vocab, cols):
@@ -723,17 +766,32 @@ class Pass:
             logits = _logits(x, weight, scratch[:size].view(again, end - start))
             u = tile[:size].view(again, end - start)
             self.sweep_again(logits, slice(kept, p.rows), start, u, late_grads)
-            if dx_sum is not None:
-                _add_mm(dx_sum, u, weight, start > 0, product)
-            if dw is not None and scaled is not None:
-                parts = [(stash[:, start:end], scaled[:kept])] if kept else []
-                dw.set_slice(start, end, [*parts, (u, scaled[kept:])])
+            parts = [(stash[:, start:end], slice(0, kept))] if kept else []
+            total = None if dw is None else dw.begin_slice(start, end, several=kept > 0 or rank1, zeros=rank1)
+            for i, (residuals, of) in enumerate([*parts, (u, slice(kept, p.rows))]):
+                x_scaled = None if scaled is None else scaled[of]
+                mine = slice(of.start - first_sum, of.stop - first_sum)
+                dx_part = None if dx_sum is None or of.start < first_sum else dx_sum[mine]
+                found = None
+                if rank1:
+                    found = self.find_tail(residuals, scale[of], squares[of].sum() * (end - start) / p.vocab)
+                if found is not None:
+                    self.multiply_tail(found, residuals, weight, dx_part, x_scaled, total, start > 0)
+                    continue
+                if dx_part is not None:
+                    buffer = None if product is None else product[: len(residuals)]
+                    _add_mm(dx_part, residuals, weight, start > 0, buffer)
+                if dw is not None and total is not None and x_scaled is not None:
+                    dw.add_to_slice(total, residuals, x_scaled, i > 0 or rank1)
+            if dw is not None and total is not None:
+                dw.end_slice(start, end, total)
+                total = None
             if db is not None:
                 _add_mv(db[start:end], u, factor[kept:])
         if db is not None and kept:
             _add_mv(db, stash, factor[:kept])
         if dx is not None and dx_sum is not None:
-            dx.put_rows(kept, dx_sum, factor[kept:], x)
+            dx.put_rows(first_sum, dx_sum, factor[first_sum:], x if first_sum == kept else None)
 
     def scaled_rows(self, start: int, end: int, w: Tensor, out: Tensor) -> Tensor:
         """w * x in the compute dtype, of x as the logits were made of it (under autocast, rounded); zero for an ignored

@@ -159,6 +159,7 @@ def _(hidden, weight, bias, targets, index, spec):
 def _token_stats_backward(
     grad: Tensor,
     grad_entropy: Tensor | None,
+    logps: Tensor,
     entropy: Tensor,
     lse: Tensor,
     scale: Tensor,
@@ -182,7 +183,7 @@ def _token_stats_backward(
             w = w.new_zeros(hidden.shape[0]).index_copy_(0, index, w)
         return torch.mul(kept, w[:, None], out=torch.empty_like(hidden)), grad.new_empty(0), grad.new_empty(0)
     run = _late_pass(hidden, weight, bias, targets, index, options, plan, None if frozen else kept)
-    run.lse, run.scale, run.extras = lse, scale, {"entropy": entropy}
+    run.logps, run.lse, run.scale, run.extras = logps, lse, scale, {"entropy": entropy}
     grads = run.gradients(weight, bias, options.needs)
     if frozen:
         assert gh is not None and grads.hidden is not None
@@ -196,7 +197,7 @@ def _token_stats_backward(
 
 
 @_token_stats_backward.register_fake
-def _(grad, grad_entropy, entropy, lse, scale, kept, hidden, weight, bias, targets, index, spec):
+def _(grad, grad_entropy, logps, entropy, lse, scale, kept, hidden, weight, bias, targets, index, spec):
     return tuple(
         torch.empty_like(x, memory_format=torch.contiguous_format) if need else grad.new_empty(0)
         for x, need in zip((hidden, weight, bias), Options.of(spec).needs)
@@ -215,7 +216,7 @@ class TokenStatsFunction(torch.autograd.Function):
     def forward(ctx, hidden, weight, bias, targets, index, options):
         *stats, lse, scale, kept = torch.ops.fastpref.token_stats(hidden, weight, bias, targets, index, options.spec)
         logps, entropy, *others = stats
-        ctx.save_for_backward(entropy, lse, scale, kept, hidden, weight, bias, targets, index)
+        ctx.save_for_backward(logps, entropy, lse, scale, kept, hidden, weight, bias, targets, index)
         ctx.options, ctx.entropy = options, "entropy" in options.extras
         ctx.mark_non_differentiable(*(others if ctx.entropy else (entropy, *others)))
         if not torch.compiler.is_compiling():  # which knows no such method
@@ -224,10 +225,10 @@ class TokenStatsFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad, grad_entropy, *_):
-        entropy, lse, *others = ctx.saved_tensors
+        logps, entropy, lse, *others = ctx.saved_tensors
         grad = torch.zeros_like(lse) if grad is None else grad
         grads = torch.ops.fastpref.token_stats_backward(
-            grad, grad_entropy if ctx.entropy else None, entropy, lse, *others, ctx.options.spec
+            grad, grad_entropy if ctx.entropy else None, logps, entropy, lse, *others, ctx.options.spec
         )
         dx, dw, db = (x if need else None for x, need in zip(grads, ctx.options.needs))
         return dx, dw, db, None, None, None

@@ -46,7 +46,10 @@ LEAST_STASH_ROWS = {"cpu": 128, "cuda": 768}
 WEIGHT_SLICE_BYTES = 4 * MIB
 # Rows of a block of tail.py. Fewer have fewer active columns (SmolLM2's own answers, V 49152, eps 2^-12: 12.8 % at 256
 # rows, 19.3 at 512, 28.1 at 1024), but each block reads its rows of W and adds to those of dW once more.
-TAIL_BLOCK_ROWS = 512
+# CUDA, arithmetic for an H200: 512 rows are 64 of the GEMM's tiles, half of its SMs, and take as long to gather as to
+# multiply; at 1024 a half.
+TAIL_BLOCK_ROWS = {"cpu": 512, "cuda": 1024}
+TAIL_MOST = 0.5  # of the columns active: beyond, gathering them costs what it saves
 SLICE_COLS = 64  # vocabulary slices are multiples of this
 
 
@@ -121,6 +124,7 @@ class Plan:
     tile_bytes: int
     accumulator_bytes: int
     tail_columns: int = 0  # active columns gathered at a time
+    tail_capacity: int = 0  # CUDA: the most of a block; tail.Needed takes a share of V up to it. 0: no bound but V
 
     @property
     def order(self) -> tuple[tuple[int, int], ...] | None:
@@ -147,6 +151,16 @@ class Plan:
         if self.scheme == "groups":
             return 1 + self.problem.needs_hidden_grad + self.problem.needs_weight_grad
         return {"forward": 1, "frozen": 2}[self.scheme]
+
+    @property
+    def tail_block_rows(self) -> int:
+        return _tail_block_rows(self.problem)
+
+    def gemms_at(self, active: float) -> float:
+        """GEMMs where this share of the columns is active (tail.py)."""
+        p = self.problem
+        fewer = p.tail and (self.scheme in ("groups", "frozen") or (self.scheme == "recompute" and p.device == "cpu"))
+        return self.gemms - fewer * (1 - active) * (p.needs_hidden_grad + p.needs_weight_grad)
 
     @property
     def traffic(self) -> int:
@@ -191,6 +205,9 @@ class Plan:
             f"  tiles        {self.tile_bytes / MIB:.1f} MiB (budget {self.budget / MIB:.1f})",
             f"  accumulator  {self.accumulator_bytes / MIB:.1f} MiB",
         ]
+        if p.tail:
+            counts = (f"{self.gemms_at(share):.2f} at {share:.0%}" for share in (0.1, 0.2, TAIL_MOST))
+            lines.append(f"  tail         GEMMs by active columns: {', '.join(counts)}, {self.gemms:.2f} beyond")
         if p.device == "cuda":
             larger = {f"{found.budget / GIB:.3g} GiB": found.over_gemms() for found in (self, *self.larger())}
             lines.append("  GEMM times   " + "; ".join(f"{budget}: {ratio:.2f} x" for budget, ratio in larger.items())
@@ -267,11 +284,14 @@ class _Planner:
 
     def tail_row_bytes(self) -> int:
         """dX before it is rounded, and the row's part of its block's."""
-        return self.p.tail * self.p.hidden * max(4, self.p.itemsize) + self.tail_block_bytes() // TAIL_BLOCK_ROWS
+        each = self.p.hidden * max(4, self.p.itemsize) + self.tail_block_bytes() // _tail_block_rows(self.p)
+        return self.p.tail * each
 
     def tail_column_bytes(self) -> int:
-        """An active column: of a block's residuals, its row of W, and of the product for dW."""
-        return self.p.itemsize * (TAIL_BLOCK_ROWS + (1 + self.p.needs_weight_grad) * self.p.hidden)
+        """An active column: its row of W, and of the product for dW; on the CPU of a block's residuals too."""
+        p = self.p
+        product = p.needs_weight_grad * (4 if self.wide else p.itemsize)
+        return p.itemsize * (p.hidden + TAIL_BLOCK_ROWS["cpu"] * (p.device == "cpu")) + product * p.hidden
 
     def tail_columns(self) -> int:
         """Gathered at a time, in an eighth of the budget."""
@@ -282,8 +302,20 @@ class _Planner:
         """What is known of each column of a block: its peak, sum, squares, whether it is active, and its share."""
         return self.p.tail * self.p.vocab * (3 * max(4, self.p.itemsize) + 1 + self.p.itemsize)
 
+    def tail_capacity(self) -> int:
+        """CUDA: active columns of a block, gathered as residuals at once, in an eighth of the budget."""
+        if not self.p.tail or self.p.device != "cuda":
+            return 0
+        return max(1, min(int(TAIL_MOST * self.p.vocab), self.budget // 8 // self.tail_capacity_bytes(1)))
+
+    def tail_capacity_bytes(self, columns: int) -> int:
+        return columns * self.p.itemsize * TAIL_BLOCK_ROWS["cuda"]
+
     def tail_bytes(self) -> int:
-        return self.tail_columns() * self.tail_column_bytes() + self.tail_block_bytes()
+        found = self.tail_columns() * self.tail_column_bytes() + self.tail_block_bytes()
+        if capacity := self.tail_capacity():
+            found += self.tail_capacity_bytes(capacity)
+        return found
 
     def logits_bytes(self, rows: int) -> int:
         return rows * self.p.vocab * self.scratch_itemsize
@@ -303,7 +335,7 @@ class _Planner:
         scratch = scratches * p.vocab * p.hidden * max(4, p.itemsize)
         if scratches and self.direct:
             return scratch
-        if scratches or p.tail:
+        if scratches or (p.tail and stashes):
             stashes = max(stashes, 2)  # rows of dW are added to, in fp32
         total = p.cast_weight * p.vocab * p.hidden * p.itemsize
         if p.needs_weight_grad and not self.direct:
@@ -361,7 +393,7 @@ class _Planner:
             scheme, p, self.budget, blocks, tile, rows if frozen else 0, 0, 0,
             rows * each + (self.scratch_bytes(tile) + self.tail_bytes() if frozen else 0),
             self.accumulator_bytes(0) + frozen * self.wide * 4 * p.rows * p.hidden,  # dX until it is scaled
-            self.tail_columns() if frozen else 0,
+            self.tail_columns() if frozen else 0, self.tail_capacity() if frozen else 0,
         )
 
     def stash_capacity(self) -> int:
@@ -420,6 +452,7 @@ class _Planner:
             "groups", self.p, self.budget, groups, tile, stash, 0, 0 if self.direct else self.weight_slice,
             stash * self.per_stash_row() + self.logits_bytes(tile) + self.tail_bytes(),
             self.accumulator_bytes(len(groups), self.p.scratches if long else 0), self.tail_columns(),
+            self.tail_capacity(),
         )
 
     def one_group_if_smaller(self, several: Plan) -> Plan:
@@ -451,7 +484,8 @@ class _Planner:
             used = max(kept * stash_row + tile * first_pass, second)
             if cols >= SLICE_COLS and used <= self.budget:
                 return Plan(
-                    "recompute", p, self.budget, (self.p.whole,), tile, kept, cols, 0, used, self.accumulator_bytes(0)
+                    "recompute", p, self.budget, (self.p.whole,), tile, kept, cols, 0, used, self.accumulator_bytes(0),
+                    self.tail_columns(),
                 )
         return None
 
@@ -468,20 +502,28 @@ class _Planner:
     def second_pass(self, kept: int, again: int) -> tuple[int, int]:
         """Bytes of that pass over `again` rows: fixed, and for each column of a slice."""
         p = self.p
-        low, of_two = p.itemsize < 4, 0 < kept and again < p.rows  # of_two: dW is a sum, with that of the stash
+        rank1 = p.tail and p.device == "cpu"  # on a GPU rows made again are exact
+        low, of_two = p.itemsize < 4, rank1 or 0 < kept and again < p.rows  # of_two: dW is a sum, with the stash's
+        summed, product_rows = (p.rows, max(kept, again)) if rank1 else (again, again)  # of dX, slice by slice
         product = p.itemsize if low and p.device != "cuda" else 0  # no CPU GEMM adds bf16 products to a fp32 sum
         fixed = kept * p.vocab * p.itemsize + p.gathered * again * p.hidden * p.itemsize
         fixed += p.needs_weight_grad * p.rows * p.hidden * p.itemsize
-        fixed += p.needs_hidden_grad * again * p.hidden * (max(4, p.itemsize) + product)
+        fixed += p.needs_hidden_grad * p.hidden * (summed * max(4, p.itemsize) + product_rows * product)
+        fixed += rank1 * self.tail_columns() * self.tail_column_bytes()
         if product and p.needs_hidden_grad:
             fixed += add_rows(again, p.hidden) * p.hidden * 4
         per_col = again * (p.itemsize + self.scratch_itemsize)
+        per_col += -(-rank1 * product_rows // _tail_block_rows(p)) * self.tail_block_bytes() // max(1, p.vocab)
         if p.needs_weight_grad and not self.direct:
             if of_two and p.grad_itemsize < 4:
                 per_col += p.hidden * (4 + product)
             elif of_two or p.grad_itemsize >= 4:
                 per_col += p.hidden * product
         return fixed, per_col
+
+
+def _tail_block_rows(problem: Problem) -> int:
+    return TAIL_BLOCK_ROWS.get(problem.device, TAIL_BLOCK_ROWS["cpu"])
 
 
 def add_rows(rows: int, width: int) -> int:

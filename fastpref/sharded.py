@@ -210,7 +210,9 @@ class _ShardPass(Pass):
                 self.forward(block, self.stash)
                 start, end = block.span
                 self._set_targets(self.stash[: block.rows], slice(start, end), torch.zeros_like(self.lse[start:end]))
-                self.product.put(start, self.stash[: block.rows], self.projection.weight, None)
+                # What is small over the columns of this rank alone is smaller still over those of all.
+                self.scale[start:end] = self.projection.transform.row_factor * ~self.ignored[start:end]
+                self.multiply(start, self.stash[: block.rows], None, self.product, None)
         elif here and scheme == "forward":
             self.forward_only()
         elif here:
@@ -218,6 +220,7 @@ class _ShardPass(Pass):
         own_lse = _lse(self.state)
         whole = self._reduced()
         logps, self.lse = rows.fold_finish(whole, self.scored.targets, IGNORED)
+        self.logps = logps
         if scheme == "forward":
             return logps
         # Of the probability, on this rank: from own_lse as it was rounded for the stash, and nothing else that is.

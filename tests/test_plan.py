@@ -243,6 +243,20 @@ def gemm_scratch(found, dtype):
     return max(profiled(gemm)[1] for gemm in gemms)
 
 
+def test_gemms_by_the_share_of_active_columns():
+    def made(budget=None, **changes):
+        return plan(Problem((512,) * 16, 1024, 128256, **({"tail": True, "device": "cuda"} | changes)), budget)
+
+    assert made().gemms_at(0.18) == pytest.approx(1 + 2 * 0.18) and made().gemms == made().gemms_at(1) == 3
+    assert made(needs_weight_grad=False).gemms_at(0.18) == pytest.approx(1.18)
+    assert "tail         GEMMs by active columns: 1.20 at 10%, 1.40 at 20%, 2.00 at 50%, 3.00 beyond" in str(made())
+    again = made(256 * 2**20, coupling="batch")  # rows made again: rank-one on the CPU, exact on a GPU
+    assert again.scheme == "recompute" and again.gemms_at(0.18) == again.gemms > 3
+    on_cpu = made(256 * 2**20, coupling="batch", device="cpu")
+    assert on_cpu.gemms_at(0.18) == pytest.approx(on_cpu.gemms - 2 * 0.82)
+    assert made().tail_capacity == 64128 and made(device="cpu").tail_capacity == made(tail=False).tail_capacity == 0
+
+
 LONG = [170, 60, 150, 190, 40, 160]
 CASES = [  # budget as a share of what the whole batch would take; scheme expected
     ("groups", dict(), 1.3),

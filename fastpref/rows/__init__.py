@@ -16,7 +16,7 @@ from .contract import EXTRAS, FoldState, RowStats, Tile, Transform, fold_finish,
 
 __all__ = [
     "BACKENDS", "EXTRAS", "Availability", "FoldState", "RowStats", "Tile", "Transform", "availability", "choose",
-    "fold_finish", "scale_rows", "scale_unless_one_", "stats_dtype",
+    "fold_finish", "scale_rows", "scale_unless_one_", "stats_dtype", "tail_kernels",
 ]
 
 BACKENDS = ("reference", "native", "triton", "cuda")
@@ -81,6 +81,14 @@ def _fastest(device: torch.device, dtype: torch.dtype) -> str:
         f"fastpref: no fast row kernels on {device} ({why}); using the slower reference rows", stacklevel=4
     )
     return "reference"
+
+
+def tail_kernels(kernels: ModuleType, stash: Tensor) -> ModuleType:
+    """The module whose `peaks`, `split` and `add_rows` tail.py takes: the call's own if it has them."""
+    if hasattr(kernels, "peaks"):
+        return kernels
+    fast = stash.device.type == "cuda" and _usable("triton", stash.device)
+    return importlib.import_module(f"{__name__}.{'triton_rows' if fast else 'reference'}")
 
 
 def scale_rows(x: Tensor, w: Tensor, out: Tensor) -> Tensor:

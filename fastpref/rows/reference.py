@@ -117,8 +117,8 @@ def peaks(stash: Tensor, scale: Tensor, peak: Tensor, total: Tensor, squares: Te
 def split(stash: Tensor, columns: Tensor, active: Tensor, rest: Tensor) -> None:
     torch.index_select(stash, 1, columns, out=active)
     others = torch.ones(stash.shape[1], dtype=rest.dtype, device=stash.device).index_fill_(0, columns.long(), 0.0)
-    for i, row in enumerate(stash):
-        rest[i] += torch.where(others > 0, row.to(rest.dtype), 0.0).sum()
+    for some, sums in zip(stash.split(64), rest.split(64)):
+        sums += torch.where(others > 0, some.to(rest.dtype), 0.0).sum(1)
 
 
 def add_rows(total: Tensor, part: Tensor, columns: Tensor) -> None:

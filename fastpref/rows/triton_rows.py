@@ -77,8 +77,10 @@ UNALIGNED = Config(1024, 4)  # rows that start anywhere: a load an element, each
 
 def configs() -> dict[str, tuple[Config, ...]]:
     """Every configuration in which each kernel can be launched."""
-    rows = ("_residual_kernel", "_fold_kernel", "_given_lse_kernel", "_scale_rows_kernel")
-    return dict.fromkeys(rows, (ALIGNED, UNALIGNED)) | {"_scale_unless_one_kernel": (ALIGNED,)}
+    both = ("_residual_kernel", "_fold_kernel", "_given_lse_kernel", "_scale_rows_kernel", "_peaks_kernel",
+            "_split_kernel")
+    one = ("_scale_unless_one_kernel", "_add_rows_kernel")
+    return dict.fromkeys(both, (ALIGNED, UNALIGNED)) | dict.fromkeys(one, (ALIGNED,))
 
 
 if triton is not None:
@@ -520,6 +522,95 @@ if triton is not None:
                 x = tl.load(ptr + c, mask=c < rest, other=0.0).to(tl.float32)
                 _store(ptr, c, rest, x * factor, True)
 
+    # ---- what tail.py asks of residuals
+
+    @triton.jit(do_not_specialize=["stash_stride", "rows"])
+    def _peaks_kernel(
+        stash_ptr,  # [rows, width]
+        stash_stride,  # in units of STASH_UNIT elements
+        scale_ptr,  # [rows] fp32
+        peak_ptr,  # [width] fp32, as the two that follow
+        total_ptr,
+        squares_ptr,
+        rows,
+        width,
+        STASH_UNIT: tl.constexpr,
+        ROWS: tl.constexpr,
+        BLOCK: tl.constexpr,  # of a tile of ROWS rows
+    ):
+        COLS: tl.constexpr = BLOCK // ROWS
+        c = tl.program_id(0) * COLS + tl.arange(0, COLS)
+        peak, total, squares = tl.zeros([COLS], tl.float32), tl.zeros([COLS], tl.float32), tl.zeros([COLS], tl.float32)
+        for first in range(0, rows, ROWS):
+            r = first + tl.arange(0, ROWS)
+            scale = tl.load(scale_ptr + r, mask=r < rows, other=0.0)
+            counts = (scale != 0) & (tl.abs(scale) < float("inf"))  # not NaN either
+            at = (r.to(tl.int64) * stash_stride * STASH_UNIT)[:, None] + c[None, :]
+            s = tl.load(stash_ptr + at, mask=counts[:, None] & (c < width)[None, :], other=0.0).to(tl.float32)
+            u = tl.where(counts[:, None], s * scale[:, None], 0.0)
+            peak = tl.maximum(peak, tl.max(tl.abs(u), 0))
+            total += tl.sum(u, 0)
+            squares += tl.sum(u * u, 0)
+        tl.store(peak_ptr + c, peak, mask=c < width)
+        tl.store(total_ptr + c, total, mask=c < width)
+        tl.store(squares_ptr + c, squares, mask=c < width)
+
+    @triton.jit
+    def _rest_block(row_ptr, others_ptr, start, width, MASKED: tl.constexpr, BLOCK: tl.constexpr):
+        c = start + tl.arange(0, BLOCK)
+        inside = c < width
+        others = tl.load(others_ptr + c, mask=inside, other=0)
+        s = tl.load(row_ptr + c, mask=inside, other=0.0) if MASKED else tl.load(row_ptr + c)
+        return tl.sum(tl.where(others != 0, s.to(tl.float32), 0.0), 0)
+
+    @triton.jit(do_not_specialize=["stash_stride", "active_stride", "count"])
+    def _split_kernel(
+        stash_ptr,  # [rows, width]
+        stash_stride,  # in units of STASH_UNIT elements
+        others_ptr,  # [width] int8: 1 where the column is not active
+        columns_ptr,  # [count] int32, the active ones
+        active_ptr,  # [rows, count]
+        active_stride,
+        rest_ptr,  # [rows] fp32, added to
+        width,
+        count,
+        STASH_UNIT: tl.constexpr,
+        BLOCK: tl.constexpr,
+    ):
+        row = tl.program_id(0).to(tl.int64)
+        row_ptr = stash_ptr + row * stash_stride * STASH_UNIT
+        active_ptr += row * active_stride
+        rest = tl.load(rest_ptr + row)
+        whole = width // BLOCK * BLOCK
+        for start in range(0, whole, BLOCK):
+            rest += _rest_block(row_ptr, others_ptr, start, width, False, BLOCK)
+        if whole < width:
+            rest += _rest_block(row_ptr, others_ptr, whole, width, True, BLOCK)
+        tl.store(rest_ptr + row, rest)
+        for start in range(0, count, BLOCK):
+            k = start + tl.arange(0, BLOCK)
+            columns = tl.load(columns_ptr + k, mask=k < count, other=0)
+            tl.store(active_ptr + k, tl.load(row_ptr + columns, mask=k < count, other=0.0), mask=k < count)
+
+    @triton.jit  # strides too: multiples of 16 are known, and so 16 bytes move at a time
+    def _add_rows_kernel(
+        total_ptr,  # [rows, width] fp32
+        total_stride,
+        part_ptr,  # [count, width]
+        part_stride,
+        columns_ptr,  # [count] int32, each once
+        width,
+        BLOCK: tl.constexpr,
+    ):
+        k = tl.program_id(0).to(tl.int64)
+        total_ptr += tl.load(columns_ptr + k).to(tl.int64) * total_stride
+        part_ptr += k * part_stride
+        for start in range(0, width, BLOCK):
+            c = start + tl.arange(0, BLOCK)
+            sum = tl.load(total_ptr + c, mask=c < width, other=0.0)
+            part = tl.load(part_ptr + c, mask=c < width, other=0.0).to(tl.float32)
+            tl.store(total_ptr + c, sum + part, mask=c < width)
+
 
 def _launch(kernel: Any, programs: int, device: torch.device, args: tuple, config: Config, **constants: int) -> None:
     # Triton launches on the current device's current stream, which is the caller's only if the device is.
@@ -649,6 +740,38 @@ def scale_unless_one_(tensor: Tensor, factor: Tensor) -> Tensor:
         programs = min(triton.cdiv(tensor.numel(), ALIGNED.block), 16 * _multiprocessors(tensor.device))
         _launch(_scale_unless_one_kernel, programs, tensor.device, (tensor, factor, tensor.numel()), ALIGNED)
     return tensor
+
+
+PEAKS_ROWS = 16  # of a tile: 128 columns of 16 rows are 256 bytes of bf16 a row, and 16 numbers a thread
+
+
+def peaks(stash: Tensor, scale: Tensor, peak: Tensor, total: Tensor, squares: Tensor) -> None:
+    """Largest |U|, sum of U and sum of U^2 in each column of U = scale * stash; see tail.find."""
+    checks.matrix("stash", stash, stash)
+    rows, width = stash.shape
+    scale = checks.vector("scale", scale, rows, stash)
+    config, (unit,) = _alignment(stash)
+    args = (stash, stash.stride(0) // unit, scale, peak, total, squares, rows, width)
+    programs = triton.cdiv(width, config.block // PEAKS_ROWS)
+    _launch(_peaks_kernel, programs, stash.device, args, config, STASH_UNIT=unit, ROWS=PEAKS_ROWS)
+
+
+def split(stash: Tensor, columns: Tensor, active: Tensor, rest: Tensor) -> None:
+    """active = stash[:, columns], and to rest is added what the other columns of each row sum up to."""
+    checks.matrix("stash", stash, stash)
+    (rows, width), count = stash.shape, columns.shape[0]
+    others = torch.ones(width, dtype=torch.int8, device=stash.device).index_fill_(0, columns.long(), 0)
+    config, (unit,) = _alignment(stash)
+    args = (stash, stash.stride(0) // unit, others, columns, active, active.stride(0), rest, width, count)
+    _launch(_split_kernel, rows, stash.device, args, config, STASH_UNIT=unit)
+
+
+def add_rows(total: Tensor, part: Tensor, columns: Tensor) -> None:
+    """total[columns] += part, in fp32; each row of total at most once, so that no atomics are needed."""
+    checks.matrix("part", part, part)
+    args = (total, total.stride(0), part, part.stride(0), columns, part.shape[1])
+    if len(columns):
+        _launch(_add_rows_kernel, len(columns), part.device, args, ALIGNED)
 
 
 def _multiprocessors(device: torch.device) -> int:

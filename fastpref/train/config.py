@@ -132,7 +132,7 @@ class TrainConfig:
     max_grad_norm: float = key(1.0, "0: no clipping", "at least 0")
     max_skipped_steps: int = key(5, "so many steps in a row with NaN or inf gradients end the run", "at least 1", FREE)
     memory_budget: int | None = key(None, "bytes of workspace of the LM head; None: its default", "at least 1", FREE)
-    tail: Literal["exact", "rank1"] = key("exact", "the LM head's gradients: all vocabulary columns, or few (CPU)", RUN)
+    tail: Literal["exact", "rank1"] = key("exact", "the LM head's gradients: all vocabulary columns, or few", RUN)
 
     eval_steps: int | None = key(
         None, "None: at the stage's start and its end alone", "at least 1", FREE,

@@ -362,8 +362,6 @@ def prepared(
         model.config.get_text_config().pad_token_id = model.config.pad_token_id = tokenizer.pad_token_id
         model.config.id2label, model.config.label2id = {0: "reward"}, {"reward": 0}
     hush(model, noise=config.disable_dropout)
-    if config.tail != "exact" and pick_device().type != "cpu":
-        raise UserError(f"tail is {config.tail!r}, which is for the CPU yet; the device is {pick_device()}: set exact")
     if config.gradient_checkpointing == "offload" and pick_device().type == "cpu":
         raise UserError("gradient_checkpointing is 'offload', from a GPU to host memory; the device is cpu: set full")
     if config.gradient_checkpointing != "none":

@@ -102,6 +102,20 @@ def scale_unless_one(size, dtype) -> Callable[[], object]:
     )
 
 
+def peaks(dtype, width=VOCAB, stride=None) -> Callable[[], object]:
+    return lambda: triton_rows.peaks(matrix(width, dtype, stride), torch.empty(2), *torch.empty(3, width))
+
+
+def split(dtype, width=VOCAB, stride=None) -> Callable[[], object]:
+    columns = torch.arange(8192, dtype=torch.int32)
+    return lambda: triton_rows.split(matrix(width, dtype, stride), columns, matrix(8192, dtype), torch.empty(2))
+
+
+def add_rows(dtype) -> Callable[[], object]:
+    columns = torch.arange(2, dtype=torch.int32)
+    return lambda: triton_rows.add_rows(torch.empty(4, 4096), matrix(4096, dtype), columns)
+
+
 FULL = dict(bias=True, softcap=30.0, logit_scale=0.5)
 
 
@@ -144,6 +158,11 @@ def variants() -> Iterator[tuple[str, Callable[[], object]]]:
     yield "given_lse, unaligned", given_lse(width=8193)
     yield "gradient, odd width", gradient(width=8193, stride=8200, **FULL)
     yield "gradient, unaligned", gradient(width=8193)
+    for dtype in (FP32, BF16):
+        for call in (peaks, split, add_rows):
+            yield f"{call.__name__} {name(dtype)}", call(dtype)
+    yield "peaks, unaligned", peaks(BF16, stride=VOCAB + 1)
+    yield "split, unaligned", split(BF16, stride=VOCAB + 1)
     yield "scale_rows, unaligned", scale_rows(4099, BF16, BF16)
     yield "scale_unless_one, 2^31 elements", scale_unless_one(2**31 + 5, BF16)
 
@@ -153,7 +172,8 @@ VARIANTS = dict(variants())
 
 def source(launch: Launch) -> Any:
     """Specialised as Triton does it at run time: None and 1 are constants, multiples of 16 are known to be such."""
-    pointers = {FP32: "*fp32", BF16: "*bf16", FP16: "*fp16", torch.int64: "*i64"}
+    pointers = {FP32: "*fp32", BF16: "*bf16", FP16: "*fp16"}
+    pointers |= {torch.int64: "*i64", torch.int32: "*i32", torch.int8: "*i8"}
     constants = launch.constants | {"BLOCK": launch.config.block}
     signature, constexprs, attributes = {}, {}, {}
     for i, parameter in enumerate(launch.kernel.params):
@@ -289,7 +309,9 @@ def test_nothing_spills(reports):
 
 def test_loops_move_16_bytes_at_a_time(reports):
     for (variant, target), report in reports.items():
-        if recorded(VARIANTS[variant]).config == triton_rows.ALIGNED:
+        if variant.startswith(("peaks", "split")):  # and scales, masks, and columns that lie apart
+            assert 128 in report.loop_bits or "unaligned" in variant, (variant, target)
+        elif recorded(VARIANTS[variant]).config == triton_rows.ALIGNED:
             assert report.loop_bits, (variant, target)
             assert set(report.loop_bits) == {128}, (variant, target)
 

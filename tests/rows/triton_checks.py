@@ -476,6 +476,38 @@ def test_scale_unless_one(platform, dtype):
     assert torch.equal(triton_rows.scale_unless_one_(transposed, torch.full((1,), 2.0, device=platform.device)), want)
 
 
+# ---- what tail.py asks of residuals
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=str)
+@pytest.mark.parametrize("width, stride", [(1, 1), (130, 136), (1000, 1001), (4099, 4104)])
+def test_columns_taken_apart(platform, dtype, width, stride):
+    stash = random_logits(platform, 37, stride, dtype)[:, :width]
+    scale = torch.linspace(-1.5, 1.5, 37, device=platform.device)
+    scale[3], scale[9], scale[18] = torch.nan, torch.inf, 0.0
+    stash[9] = torch.nan
+    peak, total, squares = torch.full((3, width), torch.nan, device=platform.device)
+    triton_rows.peaks(stash, scale, peak, total, squares)
+    u = (stash.double() * scale.double()[:, None])[[r for r in range(37) if r not in (3, 9, 18)]]
+    torch.testing.assert_close(peak.double(), u.abs().amax(0), rtol=1e-6, atol=0)
+    torch.testing.assert_close(total.double(), u.sum(0), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(squares.double(), u.square().sum(0), rtol=1e-5, atol=0)
+    for columns in (torch.arange(0, width, 3), torch.arange(width)):
+        columns = columns.int().to(platform.device)
+        active, rest = stash.new_full((37, len(columns)), torch.nan), torch.ones(37, device=platform.device)
+        triton_rows.split(stash, columns, active, rest)
+        assert torch.equal(active.nan_to_num(7.0), stash[:, columns.long()].nan_to_num(7.0))
+        others = [c for c in range(width) if c not in set(columns.tolist())]
+        torch.testing.assert_close(
+            rest.double(), 1 + stash[:, others].double().sum(1), rtol=1e-5, atol=1e-4, equal_nan=True
+        )
+        totals, part = torch.rand(width, 33, device=platform.device), random_logits(platform, len(columns), 33, dtype)
+        want = totals.clone()
+        want[columns.long()] += part.float()
+        triton_rows.add_rows(totals, part, columns)
+        assert torch.equal(totals, want)
+
+
 # ---- bad input
 
 
