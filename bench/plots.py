@@ -308,7 +308,7 @@ def _lines(rows: Sequence[dict[str, Any]], x: str, y: str, ylabel: str) -> Figur
             ax.set_yscale("log")
             _plain_log_ticks(ax.yaxis)
         values = sorted({row[x] for row in panel if row[y] or row["status"] == "planned"})
-        ax.set_xticks(values, [_short(value) for value in values])
+        ax.set_xticks(values, _tick_labels(values))
         ax.minorticks_off()
         ax.grid(color=GRID)
         ax.set_xlabel(AXES[x])
@@ -442,16 +442,15 @@ def _label_points(ax: Axes, points: Iterable[tuple[float, float, str, str]]) -> 
     """Names beside their points, towards the middle of the plot, pushed apart where they would touch."""
     to_axes = ax.transData + ax.transAxes.inverted()
     placed = sorted((*_pair(to_axes.transform((x, y))[::-1]), name, colour) for x, y, name, colour in points)
-    for side in (True, False):
-        some = [each for each in placed if (each[1] < 0.55) == side]
-        heights = _apart([each[0] for each in some], 0.075, 0.03, 0.97)
-        for height, (y, x, name, colour) in zip(heights, some):
-            ax.annotate(
-                name, (x, y), (x + (0.045 if side else -0.045), height), xycoords="axes fraction", color=colour,
-                va="center", ha="left" if side else "right", fontsize=8,
-                fontweight="bold" if name.startswith("fastpref") else "normal",
-                arrowprops=dict(arrowstyle="-", color=colour, linewidth=0.7, shrinkA=0, shrinkB=2),
-            )
+    heights = _apart([each[0] for each in placed], 0.075, 0.03, 0.97)  # of both sides: they meet in the middle
+    for height, (y, x, name, colour) in zip(heights, placed):
+        side = x < 0.55
+        ax.annotate(
+            name, (x, y), (x + (0.045 if side else -0.045), height), xycoords="axes fraction", color=colour,
+            va="center", ha="left" if side else "right", fontsize=8,
+            fontweight="bold" if name.startswith("fastpref") else "normal",
+            arrowprops=dict(arrowstyle="-", color=colour, linewidth=0.7, shrinkA=0, shrinkB=2),
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -488,6 +487,16 @@ def _few_log_ticks(axis: Any) -> None:
     axis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=9) if high / low < 50 else LogLocator(numticks=5))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.1e}".replace(".0e", "e").replace("e-0", "e-")))
     axis.set_minor_formatter(NullFormatter())
+
+
+def _tick_labels(values: Sequence[int]) -> list[str]:
+    """Of ascending values on a logarithmic axis; none where it would run into the one before."""
+    labels, least = [_short(value) for value in values], math.log(max(values[-1] / values[0], 2)) / 9
+    shown = [0]
+    for i in range(1, len(values)):
+        if math.log(values[i] / values[shown[-1]]) >= least * max(len(labels[i]), len(labels[shown[-1]])) / 4:
+            shown.append(i)
+    return [label if i in shown else "" for i, label in enumerate(labels)]
 
 
 def _short(value: int) -> str:

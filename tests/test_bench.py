@@ -691,3 +691,10 @@ def test_rank1_is_measured_with_a_tolerance_and_a_number_of_gemms_of_its_own():
     assert rank1.status == "ok" and rank1.impl == "fastpref-rank1" and exact.gemms == 3 and 1 < rank1.gemms < 2.2
     assert exact.dx_rel_err < 1e-5 < rank1.dx_rel_err < 2**-8 and exact.dw_rel_err < 1e-5 < rank1.dw_rel_err < 2**-8
     assert "fastpref-rank1" not in peers.BY_DEFAULT
+
+
+def test_labels_of_a_swept_axis_do_not_run_together():
+    plots = pytest.importorskip("bench.plots")
+    found = plots._tick_labels([32768, 65536, 131072, 151936, 262144, 524288])
+    assert found == ["32k", "64k", "128k", "", "256k", "512k"]
+    assert plots._tick_labels([5]) == ["5"]
