@@ -3,7 +3,7 @@
     python -m bench.train_cell '{"impl": "fastpref", ...}'      a Spec as JSON; the answer is the last line on stdout
 
 fastpref's steps are the package's own: `Schedule` and `collate` make the micro-batches, `reference.compute` the
-reference log-probs, `loop.train_step` and `Updater` the rest. A card is stood for by a cap on torch's allocator: its
+reference log-probs, `stage.train_step` and `Updater` the rest. A card is stood for by a cap on torch's allocator: its
 decimal gigabytes less what CUDA's context takes of them. Peers get the same pairs in the same steps, the whole device,
 and more and smaller micro-batches where theirs do not fit.
 """
@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastpref.data import Example, collate
-from fastpref.train import loop, reference
+from fastpref.train import reference, stage
 from fastpref.train.batch_order import BatchOrder
 from fastpref.train.config import TrainConfig, config_from_dict
 from fastpref.train.machine import device_name, peak_memory_mib
@@ -178,7 +178,7 @@ def fastpref(spec: Spec, device: torch.device) -> Seen:
                 for batch in step
             ]
             rate = learning_rate(config, number, len(steps))
-            values = loop.train_step(policy, updater, config, batches, rate, [])
+            values = stage.train_step(policy, updater, config, batches, rate, [])
         seen.norms.append(values["grad_norm"])
         seen.flops.append(flops.of(batches) if flops else math.nan)
     seen.dtype = policy.compute_dtype

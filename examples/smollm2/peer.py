@@ -26,7 +26,7 @@ from unittest import mock
 import torch
 
 from fastpref.data import Example, collate
-from fastpref.train import loop, reference
+from fastpref.train import reference, stage
 from fastpref.train.config import config_from_dict
 from fastpref.train.display import quiet_imports
 from fastpref.train.machine import device_name, versions
@@ -65,7 +65,7 @@ def fastpref(model: str, batches: list[list[Example]], checkpointing: bool) -> t
     for batch in batches:
         started = time.perf_counter()
         made = [collate([referred[pair.record_id] for pair in batch], pad, config.kind, layout=policy.layout)]
-        losses.append(loop.train_step(policy, updater, config, made, RATE, [])["loss"])
+        losses.append(stage.train_step(policy, updater, config, made, RATE, [])["loss"])
         seconds.append(time.perf_counter() - started)
     return losses, seconds
 

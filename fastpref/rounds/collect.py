@@ -27,8 +27,8 @@ from transformers import PreTrainedTokenizerBase
 from fastpref.data import Rendering, load_prompts, tokenize_prompts
 from fastpref.errors import SaveError, UserError
 from fastpref.train.display import Display
-from fastpref.train.loop import spent
 from fastpref.train.prompts import Prompt
+from fastpref.train.run import spent
 from fastpref.train.sample import Sample
 from fastpref.train.scorer import Scorer
 

@@ -45,7 +45,7 @@ from fastpref.train.best_of_n import best_of_n
 from fastpref.train.checkpoint import snapshot
 from fastpref.train.config import TrainConfig
 from fastpref.train.display import Display
-from fastpref.train.loop import Handover, Interrupted, StopFlag, describe, spent, train
+from fastpref.train.loop import Trained, describe, stage_inputs, train_policy
 from fastpref.train.machine import device_name, versions
 from fastpref.train.metrics_log import check_report_to
 from fastpref.train.model import (
@@ -67,12 +67,14 @@ from fastpref.train.model import (
 )
 from fastpref.train.optim import check_optimizer
 from fastpref.train.positions import SequenceLength, check_positions, longest_sequences
-from fastpref.train.prompts import Prompt
+from fastpref.train.prompts import Prompt, decoded_prompts
 from fastpref.train.rendering import dated, keep_date, rendering_of
+from fastpref.train.run import Interrupted, StopFlag, spent
 from fastpref.train.run_folder import refuse_removed
 from fastpref.train.sample import Engine, Sample, Sampling, sample
 from fastpref.train.scorer import Scorer, load_scorer
 from fastpref.train.source import adapter_lines, source_of_run
+from fastpref.train.stage import Answers, StageInput
 from fastpref.train.stage_data import StageData, load_data
 from fastpref.train.traits import follows_length
 from fastpref.train.vllm_engine import VLLM, uses_vllm
@@ -109,7 +111,7 @@ class Session:
     trained: int = 0  # * the round whose weights the policy has; 0: the initial ones
     saved: bool = True  # * whether these are on the disk
     optimizer: dict[str, Any] | None = None  # * states that training goes on with
-    exact_match: dict[int, tuple[dict[str, float], list[str]]] = field(default_factory=dict)  # * of a round's weights
+    answers: dict[int, Answers] = field(default_factory=dict)  # * of a round's weights, where exact match is asked for
 
     def folder(self, number: int) -> Path:
         return self.dir / f"round-{number:03d}" if number else self.dir / "start"
@@ -301,15 +303,16 @@ def _start(session: Session) -> None:
     config, folder = session.config, session.folder(0)
     if not _is_trained(folder, 0, config):
         if config.warm_up:
-            stages = replace(config.train, stages=config.warm_up, output_dir=str(folder))
-            train(stages, resume=True, display=session.display, handover=Handover(session.policy, session.tokenizer))
+            warm_up = replace(config.train, stages=config.warm_up, output_dir=str(folder))
+            stages = stage_inputs(warm_up, session.tokenizer, session.display)
+            _train_in(folder, session, warm_up, stages)
         else:
             checkpoint.save(folder / "model", lambda part: save_model(session.policy, session.tokenizer, part))
         _keep_initial(session)
     if (folder / "summary.json").is_file():
         last, own = config.train.stage_configs()[-2], session.stage
         if all(getattr(last, key) == getattr(own, key) for key in ASKED):
-            session.exact_match[0] = _exact_match(folder, own)
+            _keep_answers(session, 0, folder)
     if not (folder / "round.json").is_file():
         seconds: dict[str, float] = {}
         values: dict[str, Any] = {"best_of_n": _evaluate(session, 0, seconds)}
@@ -328,7 +331,7 @@ def _went_on(session: Session, number: int) -> None:
     """The policy has the weights of round `number`: what else goes with them."""
     session.trained = number
     folder = session.folder(number) / "train"
-    session.exact_match[number] = _exact_match(folder, session.stage)
+    _keep_answers(session, number, folder)
     if session.config.rounds.one_schedule:
         path, crc = folder / "optimizer.pt", folder / "optimizer.crc32"
         if crc.is_file() and crc.read_text(encoding="utf-8").strip() != crc32_of(path):
@@ -337,13 +340,12 @@ def _went_on(session: Session, number: int) -> None:
         session.optimizer = torch.load(path, map_location="cpu", weights_only=True)
 
 
-def _exact_match(folder: Path, stage: TrainConfig, when: str = "after") -> tuple[dict[str, float], list[str]]:
+def _keep_answers(session: Session, number: int, folder: Path, when: str = "after") -> None:
     """What a training run says of the weights it ended with, or began with; nothing where it did not ask."""
-    if not stage.eval_generate:
-        return {}, []
-    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    found = {key: value for key, value in summary[when].items() if key.startswith("exact_match")}
-    return found, [text[when] for text in summary["samples"]]
+    if session.stage.eval_generate:
+        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        found = {key: value for key, value in summary[when].items() if key.startswith("exact_match")}
+        session.answers[number] = Answers(found, [text[when] for text in summary["samples"]])
 
 
 # ---- one round -------------------------------------------------------------------------------------------------------
@@ -409,7 +411,8 @@ def run_round(session: Session, number: int) -> None:
             raise UserError(f"round 1: none of the {len(chosen):,} prompts makes a pair: {why}")
         display.say(f"round {number}: none of the {len(chosen):,} prompts makes a pair ({why}); nothing is trained",
                     "yellow")
-        session.exact_match[number] = session.exact_match.get(number - 1, ({}, []))
+        if number - 1 in session.answers:
+            session.answers[number] = session.answers[number - 1]
         session.trained = number
     values["best_of_n"] = _evaluate(session, number, seconds)
     if again:
@@ -546,8 +549,6 @@ def _train(session: Session, number: int, examples: list[Example], seconds: dict
     """One run of `fastpref train` on the examples; the policy then has its weights."""
     settings, stage = session.config.rounds, session.stage
     folder = session.folder(number) / "train"
-    if (folder / "summary.json").is_file():  # trained before, and the weights are not there
-        checkpoint.remove(folder)
     begins = 0 if settings.start_from == "initial" else number - 1  # with the weights of which round
     reference = None
     if stage.loss_fn.needs_reference and not stage.ref_model_name_or_path:
@@ -558,34 +559,44 @@ def _train(session: Session, number: int, examples: list[Example], seconds: dict
     if settings.start_from == "initial" and session.trained:
         assert session.initial is not None
         set_weights(session.policy, session.initial)
-    exact_match, generated = session.exact_match.get(begins, ({}, []))
-    handover = Handover(
-        session.policy, session.tokenizer,
-        [StageData(Examples.of(examples), session.data.eval, session.data.questions, session.data.prompts)], reference,
-        optimizer=session.optimizer if settings.one_schedule else None,
-        part=(number - 1, settings.number) if settings.one_schedule else (0, 1),
-        exact_match=exact_match, generated=generated,
-        save_model=number % settings.save_rounds == 0 or number == settings.number, seconds=seconds,
-    )
-    session.optimizer = None  # the run's own from here on
     config = replace(  # one reference_dir for all: the log-probs of the held-out pairs may still be right
         stage, output_dir=str(folder), train_dataset=str(folder.parent / "pairs.jsonl"), overwrite_output_dir=True,
         reference_dir=stage.reference_dir or str(session.dir / "reference"), seed=session.config.train.seed + number,
     )
-    summary = train(config, resume=True, display=session.display, handover=handover)
-    session.trained = number
-    session.saved = handover.save_model
-    session.exact_match.setdefault(begins, _exact_match(folder, stage, "before"))
-    session.exact_match[number] = _exact_match(folder, stage)
+    (of_stage,) = config.stage_configs()
+    data, compared = replace(session.data, train=Examples.of(examples)), None
+    if stage.sample_steps:
+        prompts = data.prompts or decoded_prompts(session.tokenizer, data.eval or data.train, stage.sample_prompts)
+        data, compared = replace(data, prompts=prompts), reference or snapshot(weights_of(session.policy))
+    given = StageInput(
+        0, of_stage, data, answers=session.answers.get(begins), reference=reference, compared=compared,
+        optimizer=session.optimizer, part=(number - 1, settings.number) if settings.one_schedule else (0, 1),
+    )
+    session.optimizer = None  # the stage's own from here on
+    save = number % settings.save_rounds == 0 or number == settings.number
+    trained = _train_in(folder, session, config, [given], save)
+    session.trained, session.saved = number, save
+    if begins not in session.answers:
+        _keep_answers(session, begins, folder, "before")
+    _keep_answers(session, number, folder)
+    for what, took in trained.seconds.items():
+        seconds[what] = seconds.get(what, 0.0) + took
     if settings.one_schedule:
-        session.optimizer = handover.optimizer
-        if handover.save_model:
+        session.optimizer = trained.optimizer
+        if save:
             with spent(seconds, "saving"):
-                _save_optimizer(folder / "optimizer.pt", handover.optimizer)
-    return summary
+                _save_optimizer(folder / "optimizer.pt", trained.optimizer)
+    return trained.summary
 
 
-def _save_optimizer(path: Path, states: dict[str, Any] | None) -> None:
+def _train_in(folder: Path, session: Session, config: TrainConfig, stages: Sequence[StageInput],
+              save: bool = True) -> Trained:
+    if (folder / "summary.json").is_file():  # trained before, and the weights are not there
+        checkpoint.remove(folder)
+    return train_policy(session.policy, session.tokenizer, config, stages, session.display, save=save)
+
+
+def _save_optimizer(path: Path, states: dict[str, Any]) -> None:
     with replacing(path) as partial:
         torch.save(states, partial)
         write_text(path.with_suffix(".crc32"), crc32_of(partial) + "\n")  # first: without optimizer.pt it says nothing

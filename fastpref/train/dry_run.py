@@ -30,7 +30,6 @@ from .metrics_log import check_report_to
 from .model import check_saves, check_weights, load_tokenizer, pick_device, policy_on_meta
 from .optim import check_optimizer, learning_rate
 from .positions import check_positions, longest_sequences
-from .prompts import decoded_prompts
 from .rendering import dated
 from .run_folder import LEFT, refuse_removed, refuse_used
 from .scorer import FUNCTION, load_scorer
@@ -62,8 +61,7 @@ def dry_run(config: TrainConfig, display: Display | None = None) -> dict[str, An
         policy_on_meta(config, tokenizer, name)
     for stage, its in zip(stages, data):
         if stage.sample_steps:
-            prompts = its.prompts or decoded_prompts(tokenizer, its.eval or its.train, stage.sample_prompts)
-            check_prompts(stage, policy, tokenizer, prompts)
+            check_prompts(stage, policy, tokenizer, its.prompts)
         if stage.scorer and FUNCTION.fullmatch(stage.scorer):  # the others are models: weights
             load_scorer(stage.scorer, timeout=stage.scorer_timeout).close()
     found: dict[str, Any] = {

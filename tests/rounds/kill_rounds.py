@@ -23,12 +23,12 @@ from transformers import LlamaForCausalLM  # noqa: F401 - here once, instead of 
 
 from fastpref.rounds import collect, driver
 from fastpref.rounds.config import load_config
-from fastpref.train import loop
+from fastpref.train import loop, run, stage
 from fastpref.train.display import Display
 
 EVENTS = ((os, "fsync"), (os, "rename"), (os, "replace"), (os, "mkdir"), (os, "unlink"), (shutil, "rmtree"),
-          (torch, "save"), (loop, "save_model"), (driver, "save_model"), (collect, "_line"), (driver, "make_pairs"),
-          (loop, "train_step"))
+          (torch, "save"), (loop, "save_model"), (run, "save_model"), (driver, "save_model"), (collect, "_line"),
+          (driver, "make_pairs"), (stage, "train_step"))
 
 
 def die_at(event: int) -> None:

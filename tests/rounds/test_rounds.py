@@ -20,7 +20,7 @@ from fastpref.rounds import driver
 from fastpref.rounds.config import config_from
 from fastpref.rounds.driver import rounds
 from fastpref.rounds.report import PARTS, write_page
-from fastpref.train import loop
+from fastpref.train import loop, stage
 from fastpref.train.config import config_from_dict
 from fastpref.train.model import fingerprint, weights_of
 from fastpref.train.optim import learning_rate
@@ -45,8 +45,8 @@ def whole(world, tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(world)
-        own, generated = loop.generate, []
-        patch.setattr(loop, "generate", lambda *a: generated.append(1) or own(*a))
+        own, generated = stage.generate, []
+        patch.setattr(stage, "generate", lambda *a: generated.append(1) or own(*a))
         run_dir = tmp_path_factory.mktemp("whole") / "run"
         display = Display(Console(file=io.StringIO(), width=500))
         summary = rounds(
@@ -205,13 +205,13 @@ def test_every_round_begins_and_compares_with_the_weights_asked_for(
     world, tmp_path, quiet, monkeypatch, start_from, reference
 ):
     begun, loaded = [], []
-    own_train, own_load = loop.train, AutoModelForCausalLM.from_pretrained
+    own_train, own_load = loop.train_policy, AutoModelForCausalLM.from_pretrained
 
-    def train(config, **more):
-        begun.append({name: tensor.clone() for name, tensor in weights_of(more["handover"].policy).items()})
-        return own_train(config, **more)
+    def train(policy, *args, **more):
+        begun.append({name: tensor.clone() for name, tensor in weights_of(policy).items()})
+        return own_train(policy, *args, **more)
 
-    monkeypatch.setattr(driver, "train", train)
+    monkeypatch.setattr(driver, "train_policy", train)
 
     def load(*args, **options):
         loaded.append(options.get("device_map"))

@@ -14,14 +14,14 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from fastpref.train import loop
+from fastpref.train import loop, stage
 from fastpref.train.config import load_config
 from fastpref.train.display import Display
 
 
 def main(config_path: str, marker: Path) -> None:
     torch.set_num_threads(1)
-    own, steps = loop.train_step, iter(range(1, 99))
+    own, steps = stage.train_step, iter(range(1, 99))
 
     def train_step(*args):
         values = own(*args)
@@ -30,7 +30,7 @@ def main(config_path: str, marker: Path) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return values
 
-    loop.train_step = train_step
+    stage.train_step = train_step
     loop.train(load_config(config_path), resume=True, display=Display(Console(file=io.StringIO())))
 
 

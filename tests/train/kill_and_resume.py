@@ -20,12 +20,12 @@ import time
 import torch
 from rich.console import Console
 
-from fastpref.train import loop
+from fastpref.train import loop, run
 from fastpref.train.config import load_config
 from fastpref.train.display import Display
 
 EVENTS = ((os, "fsync"), (os, "rename"), (os, "replace"), (os, "mkdir"), (os, "unlink"), (shutil, "rmtree"),
-          (torch, "save"), (loop, "save_model"))
+          (torch, "save"), (loop, "save_model"), (run, "save_model"))
 
 
 def die_at(event: int) -> None:

@@ -13,7 +13,7 @@ from tiny import make, make_pairs, read_metrics, write_rows
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from fastpref.errors import UserError
-from fastpref.train import guard, loop
+from fastpref.train import guard, stage
 from fastpref.train.loop import train
 
 STAGES = [{"loss": "sft", "max_steps": 2}, {"loss": "dpo", "max_steps": 2}, {"loss": "kto", "max_steps": 2}]
@@ -78,12 +78,12 @@ def test_rows_that_depend_on_their_batch_and_stale_log_probs_stop_the_run(world,
     because = "likely reference log-probs of other weights.*a model whose log-probs depend on the rest of the batch"
     run_is_stopped(make(world, tmp_path / "run", eval_dataset=None), because)
     monkeypatch.setattr(LlamaMLP, "forward", own)
-    obtained = loop.cached_logps
+    obtained = stage.cached_logps
 
     def stale(*args, **options):
         found = obtained(*args, **options)
         return dataclasses.replace(found, logps=found.logps - 0.01)
 
-    monkeypatch.setattr(loop, "cached_logps", stale)
+    monkeypatch.setattr(stage, "cached_logps", stale)
     because = r"differ by up to 1.0e-02 nats.*delete the cached file"
     run_is_stopped(make(world, tmp_path / "stale", eval_dataset=None), because)

@@ -20,13 +20,13 @@ from safetensors.torch import load_file
 from tiny import make, make_config, make_pairs, make_tokenizer, read_metrics, settings, write_rows
 
 from fastpref.data import collate, load_records, tokenize_records
-from fastpref.errors import SaveError, UserError
-from fastpref.train import checkpoint, loop, reference
+from fastpref.errors import SaveError, TrainingError, UserError
+from fastpref.train import checkpoint, loop, reference, run, stage
 from fastpref.train.batch_order import BatchOrder
 from fastpref.train.config import config_from_dict
 from fastpref.train.display import Display
 from fastpref.train.dry_run import dry_run
-from fastpref.train.loop import Stopped, TrainingError, train
+from fastpref.train.loop import Stopped, train
 from fastpref.train.micro_batches import baseline, loss_inputs, totals_of
 from fastpref.train.model import load_policy, load_tokenizer
 
@@ -365,7 +365,7 @@ def lines_without_times(run_dir):
 
 def stop_after(monkeypatch, step, signum=signal.SIGTERM):
     """Sends this process a signal when that many steps of the run have been done."""
-    own, done = loop.train_step, iter(range(1, 10**6))
+    own, done = stage.train_step, iter(range(1, 10**6))
 
     def train_step(*args, **kwargs):
         values = own(*args, **kwargs)
@@ -373,7 +373,7 @@ def stop_after(monkeypatch, step, signum=signal.SIGTERM):
             os.kill(os.getpid(), signum)
         return values
 
-    monkeypatch.setattr(loop, "train_step", train_step)
+    monkeypatch.setattr(stage, "train_step", train_step)
 
 
 @pytest.mark.parametrize("use_peft", [False, True])
@@ -408,7 +408,7 @@ def test_a_stopped_run_goes_on_bitwise(world, tmp_path, quiet, monkeypatch, use_
 def test_a_stop_around_an_evaluation_neither_loses_nor_repeats_it(world, tmp_path, quiet, monkeypatch, when):
     config = make(world, tmp_path / "parts", max_steps=4, eval_steps=2, logging_steps=1)
     train(make(world, tmp_path / "whole", max_steps=4, eval_steps=2, logging_steps=1), display=quiet)
-    own = loop.evaluate
+    own = stage.evaluate
     with monkeypatch.context() as patch:
         calls = iter(range(9))
 
@@ -421,7 +421,7 @@ def test_a_stop_around_an_evaluation_neither_loses_nor_repeats_it(world, tmp_pat
                 os.kill(os.getpid(), signal.SIGINT)
             return values
 
-        patch.setattr(loop, "evaluate", evaluate)
+        patch.setattr(stage, "evaluate", evaluate)
         with pytest.raises(Stopped, match="stopped at dpo step 2/4, saved"):
             train(config, display=quiet)
     train(config, resume=True, display=quiet)
@@ -509,7 +509,7 @@ def test_training_goes_on_while_a_copy_is_saved(world, tmp_path, quiet, monkeypa
     """The save of step 2 cannot end before step 4 is done; what it holds are the weights of step 2."""
     changes = {"lr_scheduler_type": "constant", "eval_dataset": None, "max_length": 60}
     train(make(world, tmp_path / "two", max_steps=2, **changes), display=quiet)
-    own, save, done, threads = loop.train_step, loop.save_model, threading.Event(), []
+    own, save, done, threads = stage.train_step, run.save_model, threading.Event(), []
 
     def save_model(*args):
         threads.append(threading.current_thread())
@@ -525,8 +525,9 @@ def test_training_goes_on_while_a_copy_is_saved(world, tmp_path, quiet, monkeypa
             done.set()
         return values
 
+    monkeypatch.setattr(run, "save_model", save_model)
     monkeypatch.setattr(loop, "save_model", save_model)
-    monkeypatch.setattr(loop, "train_step", train_step)
+    monkeypatch.setattr(stage, "train_step", train_step)
     train(make(world, tmp_path / "run", max_steps=5, save_steps=2, **changes), display=quiet)
     assert threads[0] is not threading.main_thread() and len(threads) == 3
     saved = load_file(tmp_path / "run" / "checkpoints" / "00-dpo-00000002" / "model.safetensors")

@@ -8,7 +8,7 @@ from tiny import make, read_metrics
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastpref.data import collate, load_records, tokenize_records
-from fastpref.train import loop
+from fastpref.train import loop, stage
 from fastpref.train.mfu import causal_pairs, model_flops, peak_flops
 from fastpref.train.model import load_policy, load_tokenizer
 
@@ -60,6 +60,6 @@ def test_peaks():
 def test_the_line_has_it_where_the_peak_is_known(world, tmp_path, quiet, monkeypatch):
     loop.train(make(world, tmp_path / "a", eval_dataset=None), display=quiet)
     assert all("mfu" not in row for row in read_metrics(tmp_path / "a"))
-    monkeypatch.setattr(loop, "peak_flops", lambda name, dtype: 1e12)
+    monkeypatch.setattr(stage, "peak_flops", lambda name, dtype: 1e12)
     loop.train(make(world, tmp_path / "b", eval_dataset=None), display=quiet)
     assert all(0 < row["mfu"] < 1 and "flops" not in row for row in read_metrics(tmp_path / "b"))

@@ -15,7 +15,7 @@ from transformers import LlamaForCausalLM
 
 from fastpref.data import collate, load_records, tokenize_records
 from fastpref.errors import UserError
-from fastpref.train import loop, optim
+from fastpref.train import optim, stage
 from fastpref.train.loop import Stopped, train
 from fastpref.train.model import load_policy, load_tokenizer
 from fastpref.train.optim import MasterAdamW, Updater, join, learning_rate, make_optimizer, split
@@ -147,7 +147,7 @@ def test_what_moves_at_a_preference_learning_rate(wide, world, tmp_path, eager):
         if round_to_nearest:
             updater.optimizer = torch.optim.AdamW(policy.trainable().values(), weight_decay=0.0, fused=True)
         for _ in range(48):
-            loop.train_step(policy, updater, own, [batch], 5e-7, [])
+            stage.train_step(policy, updater, own, [batch], 5e-7, [])
         return margin(policy, updater)
 
     exact = trained()
@@ -172,7 +172,7 @@ def goes_on_bitwise(world, tmp_path, quiet, monkeypatch, model, changes):
         return make(world, tmp_path / name, model_name_or_path=model, max_steps=6, learning_rate=1e-4, **changes)
 
     train(config("whole"), display=quiet)
-    own, done = loop.train_step, iter(range(1, 99))
+    own, done = stage.train_step, iter(range(1, 99))
 
     def train_step(*args):
         values = own(*args)
@@ -181,7 +181,7 @@ def goes_on_bitwise(world, tmp_path, quiet, monkeypatch, model, changes):
         return values
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "train_step", train_step)
+        patch.setattr(stage, "train_step", train_step)
         with pytest.raises(Stopped, match="stopped at dpo step 3/6, saved in"):
             train(config("parts"), display=quiet)
     torch.manual_seed(99)
@@ -235,7 +235,7 @@ def one_step(world, tmp_path, poison=None, **changes):
     for p in weights.values():
         p.register_post_accumulate_grad_hook(lambda _: held.append(sum(p.grad is not None for p in weights.values())))
     updater = Updater(weights.values(), config)
-    values = loop.train_step(policy, updater, config, [batch], 1e-3, [])
+    values = stage.train_step(policy, updater, config, [batch], 1e-3, [])
     updater.close()
     assert all(p.grad is None for p in weights.values())
     return {name: p.detach().clone() for name, p in weights.items()}, values, max(held)

@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from fastpref import linear_preference_loss
 from fastpref.data import collate, load_records, tokenize_records
 from fastpref.losses import DPO
-from fastpref.train import loop, memory_estimate
+from fastpref.train import memory_estimate, stage
 from fastpref.train.memory_estimate import CONTEXT, RECIPES, measure, terms
 from fastpref.train.model import Policy, enable_checkpointing, load_policy, load_tokenizer
 from fastpref.train.optim import Updater, join
@@ -43,7 +43,7 @@ def trained(world, wide, tmp_path, steps=5, **changes):
     batch = replace(batch, ref_logps=policy.sequence_logps(batch.to(policy.device)).cpu())
     updater = Updater(policy.trainable().values(), config)
     for _ in range(steps):
-        values = loop.train_step(policy, updater, config, [batch], 1e-4, [])
+        values = stage.train_step(policy, updater, config, [batch], 1e-4, [])
     return policy, updater, values
 
 

@@ -24,7 +24,7 @@ from transformers import LlamaForCausalLM
 
 from fastpref.errors import UserError
 from fastpref.files import PARTIAL
-from fastpref.train import checkpoint, loop, ranks
+from fastpref.train import checkpoint, ranks, stage
 from fastpref.train.config import config_from_dict
 from fastpref.train.display import Display
 from fastpref.train.loop import Stopped, train
@@ -65,7 +65,7 @@ def quiet():
 
 def stop_after(step):
     """SIGTERM in this process, once that step is done."""
-    own, steps = loop.train_step, iter(range(1, 99))
+    own, steps = stage.train_step, iter(range(1, 99))
 
     def train_step(*args):
         values = own(*args)
@@ -73,7 +73,7 @@ def stop_after(step):
             os.kill(os.getpid(), signal.SIGTERM)
         return values
 
-    loop.train_step = train_step
+    stage.train_step = train_step
     return own
 
 
@@ -129,7 +129,7 @@ def test_two_ranks_train_as_one(world, tmp_path):
         with pytest.raises(Stopped):
             train(config_of(world, folder, "from one"), display=quiet())
     finally:
-        loop.train_step = own
+        stage.train_step = own
     mp.spawn(work, (2, world, folder, names), nprocs=2)
     for name in names:
         assert_same_run(whole / name, folder / name, 5e-3 if name == "bf16" else 1e-6)

@@ -13,7 +13,7 @@ from tiny import make, make_pairs, read_metrics, write_rows
 
 from fastpref.data import load_records, stream_records
 from fastpref.errors import UserError
-from fastpref.train import loop, reference, stage_data
+from fastpref.train import loop, reference, stage, stage_data
 from fastpref.train.batch_order import BatchOrder
 from fastpref.train.loop import Stopped, train
 from fastpref.train.reference_cache import cache_reference
@@ -91,7 +91,7 @@ def test_as_much_as_the_steps_take(world, tmp_path, endless, quiet, change):
 
 def test_a_stopped_run_goes_on(world, tmp_path, endless, quiet, monkeypatch):
     train(make(world, tmp_path / "whole", **STREAM), display=quiet)
-    own, steps = loop.train_step, count(1)
+    own, steps = stage.train_step, count(1)
 
     def train_step(*args):
         values = own(*args)
@@ -100,7 +100,7 @@ def test_a_stopped_run_goes_on(world, tmp_path, endless, quiet, monkeypatch):
         return values
 
     with monkeypatch.context() as patch, pytest.raises(Stopped):
-        patch.setattr(loop, "train_step", train_step)
+        patch.setattr(stage, "train_step", train_step)
         train(make(world, tmp_path / "run", **STREAM), display=quiet)
     train(make(world, tmp_path / "run", **STREAM), resume=True, display=quiet)
     assert_same_run(tmp_path / "whole", tmp_path / "run")

@@ -23,7 +23,7 @@ from fastpref.data import Example, load_records, tokenize_records
 from fastpref.errors import UserError
 from fastpref.report.metrics import METRICS
 from fastpref.report.page import write_report
-from fastpref.train import checkpoint, fresh_samples, loop, pair_metrics
+from fastpref.train import checkpoint, fresh_samples, pair_metrics, stage
 from fastpref.train.checkpoint import State
 from fastpref.train.config import config_from_dict
 from fastpref.train.evaluate import evaluate
@@ -234,13 +234,13 @@ def test_kto_counts_each_kind_by_itself():
 def test_training_lines_are_means_over_what_the_steps_saw(world, tmp_path, quiet, monkeypatch):
     """Three micro-batches a step: KL, changes and correlation of a line against the log-probs of its steps."""
     seen = []
-    own = loop.metrics_of_pairs
+    own = stage.metrics_of_pairs
 
     def watched(kind, out, batch, start):
         seen.append((out.logps.double(), start.double(), out.lengths.double()))
         return own(kind, out, batch, start)
 
-    monkeypatch.setattr(loop, "metrics_of_pairs", watched)
+    monkeypatch.setattr(stage, "metrics_of_pairs", watched)
     config = make(world, tmp_path / "run", train_dataset=uneven(tmp_path), eval_dataset=None, max_steps=2,
                   per_device_train_batch_size=3, gradient_accumulation_steps=3, beta=0.2)
     train(config, display=quiet)
@@ -288,7 +288,7 @@ def test_fresh_samples_change_no_weight_and_survive_a_stop(world, tmp_path, quie
     train(make(world, plain, **changes), display=quiet)
     train(make(world, sampled, **changes | SAMPLED), display=quiet)
     assert same(weights(plain), weights(sampled))
-    own, steps = loop.train_step, itertools.count(1)
+    own, steps = stage.train_step, itertools.count(1)
 
     def train_step(*args):
         values = own(*args)
@@ -297,7 +297,7 @@ def test_fresh_samples_change_no_weight_and_survive_a_stop(world, tmp_path, quie
         return values
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "train_step", train_step)
+        patch.setattr(stage, "train_step", train_step)
         with pytest.raises(Stopped):
             train(make(world, stopped, **changes | SAMPLED), display=quiet)
     shutil.rmtree(stopped / "reference")
