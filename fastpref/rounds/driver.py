@@ -301,6 +301,7 @@ def _is_trained(folder: Path, number: int, config: Config) -> bool:
 def _start(session: Session) -> None:
     """What comes before the first round: the warm-up stages, or the model as it is; and how good that is."""
     config, folder = session.config, session.folder(0)
+    checkpoint.clean_up(folder)
     if not _is_trained(folder, 0, config):
         if config.warm_up:
             warm_up = replace(config.train, stages=config.warm_up, output_dir=str(folder))
