@@ -378,6 +378,18 @@ def test_a_warm_up_stage_comes_first(world, tmp_path, quiet):
     assert a.read_bytes() == b.read_bytes()
 
 
+def test_a_warm_up_stage_compares_fresh_samples_with_its_own_first_weights(world, tmp_path, quiet):
+    sampled = {"sample_steps": 2, "sample_time_share": None, "sample_prompts": 4, "sample_max_new_tokens": 4}
+    config = settings(world, tmp_path / "run", number=1) | {"stages": [
+        {"name": "a", "loss": "sft", "max_steps": 2}, {"name": "b", "loss": "sft", "max_steps": 2} | sampled,
+        {"loss": "dpo", "beta": 0.5},
+    ]}
+    config.pop("beta")
+    rounds(config_from(config), display=quiet)
+    rows = [row for row in lines(tmp_path / "run/start/metrics.jsonl") if row["split"] == "sample"]
+    assert [row["step"] for row in rows] == [0, 2] and rows[0]["kl"] == 0 < rows[1]["kl"]
+
+
 def test_an_adapter(world, tmp_path, quiet):
     pytest.importorskip("peft")
     config = make(world, tmp_path / "run", use_peft=True, lora_r=4, start_from="initial", reference="previous")
