@@ -55,7 +55,7 @@ CALLED = {"role": "assistant", "tool_calls": [{"type": "function", "function": {
             ("true", True), ("True", True), ("1", True), (1, True), (True, True), ("false", False), ("FALSE", False),
             ("0", False), (0.0, False), (False, False))),
     ],
-)  # fmt: skip
+)
 def test_forms_of_completions(row, prompt, completion, label):
     assert texts(row) == (prompt, None, None, completion, label)
 
@@ -232,7 +232,7 @@ def test_arrows_nulls_are_not_there(tmp_path):
             "chosen": [call(**arguments)], "rejected": [assistant("b")],
             "tools": [{"name": tool, "parameters": {"properties": schema}}],
             "chat_template_kwargs": {tool: True},
-        }  # fmt: skip
+        }
 
     rows = [row("weather", {"city": {"type": "string", "enum": ["a"]}}, city="Rome", days=[{"n": 1}, {"m": 2}]),
             row("sum", {"expr": {"type": "string"}}, expr="3+4", options={}),

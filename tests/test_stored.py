@@ -42,7 +42,7 @@ def examples(draw):
         responses = tuple(draw(ids) for _ in range(sides))
         scored = tuple(spans(draw, ids) for ids in responses) if draw(st.booleans()) else None
         found.append(Example(record_id * 3, draw(ids), responses, draw(st.sampled_from([None, True, False])),
-                             margin=draw(st.sampled_from([None, 0.0, -1.5])), scored=scored))  # fmt: skip
+                             margin=draw(st.sampled_from([None, 0.0, -1.5])), scored=scored))
     return found
 
 

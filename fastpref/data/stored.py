@@ -87,7 +87,7 @@ class Examples(Sequence[Example]):
             desirable=None if desirable < 0 else bool(desirable),
             ref_logps=None if self.ref_logps is None else tuple(self.ref_logps[i].tolist()),
             margin=None if margin != margin else margin, scored=scored,
-        )  # fmt: skip
+        )
 
     def _place(self, i: int) -> tuple[Part, int]:
         row = int(self.rows[i])
