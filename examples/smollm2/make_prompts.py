@@ -91,7 +91,7 @@ KINDS: dict[str, tuple[tuple[str, ...], tuple[Any, ...]]] = {
     "repeated": (('Use the word "{}" at least twice.', 'The word "{}" must appear two times or more.'),
                  ("truly", "simple", "always", "quiet", "wonder")),
 }
-# Asked for in the case that is asked for: of 232 answers to questions in usual writing 3 were, too few to learn from.
+# Asked for in the case that is asked for: of 232 answers to questions in usual writing 2 were, too few to learn from.
 CASES = {"lowercase": str.lower, "uppercase": str.upper}
 NEW_KINDS = ("numbered", "paragraphs", "postscript", "repeated")
 
