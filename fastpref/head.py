@@ -100,7 +100,8 @@ def linear_logps(
         tail: "exact", or "rank1": the gradients of vocabulary columns whose residuals |U| are below `tail_eps` in all
             rows of a block are made from a rank-one matrix that keeps their row and column sums (docs/
             below-three-gemms.md). Log-probs and loss stay exact. Where the columns' residuals are not small after all
-            (near-uniform logits), or too few columns would be spared, the product is the exact one.
+            (near-uniform logits), or too few columns would be spared, the product is the exact one. On CUDA it follows
+            the calls before with a head of this size, the first of which is exact.
         tail_eps: None: 2^-13, which on real logits costs less than rounding the gradient to bf16.
 
     Returns:

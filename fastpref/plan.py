@@ -294,8 +294,8 @@ class _Planner:
         return p.itemsize * (p.hidden + TAIL_BLOCK_ROWS["cpu"] * (p.device == "cpu")) + product * p.hidden
 
     def tail_columns(self) -> int:
-        """Gathered at a time, in an eighth of the budget."""
-        most = max(SLICE_COLS, self.budget // 8 // max(1, self.tail_column_bytes()))
+        """Gathered at a time, in an eighth of the budget: whole 128 bytes, or cuBLAS takes slower kernels."""
+        most = max(SLICE_COLS, self.budget // 8 // max(1, self.tail_column_bytes()) // SLICE_COLS * SLICE_COLS)
         return min(self.p.vocab, most) if self.p.tail else 0
 
     def tail_block_bytes(self) -> int:

@@ -106,7 +106,7 @@ class Needed:
         self.host = torch.empty((), dtype=needed.dtype, pin_memory=on_cuda).copy_(needed, non_blocking=True)
         if on_cuda:
             self.event = torch.cuda.Event()
-            self.event.record()
+            self.event.record(torch.cuda.current_stream(needed.device))
 
 
 def _capturing() -> bool:
