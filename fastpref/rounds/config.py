@@ -53,6 +53,15 @@ class RoundsConfig:
     max_new_tokens: int = key(256, "of a response", "at least 1")
     generation_batch_size: int = key(32, "responses generated at once", "at least 1")
     engine: EngineName = key("auto", "vllm where it is installed and there is a GPU, else transformers")
+    sampler: str | None = key(
+        None, "openai:URL: a server with the OpenAI completions API samples (vLLM, SGLang, llama.cpp, `transformers "
+        "serve`). None: engine, in this process", section="a server that samples")
+    sampler_model: str | None = key(
+        None, "the server's name of the model. None: the folder of the weights written for it")
+    sampler_reload: str | None = key(
+        None, "a command that makes the server load new weights; {folder} in it is where they are. None: the server "
+        "loads a model by its folder when asked for it")
+    sampler_timeout: float = key(120.0, "seconds that it may take for one response", "above 0", FREE)
 
     scorer: str = key(
         MISSING, "module:function, the folder of a reward model, or implicit:FOLDER", section="scores and pairs")
@@ -120,6 +129,12 @@ class Config:
              f"rounds.reference: loss {loss} has no reference"),
             (stage.ref_model_name_or_path and (reference or of_reference),
              f"{what} and ref_model_name_or_path name two references: leave one out"),
+            (rounds.sampler and not rounds.sampler.startswith(("openai:http://", "openai:https://")),
+             f"rounds.sampler is {rounds.sampler!r}; it takes openai:URL, such as openai:http://localhost:8000/v1"),
+            (rounds.sampler and rounds.engine != "auto",
+             f"rounds.sampler and rounds.engine {rounds.engine} name two engines: leave one out"),
+            ((rounds.sampler_model or rounds.sampler_reload) and not rounds.sampler,
+             "rounds.sampler_model and rounds.sampler_reload are of a server: set rounds.sampler=openai:URL"),
             (rounds.engine == "vllm" and self.train.use_peft,
              "rounds.engine vllm takes whole models, and use_peft trains an adapter: set engine=transformers"),
             (rounds.max_new_tokens >= stage.max_length,

@@ -83,10 +83,11 @@ from .collect import Prompts, Scored, collect, read_prompts
 from .config import Config, differing
 from .pairing import Pair, block, count, make_pairs, offline_count, scores
 from .report import round_lines, show_table, write_page
+from .served import SERVED, Served
 
 ASKED = ("eval_dataset", "eval_generate", "eval_generate_samples", "eval_max_new_tokens", "max_length")  # exact match
 # And the rounds: what a run leaves in output_dir
-OURS = ("start", "model", "reference", BASE, "summary.json", "report.html")
+OURS = ("start", "model", "reference", SERVED, BASE, "summary.json", "report.html")
 
 
 @dataclass
@@ -106,6 +107,7 @@ class Session:
     offline_prompts: list[Prompt]  # of their records
     vllm: bool
     policy: Policy
+    served: Served | None  # what samples instead of `policy`
     initial: dict[str, torch.Tensor] | None = None  # weights before the first round, where a round wants them
     at: int = 0  # * the round that is under way
     trained: int = 0  # * the round whose weights the policy has; 0: the initial ones
@@ -208,7 +210,7 @@ def _prepare(session: Session, goes_on: bool) -> None:
 
 def _takes_vllm(config: Config) -> bool:
     """Not where rotary factors are one choice a run (traits.fix_rope): vLLM makes its own."""
-    if config.train.use_peft or not uses_vllm(config.rounds.engine):
+    if config.train.use_peft or config.rounds.sampler or not uses_vllm(config.rounds.engine):
         return False
     settings = settings_of(config.train, source_of_run(config.train))
     if settings is None or not follows_length(settings):
@@ -260,8 +262,9 @@ def _open(run_dir: Path, config: Config, display: Display, stop: StopFlag, score
     for line in (f"{describe(policy)} on {device_name(policy.device)}; run folder {run_dir}",
                  *adapter_lines(config.train)):
         display.say(line)
+    served = Served(run_dir / SERVED, settings, tokenizer) if settings.sampler else None
     session = Session(run_dir, config, stage, display, stop, scorer, tokenizer, prompts, held_out, data, offline, vllm,
-                      policy)
+                      policy, served)
     for name, part, n in (("prompts", prompts, settings.num_generations), ("held-out", held_out, settings.eval_n)):
         if part is not None:
             sample(policy, tokenizer, part.ids, _sampling(session, n, 0, name))  # checks, and generates nothing
@@ -475,8 +478,11 @@ def _collect(session: Session, path: Path, prompts: Prompts, sampling: Sampling,
 
 @contextmanager
 def _engine(session: Session) -> Iterator[Engine | None]:
-    """What generates: None, the policy itself; or vLLM over a copy of its weights, while the policy waits in host
-    memory."""
+    """What generates: None, the policy itself; a server; or vLLM over a copy of the policy's weights, while the policy
+    waits in host memory."""
+    if session.served:
+        yield session.served.engine(session.policy, session.prompts.ids)
+        return
     if not session.vllm:
         yield None
         return
