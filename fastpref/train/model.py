@@ -457,6 +457,8 @@ def _reading(config: TrainConfig, name: str) -> Iterator[None]:
         line = first_line(error)
         if "safetensors" in line and "No such file" not in line:
             line += "; only safetensors weights are loaded, because pickled ones can run code"
+        elif "Unrecognized configuration class" in line and hasattr(settings_of(config, Source(name)), "vision_config"):
+            line = "it reads images too; TRL's DPOTrainer with fastpref.integrations.trl.patch() trains it"
         raise UserError(f"{name}: no {_kind(config)} that loads ({line})") from error
 
 

@@ -6,6 +6,10 @@ import runpy
 
 import pytest
 import torch
+from datasets import Dataset
+from PIL import Image
+from transformers import Idefics3Config, Idefics3ForConditionalGeneration, Idefics3Processor
+from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 
 trl = pytest.importorskip("trl")
 
@@ -20,6 +24,7 @@ from tests.integrations.trl_world import (  # noqa: E402
     make_kto,
     make_model,
     make_tokenizer,
+    perturbed,
 )
 
 TRLS = utils._ChunkedLogProbFunction
@@ -199,6 +204,63 @@ def test_twenty_steps_are_trls(trainer, kind, tmp_path):
     losses = [entry["loss"] for entry in plain.state.log_history if "loss" in entry]
     assert len(losses) == 20 and abs(losses[0] - losses[-1]) > 1e-2  # it learns, so that the curves could part
     assert_same_history(patched, plain)
+
+
+TURNS = (
+    "{% for m in messages %}{{ m.role }}: {% for part in m.content %}"
+    "{% if part.type == 'image' %}<image>{% else %}{{ part.text }}{% endif %}{% endfor %}\n{% endfor %}"
+)
+
+
+def vision_language_model():
+    """(an Idefics3, the architecture of SmolVLM, of one image token an image, its processor)."""
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": [
+        "<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>"]})
+    edge = {"longest_edge": 28}
+    images = Idefics3ImageProcessorPil(do_image_splitting=False, size=edge, max_image_size=edge)
+    processor = Idefics3Processor(images, tokenizer, image_seq_len=1, chat_template=TURNS)
+    text = make_model().config.to_dict() | {"vocab_size": len(tokenizer), "model_type": "llama"}
+    vision = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48, image_size=28,
+                  patch_size=14)
+    config = Idefics3Config(text_config=text, vision_config=vision, scale_factor=2, tie_word_embeddings=False,
+                            image_token_id=tokenizer.convert_tokens_to_ids("<image>"), pad_token_id=0)
+    torch.manual_seed(3)
+    return Idefics3ForConditionalGeneration(config), processor
+
+
+def pictures(count=8):
+    """What colour? of plain pictures; the rejected answer names another."""
+    colours = {"red": (250, 20, 20), "green": (20, 250, 20), "blue": (20, 20, 250)}
+    names = list(colours)
+    said = lambda role, text: [{"role": role, "content": text}]  # noqa: E731
+    return Dataset.from_list([
+        {"images": [Image.new("RGB", (28, 28), colours[names[i % 3]])], "prompt": said("user", "What colour?"),
+         "chosen": said("assistant", names[i % 3]), "rejected": said("assistant", names[(i + 1) % 3])}
+        for i in range(count)
+    ])
+
+
+def test_images_are_trained_on_as_by_trl(tmp_path):
+    """DPO of a vision-language model: same losses, same weights, in the part that sees too."""
+    def run():
+        model, processor = vision_language_model()
+        given = arguments(trl.DPOConfig, tmp_path, max_steps=4, per_device_train_batch_size=2, max_length=None,
+                          optim="sgd", learning_rate=0.1, gradient_checkpointing=False)
+        trainer = trl.DPOTrainer(model, perturbed(model), given, train_dataset=pictures(), processing_class=processor)
+        before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+        trainer.train()
+        return trainer, before
+
+    plain, before = run()
+    with patch():
+        patched, _ = run()
+    losses = [entry["loss"] for entry in plain.state.log_history if "loss" in entry]
+    assert len(losses) == 4 and losses[0] - losses[-1] > 1e-3
+    assert_same_history(patched, plain)
+    for (name, a), b in zip(patched.model.named_parameters(), plain.model.parameters()):
+        torch.testing.assert_close(a, b, rtol=0, atol=2e-6, msg=name)
+    assert any("vision" in name and not torch.equal(p, before[name]) for name, p in plain.model.named_parameters())
 
 
 def shortest(completions, **_):

@@ -121,6 +121,9 @@ def test_what_cannot_be_loaded(world, tmp_path):
         load_tokenizer(make(world, tmp_path, model_name_or_path=str(empty)))
     with pytest.raises(UserError, match="config: no causal language model that loads .*safetensors"):
         load_policy(make(world, tmp_path, model_name_or_path=str(world / "config")), tokenizer)
+    transformers.Idefics3Config().save_pretrained(tmp_path / "vlm")
+    with pytest.raises(UserError, match=r"vlm: no causal .* \(it reads images too; TRL.s DPOTrainer .*patch\(\)"):
+        load_policy(make(world, tmp_path, model_name_or_path=str(tmp_path / "vlm")), tokenizer)
     pickled = tmp_path / "pickled"
     make_config().save_pretrained(pickled)
     torch.save(transformers.LlamaForCausalLM(make_config()).state_dict(), pickled / "pytorch_model.bin")
