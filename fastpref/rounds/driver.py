@@ -82,7 +82,7 @@ from fastpref.train.vllm_engine import VLLM, uses_vllm
 from .collect import Prompts, Scored, collect, read_prompts
 from .config import Config, differing
 from .pairing import Pair, block, count, make_pairs, offline_count, scores
-from .report import round_lines, show_table, write_page
+from .report import judged, round_lines, show_table, write_page
 from .served import SERVED, Served
 
 ASKED = ("eval_dataset", "eval_generate", "eval_generate_samples", "eval_max_new_tokens", "max_length")  # exact match
@@ -404,7 +404,7 @@ def run_round(session: Session, number: int) -> None:
             values["training"] = _train(session, number, examples, seconds)
         else:  # ended between its training and its evaluation
             values["training"] = json.loads((folder / "train" / "summary.json").read_text(encoding="utf-8"))
-        values["training"] = {key: values["training"][key] for key in ("before", "after", "stages")}
+        values["training"] = {key: values["training"][key] for key in ("before", "after", "stages", "verdict")}
         values["after"] = values["training"]["after"]
         (of_stage,) = values["training"]["stages"].values()
         if "kl_budget" in of_stage:
@@ -674,6 +674,7 @@ def _finish(session: Session, last: int) -> dict[str, Any]:
     summary = {
         "start": start, "rounds": found, "ended_by_kl_budget": _is_last(session, last),
         "model": str(model.relative_to(run_dir)), "device": device_name(session.policy.device), "versions": versions(),
+        "verdict": judged(every).content(),
     }
     write_text(run_dir / "summary.json", json.dumps(summary, indent=1) + "\n")
     report = write_page(run_dir)

@@ -181,10 +181,6 @@ class _Eta(ProgressColumn):
         return Text("" if left is None or task.finished else f"eta {duration(left)}", style="dim")
 
 
-def evaluation_line(values: Mapping[str, float]) -> str:
-    return " | ".join(_line(ROWS, values))
-
-
 def samples_line(values: Mapping[str, float]) -> str:
     """Of fresh samples: their KL by both estimators, their reward, and what they cost."""
     parts = [f"kl {_with_error('kl_k3', values)} (k3), {_with_error('kl_k1', values)} (k1)"]

@@ -58,7 +58,7 @@ from .scorer import Scorer, load_scorer
 from .source import adapter_lines
 from .stage import Answers, StageInput, StageResult, run_stage
 from .stage_data import load_data
-from .summary import show_summary, summarize
+from .summary import show_summary, summarize, write_summary
 
 
 @dataclass(frozen=True)
@@ -319,7 +319,7 @@ def _finish(run: Run, stages: Sequence[StageInput], state: State, save: bool = T
             checkpoint.save(run.dir / "model", lambda folder: save_model(run.policy, run.tokenizer, folder, weights))
         run.log.size()
         summary = summarize([stage.config for stage in stages], stages[-1].data, state, run.policy.device)
-        write_text(run.dir / "summary.json", json.dumps(summary, indent=1) + "\n")
+        write_summary(run.dir, summary)
         return summary, write_report(run.dir)
 
     with spent(run.seconds, "saving"):

@@ -27,12 +27,13 @@ import torch
 
 from fastpref.data import Batch, identity_of
 from fastpref.errors import TrainingError
+from fastpref.report.page import write_report
 
 from . import checkpoint, guard, ranks, sharding
 from .batch_order import BatchOrder
 from .checkpoint import State
 from .config import TrainConfig
-from .display import StepBar, evaluation_line, samples_line
+from .display import StepBar, samples_line
 from .evaluate import evaluate, exact_match, generate
 from .fresh_samples import FreshSamples
 from .kl_budget import over_budget
@@ -128,9 +129,12 @@ class Stage:
         self.state = copy.deepcopy(given.state)
         self.state.data = identity_of(self.examples)
         self.history: dict[str, Any] = self.state.history.setdefault(self.name, {})
+        if leaked := given.data.leaked:
+            self.history["leaked"] = leaked
         budget = self.history.get("kl_budget", {})
         self.end: int = budget["step"] if budget.get("action") == "stop" else self.order.steps  # its last step
         self.start = StartLogps(self.held_out)
+        self.report_due = 0.0
         self.flops = model_flops(self.policy)
         self.updater = Updater(self.policy.trainable().values(), self.config)
         self.policy.model.train()
@@ -188,6 +192,8 @@ class Stage:
         self.run.seconds["training"] = self.run.seconds.get("training", 0.0) + seconds
         _count(self.state, values, batches, seconds, self.flops.of(batches) if self.flops else math.nan)
         if self.state.skipped_in_a_row >= self.config.max_skipped_steps:
+            self.report_due = 0.0
+            self._report()
             raise TrainingError(self._why_stopped())
 
     def _rate(self, step: int) -> float:
@@ -327,6 +333,8 @@ class Stage:
                 key: values[key] for key in ("reward", "reward_error", "kl") if key in values
             }
         self._write("sample", values)
+        run.log.samples(self.name, state.step, fresh.shown)
+        self._report()
         run.display.say(f"{self.name} {state.step}/{self.order.steps} fresh samples | {samples_line(values)}", "cyan")
         self._check_budget("sample", values["kl"])
 
@@ -368,11 +376,20 @@ class Stage:
                 self.history["after"] = values
             state.evaluated = state.step
             self._write("eval", values)
+            self._report()
             if state.step == 0 and not config.ref_model_name_or_path:  # its own reference: nothing to tell
                 trivial = ("kl", "rewards/", "watch/kl", "watch/chosen")
                 values = {key: value for key, value in values.items() if not key.startswith(trivial)}
             place = f"{self.name} {state.step}/{self.order.steps}"
-            self.run.display.say(f"{place} held-out | {evaluation_line(values)}", "cyan")
+            self.run.display.values(f"{place} held-out", values, "cyan")
+
+    def _report(self) -> None:
+        """report.html as the run stands; of one that takes a second or more to write, for a twentieth of the time."""
+        started = time.perf_counter()
+        if ranks.is_first() and started >= self.report_due:
+            write_report(self.run.dir)
+            took = time.perf_counter() - started
+            self.report_due = started + 20 * took if took > 1 else 0.0
 
     def _exact_match(self) -> dict[str, float]:
         run, state, questions, known = self.run, self.state, self.given.data.questions, self.given.answers

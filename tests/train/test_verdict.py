@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 from test_report import Page, charts
-from tiny import make, make_pairs, write_rows
+from tiny import make, make_pairs, read_metrics, write_rows
 
 from fastpref.cli import main
 from fastpref.report import verdict
@@ -19,7 +19,9 @@ from fastpref.report.metrics import percent
 from fastpref.report.page import write_report
 from fastpref.report.reading import read_run
 from fastpref.report.verdict import Evidence, Gold, judge, verdict_of, verdict_of_rounds
+from fastpref.train import stage
 from fastpref.train.display import Display
+from fastpref.train.loop import train
 from fastpref.train.model import load_tokenizer
 from fastpref.train.stage_data import load_data
 from fastpref.train.summary import write_summary
@@ -217,3 +219,29 @@ def test_a_held_out_set_of_training_records_is_said(world, tmp_path):
     (data,) = load_data(config.stage_configs(), load_tokenizer(config), Display(Console(file=shown, width=200)))
     assert data.leaked == 0.75
     assert "dpo: 75.0 % of the held-out records are among the training ones" in shown.getvalue()
+
+
+def test_a_run_tells_its_verdict_and_is_reported_as_it_goes(world, tmp_path, monkeypatch):
+    """In summary.json and the terminal; a report at every evaluation and sampling; lines no wider than the terminal."""
+    seen = []
+    monkeypatch.setattr(stage, "write_report", lambda folder: seen.append(len(read_metrics(folder))))
+    shown = io.StringIO()
+    config = make(world, tmp_path / "run", max_steps=4, eval_steps=2, logging_steps=2, sample_steps=2,
+                  sample_prompts=3, sample_max_new_tokens=4, sample_time_share=None,
+                  eval_dataset=make(world, tmp_path).train_dataset)
+    summary = train(config, display=Display(Console(file=shown, width=80, force_terminal=True, color_system=None)))
+    lines = read_metrics(tmp_path / "run")
+    ours = [i for i, row in enumerate(lines, 1) if row["split"] != "train"]
+    assert seen == ours and len(ours) == 6
+    saved = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert saved["verdict"] == summary["verdict"] == verdict_of(read_run(tmp_path / "run")).content()
+    assert summary["stages"]["dpo"]["leaked"] == 1.0
+    assert summary["verdict"]["because"][0] == "100.0% of the held-out records are among the training ones"
+    words = re.sub(r"\x1b\[\w+", "", shown.getvalue())
+    assert f"verdict {summary['verdict']['kind']}" in words
+    held_out = [line for line in words.splitlines() if " held-out | " in line]
+    assert len(held_out) == 3 and all("loss" in line and len(line.rstrip()) <= 80 for line in held_out)
+    sampled = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in sampled] == [0, 2, 4] and len(sampled[0]["samples"]) == 3
+    page = write_report(tmp_path / "run").read_text(encoding="utf-8")
+    assert page.count('<article class="card sample developed">') == 3
