@@ -476,6 +476,13 @@ def test_unreadable_and_empty_sources(tmp_path):
         return tmp_path / name
 
     assert message(tmp_path / "no.jsonl") == "DIR/no.jsonl: no such file"
+    assert message(tmp_path / "pairs") == "DIR/pairs: no such file or folder"  # and no hub is asked for it
+    by_name = "not one of those that are read by their names, .jsonl, .json, .parquet;"
+    through = "the package datasets reads it as {path: csv, data_files: DIR/a.csv}"
+    assert message(file("a.csv", b"prompt,chosen,rejected\n")) == f"DIR/a.csv: {by_name} {through}"
+    (tmp_path / "a.csv").unlink()
+    assert message(tmp_path / "a.csv") == f"DIR/a.csv: no such file, and {by_name} {through}"
+    assert message("pairs.xlsx") == f"pairs.xlsx: no such file, and {by_name} write it as one of these"
     for name in ("empty.jsonl", "empty.json"):
         assert message(file(name, b"")) == f"DIR/{name}: no records, the data is empty"
     assert message(file("blank.jsonl", b"\n \n")) == "DIR/blank.jsonl: no records, the data is empty"

@@ -22,6 +22,9 @@ from typing import Any, BinaryIO
 
 from fastpref.errors import first_line
 
+OTHER_FILES = {".csv": "csv", ".tsv": "csv", ".txt": "text", ".arrow": "arrow", ".xlsx": "", ".xls": "", ".pkl": "",
+               ".md": "", ".yaml": "", ".yml": ""}  # and what `datasets` calls them
+
 Rows = Iterator[tuple[str, Any]]
 
 
@@ -35,10 +38,27 @@ def open_source(source: Any, split: str | None, *, streaming: bool = False) -> t
     path = Path(source)
     reader = reader_of(path)
     if reader is None:
+        if path.suffix.lower() in OTHER_FILES or path.is_file():
+            there = "" if path.is_file() else "no such file, and "
+            raise ValueError(f"{source}: {there}not one of those that are read by their names, .jsonl, .json, "
+                             f".parquet; {_otherwise(path)}")
+        if is_path(str(source)) and not path.exists():  # a hub would be asked for it, again and again
+            raise ValueError(f"{source}: no such file or folder")
         return str(source), _dataset_rows({"path": str(source), **stream}, split)
     if not path.is_file():
         raise ValueError(f"{source}: no such file")
     return str(source), reader(path)
+
+
+def _otherwise(path: Path) -> str:
+    if builder := OTHER_FILES.get(path.suffix.lower()):
+        return f"the package datasets reads it as {{path: {builder}, data_files: {path}}}"
+    return "write it as one of these"
+
+
+def is_path(name: str) -> bool:
+    """Whether it is one by its looks, and no hub id (owner/name)."""
+    return name.startswith((".", "/", "~", "\\")) or name.endswith("/") or name.count("/") > 1
 
 
 def reader_of(path: Path) -> Callable[[Path], Rows] | None:
@@ -84,6 +104,17 @@ def _jsonl_rows(path: Path) -> Rows:
             yield where, ValueError(f"{where}: not valid JSON ({error.msg} at column {error.colno})")
         except ValueError as error:
             yield where, ValueError(f"{where}: {error}")
+
+
+def lines_of(source: Any) -> int | None:
+    """Of a file of JSON lines as it is, at the speed of a disk; None where that does not tell how many records are."""
+    if not isinstance(source, (str, os.PathLike)) or not str(source).lower().endswith((".jsonl", ".ndjson")):
+        return None
+    try:
+        with Path(source).open("rb") as file:
+            return sum(part.count(b"\n") for part in iter(lambda: file.read(1 << 20), b"")) or None
+    except OSError:
+        return None
 
 
 def _json_rows(path: Path) -> Rows:

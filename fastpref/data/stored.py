@@ -35,7 +35,7 @@ from fastpref.files import locked, remove_partials, replacing, write_text
 
 from .chat import Rendering, tells_the_date
 from .records import Invalid, Record, stream_records
-from .sources import load_dataset, reader_of
+from .sources import lines_of, load_dataset, reader_of
 from .tokens import Example, Kind, TokenizeReport, tokenize_records, with_margins
 
 if TYPE_CHECKING:
@@ -241,10 +241,11 @@ def load_examples(
             if columns:
                 found += 1
                 yield columns
-            tick(report.records, None)
+            tick(report.records, lines)
         if not found:
             raise ValueError(f"{source}: {report.none_usable()}")
 
+    lines = lines_of(source)
     rendering = options.get("rendering") or Rendering()
     date = tells_the_date(tokenizer) and (rendering.date or str(datetime.date.today()))
     keyed = options | {"rendering": dataclasses.replace(rendering, date=date or None)}

@@ -70,10 +70,19 @@ class BatchOrder:
         return epoch
 
     def some(self, count: int) -> list[list[int]]:
-        """Micro-batches of the first epoch, from that of the shortest longest example to that of the longest."""
-        batches = sorted(self._batches(0), key=lambda batch: max(self.lengths[i] for i in batch))
+        """Micro-batches of the first epoch that steps take, from that of the shortest longest example to that of the
+        longest."""
+        taken = self._batches(0)[: self.steps * self.accumulation]
+        batches = sorted(taken, key=lambda batch: max(self.lengths[i] for i in batch))
         last = len(batches) - 1
         return [batches[place] for place in sorted({round(n * last / (count - 1)) for n in range(count)})]
+
+    def used(self) -> list[int] | None:
+        """The examples that some step takes, in their order; None: more than half of all."""
+        if 2 * self.steps > self._begin(1)[0]:
+            return None
+        found = sorted({i for batches in self.all_steps() for batch in batches for i in batch})
+        return found if 2 * len(found) <= len(self.lengths) else None
 
     def all_steps(self) -> list[list[list[int]]]:
         return [self.of_step(step)[1] for step in range(self.steps)]

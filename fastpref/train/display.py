@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -21,8 +22,10 @@ Tick = Callable[[int, int], None]  # (done, of): called between forward passes; 
 
 
 def quiet_imports() -> None:
-    """transformers imports torchao, which tells of parts it cannot load: lines that no user can do anything about."""
-    for name in ("torchao", "torch.utils._pytree"):
+    """transformers imports torchao, which tells of parts it cannot load, peft asks transformers by an old name: lines
+    that no user can do anything about."""
+    warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+    for name in ("torchao", "torch.utils._pytree", "bitsandbytes"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
@@ -61,7 +64,7 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
-EVERY = 5.0  # seconds between two lines of a pass over data
+EVERY = 10.0  # seconds between two lines of a pass over data
 
 
 class Display:
@@ -114,24 +117,26 @@ class Display:
 
     @contextmanager
     def counting(self, what: str) -> Iterator[Any]:
-        """Shows a pass over data; what it gives is called with (done, of). In a pipe or a file: a line every few
-        seconds, later every twentieth of the time so far."""
+        """Shows a pass over data; what it gives is called with (done, of). In a pipe or a file: a line every ten
+        seconds."""
         if not self.console.is_terminal:
             begun = said = time.monotonic()
 
             def line(done: int, of: int | None) -> None:
                 nonlocal said
                 now = time.monotonic()
-                if now - said >= max(EVERY, (now - begun) / 20):
+                if now - said >= EVERY:
                     said = now
                     share = f"{done:,} of {of:,}" if of else f"{done:,}"
-                    self.say(f"{what}: {share} in {duration(now - begun)}")
+                    eta = f" | eta {duration((now - begun) / done * (of - done))}" if of and done else ""
+                    self.say(f"{what}: {share} in {duration(now - begun)}{eta}")
 
             yield line
             return
         own = self.progress is None
         progress = self.progress or Progress(
-            TextColumn("{task.description}"), BarColumn(bar_width=16), _Count(), console=self.console, transient=True
+            TextColumn("{task.description}"), BarColumn(bar_width=16), _Count(), _Eta(), console=self.console,
+            transient=True
         )
         task = progress.add_task(escape(what), total=None, values={})
         if own:

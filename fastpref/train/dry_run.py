@@ -45,7 +45,10 @@ def dry_run(config: TrainConfig, display: Display | None = None) -> dict[str, An
     stages = config.stage_configs()
     for stage in stages:
         check_optimizer(stage, pick_device())
-    refuse_used(Path(config.output_dir), config)
+    try:
+        refuse_used(Path(config.output_dir), config)
+    except UserError as error:  # it may be looked at, and a run would be refused
+        display.say(f"note: {error}", "yellow")
     refuse_removed(Path(config.output_dir), LEFT, config)
     tokenizer = load_tokenizer(config)
     check_weights(config)
@@ -107,6 +110,8 @@ def _counts(stage: TrainConfig, examples: Examples, order: BatchOrder, layout: L
     rates = [learning_rate(stage, step, order.steps) for step in range(order.steps)]
     return {
         "examples": len(examples),
+        "referenced": len(examples) if stage.dataset_streaming or stage.loss_fn.needs_kl else len(
+            order.used() or examples),
         "steps": order.steps,
         "epochs": len(seen) / len(examples),
         "examples_a_step": max(sum(map(len, batches)) for batches in steps),
@@ -158,7 +163,7 @@ def _lines(stage: TrainConfig, values: dict[str, Any], terms: Terms | None, why:
            f"steps of warm-up; {stage.optimizer}")
     if stage.loss_fn.needs_reference:
         source = stage.ref_model_name_or_path or "the policy as the stage finds it"
-        yield f"  reference      {source}: {values['examples'] + values['held_out']:,} examples, once"
+        yield f"  reference      {source}: {values['referenced'] + values['held_out']:,} examples, once"
     if terms is None:
         yield f"  memory         {why}"
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -9,10 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy
+import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from fastpref.data import Example, eval_order, hashes_of, identity_of
+from fastpref.data import Example, Examples, eval_order, hashes_of, identity_of
 from fastpref.errors import UserError
 from fastpref.files import FileLock, remove_partials
 
@@ -40,6 +43,7 @@ class CachedSplit:
     steps: Steps | None  # KTO: the global batches, whose mismatched sequences are scored too
     path: Path
     stream: bool = False  # the examples are the first of a stream: the file may have others too
+    used: Sequence[int] | None = None  # those of them that the stage's steps take; None: all
 
 
 def cached_splits(
@@ -53,7 +57,9 @@ def cached_splits(
                 held_out = eval_order(examples, stage.per_device_eval_batch_size)
                 steps = order.all_steps() if name == "train" else [held_out]
             path = file_of(config, run_dir, index, stage, name)
-            yield CachedSplit(stage, name, examples, steps, path, stage.dataset_streaming and name == "train")
+            train = name == "train"
+            used = order.used() if train and steps is None and not stage.dataset_streaming else None
+            yield CachedSplit(stage, name, examples, steps, path, stage.dataset_streaming and train, used)
 
 
 def cached_logps(split: CachedSplit, tokenizer: PreTrainedTokenizerBase, weights: str, like: Policy,
@@ -67,6 +73,8 @@ def cached_logps(split: CachedSplit, tokenizer: PreTrainedTokenizerBase, weights
     Raises UserError for a file with another header, naming what differs.
     """
     stage, examples, path, stream = split.stage, split.examples, split.path, split.stream
+    if split.used is not None:
+        return _of_used(split, split.used, tokenizer, weights, like, source, display, watch, replace)
     header = reference.header_of(stage, tokenizer, like.compute_dtype, weights, examples, split.steps, stream=stream)
     what = f"{stage.name}: reference log-probs of {len(examples):,} {split.name} examples"
     hashes = hashes_of(examples)
@@ -110,6 +118,25 @@ def cached_logps(split: CachedSplit, tokenizer: PreTrainedTokenizerBase, weights
     before = f", {progress.restored:,} log-probs of them from an earlier attempt" if progress.restored else ""
     display.say(f"{what} in {duration(time.monotonic() - started)}{before}")
     return logps
+
+
+def _of_used(split: CachedSplit, used: Sequence[int], tokenizer: PreTrainedTokenizerBase, weights: str, like: Policy,
+             source: Callable[[], Policy], display: Display, watch: Callable[[Any], Tick],
+             replace: bool) -> ReferenceLogps:
+    """`cached_logps` of the examples that steps take, NaN for the others: from a file of all, or from one that is
+    looked up by content, as of a stream, and which a run of more steps adds to."""
+    whole = dataclasses.replace(split, used=None)
+    header = reference.header_of(split.stage, tokenizer, like.compute_dtype, weights, split.examples, split.steps)
+    if reference.read(split.path, header) is not None:
+        return cached_logps(whole, tokenizer, weights, like, source, display, watch, replace=replace)
+    columns = split.examples if isinstance(split.examples, Examples) else Examples.of(split.examples)
+    examples = columns.select(numpy.array(used))
+    path = split.path.with_stem(f"{split.path.stem}-part")
+    part = dataclasses.replace(whole, examples=examples, stream=True, path=path)
+    found = cached_logps(part, tokenizer, weights, like, source, display, watch, replace=replace)
+    logps = torch.full((len(columns), found.logps.shape[1]), torch.nan)
+    logps[torch.as_tensor(used)] = found.logps
+    return dataclasses.replace(found, logps=logps)
 
 
 @contextmanager

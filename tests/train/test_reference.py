@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import fcntl
 import io
@@ -152,6 +153,33 @@ def test_another_header_is_refused_by_name(world, tmp_path, quiet):
         assert 'truncation ([64, null, "keep_end", "error"] there, [60, null' in message and "weights (" in message
         assert "\n" not in message and "revision" not in message
     train(make(world, tmp_path, max_length=60, max_steps=1, overwrite_output_dir=True), display=quiet)
+
+
+def test_a_run_of_few_steps_references_what_they_take(world, tmp_path, quiet):
+    """Two steps of four pairs, of 40: 8 are scored, and the run is the one whose reference was computed whole. More
+    steps add to the same file."""
+    write_rows(tmp_path / "many.jsonl", make_pairs(40, seed=5))
+    few = {"train_dataset": str(tmp_path / "many.jsonl"), "max_steps": 2, "logging_steps": 1}
+    rows = {}
+    for name in ("part", "whole"):
+        config = make(world, tmp_path / name, **few, reference_dir=str(tmp_path / f"{name}-reference"))
+        if name == "whole":
+            cache_reference(dataclasses.replace(config, max_steps=-1, output_dir=str(tmp_path / "other")), quiet)
+        train(config, display=quiet)
+        rows[name] = [[row[key] for key in ("loss", "rewards/margins", "grad_norm")] for row in
+                      read_metrics(tmp_path / name) if row["split"] == "train"]
+    assert len(rows["part"]) == 2
+    for part, whole in zip(rows["part"], rows["whole"]):
+        assert part == pytest.approx(whole, rel=1e-4, abs=1e-5)
+    path = tmp_path / "part-reference" / "00-dpo-train-part.safetensors"
+    assert load_file(path)["logps"].shape == (8, 2) and not path.with_name("00-dpo-train.safetensors").exists()
+    whole = load_file(tmp_path / "whole-reference" / "00-dpo-train.safetensors")
+    place = {bytes(code): row for code, row in zip(whole["hashes"].tolist(), whole["logps"])}
+    part = load_file(path)
+    for code, row in zip(part["hashes"].tolist(), part["logps"]):
+        assert torch.allclose(row, place[bytes(code)], rtol=0, atol=1e-5)
+    train(make(world, tmp_path / "more", **few | {"max_steps": 3}, reference_dir=str(path.parent)), display=quiet)
+    assert load_file(path)["logps"].shape == (12, 2)
 
 
 def test_nothing_to_cache(world, tmp_path, quiet):
