@@ -170,6 +170,9 @@ class TrainConfig:
              "use_peft adapts pretrained weights; init_from_config makes random ones: set one of them"),
             (self.packing is False and self.max_tokens_per_batch,
              "max_tokens_per_batch fills packed batches, and packing is False: set one of them"),
+            *((not self.use_peft and getattr(self, name) != _KEYS[name].default,
+               f"{name} is of a LoRA adapter, and there is none: set use_peft=true, or leave it out")
+              for name in _KEYS if name.startswith("lora_")),
         )
         if not self.stages:  # with stages, each is checked as it is made
             self._check_optimizer()
@@ -432,6 +435,8 @@ def _checked(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
         if name not in kinds:
             raise no_such_key(name, prefix, kinds)
         found[name] = convert(f"{prefix}{name}", value, kinds[name])
+        if name == "loss":
+            found[name] = losses.ALIASES.get(found[name], found[name])
     return found
 
 
@@ -461,6 +466,19 @@ def differing_keys(saved: Mapping[str, Any], now: Mapping[str, Any],
         else:
             different.append(f"{name} ({_short(a)} there, {_short(b)} now)")
     return different
+
+
+def lengthened(saved: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    """`saved` with the length of its (last) stage as in `now`, where that is greater: what a run that has ended may go
+    on with."""
+    found = dict(saved)
+    for name in ("max_steps", "num_train_epochs"):
+        if isinstance(saved.get(name), (int, float)) and (now.get(name) or 0) > saved[name]:
+            found[name] = now[name]
+    stages, others = saved.get("stages") or [], now.get("stages") or []
+    if stages and len(stages) == len(others):
+        found["stages"] = [*stages[:-1], lengthened(stages[-1], others[-1])]
+    return found
 
 
 def _short(value: Any) -> str:

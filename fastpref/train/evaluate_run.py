@@ -16,7 +16,14 @@ from .evaluate import evaluate, exact_match, generate
 from .model import load_policy, load_tokenizer, pad_token
 from .positions import check_positions, longest_sequences
 from .rendering import dated
-from .run_folder import file_of, recorded_reference, reference_again, reference_at_start, weights_of_run
+from .run_folder import (
+    file_of,
+    recorded_reference,
+    reference_again,
+    reference_at_start,
+    run_of,
+    weights_of_run,
+)
 from .stage_data import load_data
 
 
@@ -25,19 +32,20 @@ def evaluate_run(
 ) -> dict[str, float]:
     """Evaluates on `eval_dataset` with the loss of the stage that the weights come from, and prints the table.
 
-    source: the folder of a run (its model/, or its newest checkpoint if it has not ended), or a configuration file:
+    source: the folder of a run (its model/, or its newest checkpoint if it has not ended), a checkpoint in one, or a
+        configuration file:
         then the model it names, under its last stage's loss and, unless the file names a reference, as its own.
 
     The reference log-probs of a run are its cached ones where they fit the data; otherwise they are computed again.
     """
     display = display or Display()
     path = Path(source)
-    run_dir = path if path.is_dir() else None
-    config = load_config_of_run(path, overrides) if run_dir else load_config(path, overrides)
+    run_dir = run_of(path) if path.is_dir() else None
+    config = load_config_of_run(run_dir, overrides) if run_dir else load_config(path, overrides)
     stages = config.stage_configs()
     index, weights = len(stages) - 1, None
     if run_dir:
-        weights, index = weights_of_run(run_dir, len(stages))
+        weights, index = weights_of_run(path, len(stages))
         verify(weights, display.say)
     stage, name = stages[index], stages[index].name or ""
     if stage.eval_dataset is None:

@@ -31,7 +31,7 @@ from fastpref.report.page import write_report
 
 from . import checkpoint, ranks, sharding
 from .checkpoint import State, seed_everything
-from .config import TrainConfig, differing_keys
+from .config import TrainConfig, differing_keys, lengthened
 from .display import Display
 from .fresh_samples import check_prompts
 from .machine import device_name
@@ -106,7 +106,7 @@ def _train(config: TrainConfig, resume: bool, display: Display) -> dict[str, Any
     check_report_to(config)
     for stage in config.stage_configs():
         check_optimizer(stage, pick_device())
-    if resume and ranks.on_first((run_dir / "summary.json").is_file):
+    if resume and ranks.on_first(lambda: _has_ended(run_dir, config, display)):
         return _already_complete(run_dir, config, display)
     with _opened(config, resume, display) as place:
         tokenizer = load_tokenizer(config)
@@ -182,6 +182,8 @@ def _begins(run_dir: Path, config: TrainConfig, resume: bool) -> tuple[Path | No
     found = checkpoint.checkpoints(run_dir) if resume else []
     if found:
         state, saved = checkpoint.read_state(found[-1])
+        if (run_dir / "summary.json").is_file() or not differing_keys(_config_of(run_dir), config.to_dict()):
+            saved = lengthened(saved, config.to_dict())
         different = differing_keys(saved, config.to_dict())
         if different:
             raise UserError(f"{found[-1]} is of another configuration: {'; '.join(different)}")
@@ -239,6 +241,7 @@ def _prepare(place: Place, config: TrainConfig) -> None:
     elif (run_dir / "metrics.jsonl").stat().st_size < place.state.metrics_bytes:
         raise UserError(f"{run_dir}/metrics.jsonl is shorter than when {place.resumed.name} was saved")
     checkpoint.clean_up(run_dir)
+    (run_dir / "summary.json").unlink(missing_ok=True)  # of a run that had ended, and goes on
     write_text(run_dir / "config.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False))
 
 
@@ -251,8 +254,29 @@ def _introduce(run: Run) -> None:
         run.display.say("mfu: unknown, for experts, or layers other than attention, whose work is not counted")
 
 
+def _config_of(run_dir: Path) -> dict[str, Any]:
+    path = run_dir / "config.yaml"
+    found: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return found
+
+
+def _has_ended(run_dir: Path, config: TrainConfig, display: Display) -> bool:
+    """Whether a run is complete, and not to go on to more steps or epochs than it had."""
+    if not (run_dir / "summary.json").is_file():
+        return False
+    there, now = _config_of(run_dir), config.to_dict()
+    if not differing_keys(there, now) or differing_keys(lengthened(there, now), now):
+        return True
+    if not checkpoint.checkpoints(run_dir):
+        raise UserError(f"{run_dir}: is complete, and kept no checkpoint to go on from (save_steps); train its model "
+                        f"further in a run of its own: model_name_or_path={run_dir}/model")
+    display.say("a longer run now: it goes on from its last checkpoint, with the learning rates of the longer schedule",
+                "yellow")
+    return False
+
+
 def _already_complete(run_dir: Path, config: TrainConfig, display: Display) -> dict[str, Any]:
-    different = differing_keys(yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8")), config.to_dict())
+    different = differing_keys(_config_of(run_dir), config.to_dict())
     if different:
         raise UserError(f"{run_dir} holds a complete run of another configuration: {'; '.join(different)}")
     summary: dict[str, Any] = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))

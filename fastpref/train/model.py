@@ -42,7 +42,17 @@ from .config import TrainConfig
 from .liger_kernels import use_liger_kernels
 from .rendering import set_template
 from .shards import load_sharded_weights
-from .source import Source, check_whole, load_whole, need_peft, put_adapter, some, source_of, source_of_run
+from .source import (
+    Source,
+    check_folder,
+    check_whole,
+    load_whole,
+    need_peft,
+    put_adapter,
+    some,
+    source_of,
+    source_of_run,
+)
 from .traits import adapted_share, fix_rope, free_routers, has_experts, hush, is_router, noise_of, save_config
 
 BASE = "base"  # in output_dir: the model that merge_adapter makes, for an adapter on it
@@ -225,6 +235,7 @@ def _gathered(weight: Any) -> Tensor:
 def load_tokenizer(config: TrainConfig) -> PreTrainedTokenizerBase:
     source = source_of_run(config)
     name, revision = (config.tokenizer_name_or_path, "main") if config.tokenizer_name_or_path else source.tokenizer
+    check_folder(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=config.trust_remote_code, revision=revision)
     except Exception as error:  # missing files, the hub, the network, a broken tokenizer.json: each its own kind

@@ -30,13 +30,24 @@ INPUTS = ("model_name_or_path", "tokenizer_name_or_path", "ref_model_name_or_pat
 # ---- what is read back -----------------------------------------------------------------------------------------------
 
 
-def weights_of_run(run_dir: Path, stages: int) -> tuple[Path, int]:
-    """Its model/, or its newest checkpoint if it has not ended; and the place of the stage that these come from."""
-    if (run_dir / "model").is_dir():
-        return run_dir / "model", stages - 1
-    saved = checkpoint.checkpoints(run_dir)
+def run_of(path: Path) -> Path:
+    """The folder of a run that `path` is, or that it is a checkpoint or the model of."""
+    for run_dir in (path, *path.absolute().parents[:2]):
+        if (run_dir / "config.yaml").is_file():
+            return run_dir
+    raise UserError(f"{path} is neither the folder of a run nor a checkpoint of one")
+
+
+def weights_of_run(path: Path, stages: int) -> tuple[Path, int]:
+    """Of a run's folder its model/, or its newest checkpoint if it has not ended; of a checkpoint or model/ that. And
+    the place of the stage that these come from."""
+    if (path / "state.json").is_file():
+        return path, checkpoint.read_state(path)[0].stage
+    if (path / "model").is_dir() or not (path / "config.yaml").is_file():
+        return path / "model" if (path / "model").is_dir() else path, stages - 1
+    saved = checkpoint.checkpoints(path)
     if not saved:
-        raise UserError(f"{run_dir}: has neither a model nor a checkpoint yet")
+        raise UserError(f"{path}: has neither a model nor a checkpoint yet")
     return saved[-1], checkpoint.read_state(saved[-1])[0].stage
 
 

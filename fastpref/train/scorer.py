@@ -37,12 +37,12 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 from fastpref.data import Example, Rendering, collate, eval_order, records_from_rows, tokenize_records
 from fastpref.errors import UserError, first_line
 
-from .checkpoint import random_state, read_state, restore_random_state, verify
+from .checkpoint import random_state, restore_random_state, verify
 from .config import load_config_of_run
 from .model import Policy, load_policy, load_tokenizer, pad_token, pick_device
 from .prompts import Prompt
 from .rendering import ends_of_generation, rendering_of
-from .run_folder import recorded_reference, reference_again, weights_of_run
+from .run_folder import recorded_reference, reference_again, run_of, weights_of_run
 from .source import load_whole, put_adapter, source_of
 
 FUNCTION = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
@@ -379,17 +379,14 @@ class ImplicitReward(_ModelScorer):
     def __init__(self, spec: str, folder: Path, batch_size: int, trust_remote_code: bool = False) -> None:
         super().__init__(spec)
         self.batch_size = batch_size
-        run_dir = next((f for f in (folder, *folder.absolute().parents[:2]) if (f / "config.yaml").is_file()), None)
-        if run_dir is None:
-            raise UserError(f"scorer {spec!r}: {folder} is neither the folder of a run nor a checkpoint of one")
+        try:
+            run_dir = run_of(folder)
+        except UserError as error:
+            raise UserError(f"scorer {spec!r}: {error}") from None
         config = load_config_of_run(run_dir, trust_remote_code=trust_remote_code)
         if config.reward_model:
             raise UserError(f"scorer {spec!r}: the run trains a reward model, which is a scorer itself: {run_dir}")
-        weights, index = folder, len(config.stage_configs()) - 1
-        if run_dir == folder:
-            weights, index = weights_of_run(run_dir, index + 1)
-        elif folder.name != "model":
-            index = read_state(folder)[0].stage
+        weights, index = weights_of_run(folder, len(config.stage_configs()))
         stage = config.stage_configs()[index]
         loss = stage.loss_fn
         beta = getattr(loss, "beta", None) if loss.needs_reference else None

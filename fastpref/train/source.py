@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
+import os
 import re
 import warnings
 from collections.abc import Collection, Iterator, Mapping
@@ -21,6 +22,7 @@ import torch
 import transformers
 from transformers.utils import cached_file, find_adapter_config_file
 
+from fastpref.data.sources import is_path
 from fastpref.errors import UserError, first_line
 
 from .config import FULL_RATE, LORA_RATE, TrainConfig
@@ -49,7 +51,8 @@ class Source:
 
 
 def source_of(name: str, revision: str = "main") -> Source:
-    """Raises UserError for an adapter whose model cannot be told."""
+    """Raises UserError for a path that is no folder, and for an adapter whose model cannot be told."""
+    check_folder(name)
     try:
         path = find_adapter_config_file(name, revision=revision)
     except (OSError, ValueError):  # neither a folder nor on the hub: whoever loads it says so
@@ -68,6 +71,16 @@ def source_of(name: str, revision: str = "main") -> Source:
     if (Path(base) / "adapter_config.json").is_file():
         raise UserError(f"{name}: its model {base} is an adapter itself: merge that one first")
     return Source(base, settings.get("revision") or "main", name, revision, settings)
+
+
+def check_folder(name: str) -> None:
+    """Raises UserError for what is a path and no hub id (owner/name), where there is no such folder: a hub would be
+    asked for it again and again."""
+    if (is_path(name) or os.path.isfile(name)) and not os.path.isdir(name):
+        what = "a file, no folder of a model" if os.path.isfile(name) else "no such folder"
+        if name.startswith("~") and os.path.isdir(os.path.expanduser(name)):
+            what += f"; {os.path.expanduser(name)} is there"
+        raise UserError(f"{name}: {what}")
 
 
 def source_of_run(config: TrainConfig) -> Source:

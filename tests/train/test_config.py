@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 from fastpref import losses
 from fastpref.errors import UserError
@@ -79,7 +80,7 @@ def test_overrides_reach_into_stages_and_mappings(tmp_path):
 
 
 def test_to_dict_gives_the_same_configuration_back(tmp_path):
-    for text in (STAGES, BASE + "loss: kto\ndesirable_weight: 2\nlora_target_modules: [q_proj]\n"):
+    for text in (STAGES, BASE + "loss: kto\ndesirable_weight: 2\nuse_peft: true\nlora_target_modules: [q_proj]\n"):
         config = load(tmp_path, text)
         assert config_from_dict(config.to_dict()) == config
 
@@ -89,6 +90,8 @@ def test_to_dict_gives_the_same_configuration_back(tmp_path):
     [
         (BASE + "learning_rte: 1\n", (), "learning_rte: no such key; the nearest is learning_rate"),
         (BASE + "bta: 1\n", (), "bta: no such key; the nearest is beta"),
+        (BASE + "lora_r: 8\n", (), "lora_r is of a LoRA adapter, and there is none: set use_peft=true, or leave"),
+        (BASE, ("lora_target_modules=q_proj",), "lora_target_modules is of a LoRA adapter"),
         (BASE + "zyx: 1\n", (), "zyx: no such key; `fastpref keys` lists them all"),  # nothing is near
         (BASE + "cutoff_len: 512\n", (), "cutoff_len: no such key; here it is max_length"),
         (BASE + "rl: dpo\n", (), "rl: no such key; here it is loss"),
@@ -206,6 +209,15 @@ def test_stages_are_computed_once(tmp_path):
     config = load(tmp_path, STAGES)
     assert config.stage_configs() is config.stage_configs()
     assert dataclasses.replace(config, seed=3).stage_configs()[1].seed == 3  # another configuration, its own stages
+
+
+def test_trls_names_of_losses(tmp_path):
+    values = yaml.safe_load(BASE)
+    for theirs, ours in (("sigmoid", "dpo"), ("sigmoid_norm", "dpo_norm")):
+        config = config_from_dict(values | {"loss": theirs, "beta": 0.2})
+        assert config.loss == ours and config.loss_fn == losses.get_loss(ours, beta=0.2)
+        (stage,) = config_from_dict(values | {"stages": [{"loss": theirs}]}).stage_configs()
+        assert stage.loss == ours
 
 
 def test_other_programs_names_are_none_of_ours_and_lead_to_some():

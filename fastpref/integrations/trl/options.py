@@ -91,7 +91,9 @@ def _refuse_dpo(config: DPOConfig) -> None:
     types = config.loss_type
     for loss_type in types:
         if loss_type not in DPO_LOSSES:
-            _refuse("loss_type", loss_type, f"it takes {', '.join(DPO_LOSSES)}")
+            own = f"; {loss_type!r} is a loss of `fastpref train` and of fp.linear_preference_loss"
+            _refuse("loss_type", loss_type, f"it takes {', '.join(DPO_LOSSES)}"
+                    + (own if loss_type in losses.CLASSES else ""))
     if config.padding_free:
         _refuse("padding_free", True, "TRL falls back to padding; leave it False (prompts and padding cost the "
                 "fused head nothing)")
