@@ -179,6 +179,11 @@ def finish(run: Session) -> None:
         run.say(f"rows: {run.results.path}")
     for path in () if run.options.no_plots else plots.of_results(run.results):
         run.say(f"plot: {path}")
-    left_out = sum(row.status == "skipped" and row.note == "time budget" for row in run.results.rows)
+    rows = run.results.rows
+    left_out = sum(row.status == "skipped" and row.note == "time budget" for row in rows)
+    if left_out and not any(row.status in ("ok", "wrong", "oom", "error") for row in rows):
+        raise ValueError(f"--seconds {run.options.seconds:g} were over before anything was measured: allow more")
+    if run.options.quick:
+        run.say("--quick is a smoke test: of shapes so small the times are fixed costs; leave it out to measure speed")
     if left_out:
         run.say(f"{left_out} measurements skipped for time; --seconds allows more")

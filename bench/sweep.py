@@ -129,7 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 f"planned only: N {row.N}, V {row.V}, {row.dtype}: {row.plan_mib or 0:.0f} MiB beyond inputs and "
                 f"gradients in {row.gemms or 0:.3g} GEMMs ({row.note})"
             )
-        if found := gates(options.what, run.results.rows):
+        if not options.quick and (found := gates(options.what, run.results.rows)):
             show_gates(found, run.screen)
         command.finish(run)
     return int(not all_right(run.results.rows))

@@ -351,7 +351,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for number, cell in enumerate(cells, 1):
             run.progress(number, len(cells), cell)
             run_cell(cell, impls, run)
-        gates.show_gates(gates.of_training(run.results.rows), run.screen)
+        if not options.quick:
+            gates.show_gates(gates.of_training(run.results.rows), run.screen)
         command.finish(run)
     bad = ("wrong", "error")  # a peer that does not fit is a finding
     return int(any(row.status in (*bad, "oom" if row.impl == "fastpref" else "") for row in run.results.rows))

@@ -14,6 +14,8 @@ computed. Attention stands in with what a flash kernel keeps: q, k, v, its outpu
 
 from __future__ import annotations
 
+import math
+import os
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -199,22 +201,24 @@ def check_fits(config: TrainConfig, ranks: int, gpu_bytes: int) -> None:
 # ---- the table -------------------------------------------------------------------------------------------------------
 
 
-def choose(sizes: Sizes, gpu_bytes: int, memory_budget: int | None = None) -> tuple[list[Terms], Terms | None]:
+def choose(sizes: Sizes, gpu_bytes: int, memory_budget: int | None = None,
+           host_bytes: float = math.inf) -> tuple[list[Terms], Terms | None]:
     """All recipes with all kinds of checkpointing, and of those that fit the one that gives up least: in its recipe,
-    then in copies of activations to the host and back, then in what is made again."""
+    then in copies of activations to the host and back, then in what is made again. host_bytes: of the host's memory."""
     found = [
         terms(sizes, recipe, kind, memory_budget)
         for recipe in RECIPES
         for kind in KINDS
         if sizes.lora or not recipe.lora
     ]
-    fitting = [t for t in found if t.total <= gpu_bytes]
+    fitting = [t for t in found if t.total <= gpu_bytes and t.host <= host_bytes]
     return found, min(fitting, key=lambda t: (t.recipe.cost, t.kind == "offload"), default=None)
 
 
-def plan_text(model: str, sizes: Sizes, gpu_gib: float, memory_budget: int | None = None) -> str:
+def plan_text(model: str, sizes: Sizes, gpu_gib: float, memory_budget: int | None = None,
+              host_gib: float = math.inf) -> str:
     """The table of terms, and the command line of the best recipe that fits."""
-    found, best = choose(sizes, int(gpu_gib * GIB), memory_budget)
+    found, best = choose(sizes, int(gpu_gib * GIB), memory_budget, host_gib * GIB)
     names = ("weights", "gradients", "optimiser", "activations", "work", "context", "total", "host")
     lines = [
         f"{model}: {sizes.parameters / 1e9:.2f}B parameters, {sizes.tokens:,} tokens a micro-batch; GiB on the "
@@ -225,9 +229,12 @@ def plan_text(model: str, sizes: Sizes, gpu_gib: float, memory_budget: int | Non
         parts = (t.weights, t.gradients, t.optimizer, t.activations, t.work, t.context, t.total, t.host)
         cells = "".join(f"{part / GIB:{len(name) + 2}.1f}" for name, part in zip(names, parts))
         fits = "best" if t is best else "fits" if t.total <= gpu_gib * GIB else ""
+        fits = "host" if fits == "fits" and t.host > host_gib * GIB else fits
         lines.append(f"{t.recipe.label if t.kind == KINDS[0] else '':21}{t.kind:14}{cells}  {fits}".rstrip())
     if sizes.no_lora:
         lines.append(f"without LoRA: {sizes.no_lora}")
+    if any(line.endswith("  host") for line in lines):
+        lines.append(f"host: takes more than the {host_gib:.0f} GiB of host memory that there are (--host-gib)")
     if best is None:
         lines.append(f"nothing fits {gpu_gib:g} GiB: take fewer --max-tokens, a larger GPU, or several")
         return "\n".join(lines)
@@ -236,6 +243,14 @@ def plan_text(model: str, sizes: Sizes, gpu_gib: float, memory_budget: int | Non
     lines.append(f"best for {gpu_gib:g} GiB{host}:")
     lines.append(f"  fastpref train CONFIG.yaml model_name_or_path={model} {keys}")
     return "\n".join(lines)
+
+
+def host_memory_gib() -> float:
+    """Of this machine; infinite where it does not tell."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
+    except (AttributeError, ValueError, OSError):
+        return math.inf
 
 
 # ---- sizes of a model ------------------------------------------------------------------------------------------------

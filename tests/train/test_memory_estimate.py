@@ -68,6 +68,18 @@ def test_what_is_chosen_for_a_card(llama):
     assert "nothing fits 9 GiB" in memory_estimate.plan_text("m", llama, 9)
 
 
+def test_a_recipe_that_the_host_cannot_hold_is_not_the_best(llama):
+    """8.03e9 parameters with 14 bytes each on the host: 105 GiB."""
+    def best(host_gib):
+        return choose(llama, 32 * GIB, host_bytes=host_gib * GIB)[1].recipe.label
+
+    assert (best(112), best(104)) == ("bf16, states on host", "LoRA on bf16")
+    text = memory_estimate.plan_text("m", llama, 32, host_gib=32)
+    (row,) = (line for line in text.splitlines() if line.startswith("bf16, states on host"))
+    assert "host: takes more than the 32 GiB of host memory that there are (--host-gib)" in text
+    assert "use_peft=true" in text.splitlines()[-1] and not row.endswith("fits")
+
+
 @pytest.mark.parametrize("kind", KINDS[:3])
 def test_activations_against_a_real_step(kind):
     """Against a bf16 model on the CPU, whose attention kernel keeps what a flash kernel does."""
