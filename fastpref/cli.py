@@ -7,6 +7,7 @@ SIGTERM. FASTPREF_DEBUG=1 shows the traceback as well.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import signal
 import socket
@@ -27,6 +28,9 @@ EXAMPLES = """examples:
   fastpref train dpo.yaml --dry-run
   fastpref preview dpo.yaml 5
   fastpref eval runs/second
+  fastpref chat runs/second --against base
+  fastpref export runs/second --merge --dtype bf16
+  fastpref init dpo.yaml --task dpo --model Qwen/Qwen2.5-7B --data pairs.jsonl --gpu-gib 24
   fastpref rounds examples/rounds.yaml rounds.number=5
   fastpref plan --pairs 8 --length 512 --hidden 4096 --vocab 128256
   fastpref plan --model meta-llama/Llama-3.1-8B --gpu-gib 48
@@ -127,11 +131,13 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("rounds", help="sample, score, pair and train, again and again")
     _takes_config(command, "YAML file, as for train, with a section `rounds` of the keys below")
-    command.add_argument("--resume", action="store_true", help="go on with the rounds in output_dir")
+    how = command.add_mutually_exclusive_group()
+    how.add_argument("--resume", action="store_true", help="go on with the rounds in output_dir")
+    how.add_argument("--dry-run", action="store_true", help="check and count everything; no weights, nothing written")
     command.set_defaults(run=_rounds, more=_rounds_keys)
 
     command = commands.add_parser("eval", help="held-out metrics of a trained run, or of a configuration's model")
-    command.add_argument("source", metavar="RUN_DIR|CONFIG", help="folder of a run, or a YAML file")
+    command.add_argument("source", metavar="RUN_DIR|CONFIG", help="folder of a run, a checkpoint of it, or a YAML file")
     command.add_argument("overrides", nargs="*", metavar="key=value", help="instead of what the configuration says")
     command.set_defaults(run=_eval)
 
@@ -153,6 +159,34 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("overrides", nargs="*", metavar="n|key=value", help="how many records (3); settings")
     command.set_defaults(run=_preview)
 
+    command = commands.add_parser("init", help="write a configuration file for your task, model, data and GPU")
+    command.add_argument("file", nargs="?", type=Path, default=Path("train.yaml"), help="default train.yaml")
+    command.add_argument("--task", required=True, choices=("dpo", "rpo", "kto", "reward", "rounds"))
+    command.add_argument("--model", required=True, help="hub id, or a local folder")
+    command.add_argument("--data", required=True, help="file or data set; it is looked at")
+    command.add_argument("--eval-data", help="held-out records")
+    command.add_argument("--gpu-gib", type=float, help="memory of the GPU; default: the one there is")
+    command.set_defaults(run=_init)
+
+    command = commands.add_parser("chat", help="talk with a run's model, beside what it started from or another run")
+    _takes_run(command)
+    command.add_argument("--against", metavar="RUN|base", help="base: what the run started from")
+    command.add_argument("--prompts", type=Path, metavar="FILE", help="answer these, into a page: .txt or records")
+    command.add_argument("--page", type=Path, help="--prompts: default chat.html in the run's folder")
+    command.add_argument("--temperature", type=float, default=0.0, help="0, the default: the likeliest token each time")
+    command.add_argument("--max-new-tokens", type=int, default=256, help="of an answer; default 256")
+    command.add_argument("--seed", type=int, default=0)
+    command.set_defaults(run=_chat)
+
+    command = commands.add_parser("export", help="a run's model with a card: merged, for llama.cpp, to the hub")
+    _takes_run(command)
+    command.add_argument("--output", type=Path, metavar="DIR", help="default: RUN/export")
+    command.add_argument("--merge", action="store_true", help="the adapter added to its model: whole weights")
+    command.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="of whole weights; merged: fp32 by default")
+    command.add_argument("--gguf", action="store_true", help="a file for llama.cpp too, by its converter")
+    command.add_argument("--push", metavar="REPO", help="to this repository of the hub")
+    command.set_defaults(run=_export)
+
     command = commands.add_parser("keys", help="the keys of a configuration file: default, meaning, what each takes")
     command.add_argument("word", nargs="?", metavar="WORD", help="those that speak of it, or are called so elsewhere")
     command.set_defaults(run=_keys, light=True)
@@ -166,13 +200,14 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("plan", help="memory that training a model takes, or how the fused head runs")
     command.add_argument("--model", help="hub id, or a folder with a config.json: the memory of all ways to train it")
     command.add_argument("--gpu-gib", type=float, help="--model: memory of the GPU")
-    command.add_argument("--max-tokens", type=int, default=16384, help="--model: tokens a micro-batch; default 16384")
-    command.add_argument("--lora-r", type=int, default=16, help="--model: rank of LoRA; default 16")
-    command.add_argument("--pairs", type=int, default=1, help="pairs in a micro-batch; default 1")
+    command.add_argument("--host-gib", type=float, help="--model: host memory; default: this machine's")
+    command.add_argument("--max-tokens", type=int, help="--model: tokens a micro-batch; default 16384")
+    command.add_argument("--lora-r", type=int, help="--model: rank of LoRA; default 16")
+    command.add_argument("--pairs", type=int, help="pairs in a micro-batch; default 1")
     command.add_argument("--length", type=int, help="scored tokens of a response")
     command.add_argument("--hidden", type=int)
     command.add_argument("--vocab", type=int)
-    command.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
+    command.add_argument("--dtype", choices=("bf16", "fp32"), help="default bf16")
     command.add_argument("--budget-mib", type=int, default=2048, help="workspace; default 2048")
     command.add_argument("--frozen-head", action="store_true", help="no gradient for the LM head's weight (LoRA)")
     command.add_argument("--tail", choices=("exact", "rank1"), default="exact", help="of the LM head's softmax")
@@ -187,6 +222,11 @@ def _parser() -> argparse.ArgumentParser:
 def _takes_config(command: argparse.ArgumentParser, what: str) -> None:
     command.add_argument("config", help=what)
     command.add_argument("overrides", nargs="*", metavar="key=value", help="instead of what the file says")
+
+
+def _takes_run(command: argparse.ArgumentParser) -> None:
+    command.add_argument("run_dir", type=Path, metavar="RUN", help="folder of a run, or a checkpoint of it")
+    command.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
 
 
 def _common_keys() -> str:
@@ -242,14 +282,58 @@ def _train(options: argparse.Namespace) -> None:
 def _rounds(options: argparse.Namespace) -> None:
     from .rounds.config import load_config
     from .rounds.driver import rounds
+    from .rounds.dry_run import dry_run
 
+    if options.dry_run:
+        dry_run(load_config(options.config, options.overrides))
+        return
     rounds(load_config(options.config, options.overrides), resume=options.resume)
 
 
 def _eval(options: argparse.Namespace) -> None:
     from .train.evaluate_run import evaluate_run
 
-    evaluate_run(options.source, options.overrides)
+    evaluate_run(_latest(options.source), options.overrides)
+
+
+def _init(options: argparse.Namespace) -> None:
+    from .train.init import init
+
+    init(options.file, options.task, options.model, options.data, options.gpu_gib, options.eval_data)
+
+
+def _chat(options: argparse.Namespace) -> None:
+    from .train.chat import answer_all, chat, prompts_of, speakers
+    from .train.run_folder import run_of
+    from .train.sample import Sampling
+
+    settings = Sampling(temperature=options.temperature, max_new_tokens=options.max_new_tokens, seed=options.seed)
+    if options.page and not options.prompts:
+        raise ValueError("--page is of --prompts")
+    path = Path(_latest(str(options.run_dir)))
+    prompts = prompts_of(options.prompts) if options.prompts else None
+    them = speakers(path, options.against, options.trust_remote_code)
+    if prompts is None:
+        chat(them, settings)
+    else:
+        answer_all(them, prompts, settings, options.page or run_of(path) / "chat.html")
+
+
+def _export(options: argparse.Namespace) -> None:
+    from .train.export import export
+
+    export(Path(_latest(str(options.run_dir))), options.output, merge=options.merge, dtype=options.dtype,
+           gguf=options.gguf, push=options.push, trust_remote_code=options.trust_remote_code)
+
+
+def _latest(folder: str) -> str:
+    """Of a folder of rounds that of the training run of the newest round; any other folder as it is."""
+    found = sorted(Path(folder).glob("round-[0-9]*/train/summary.json"))
+    of_rounds = [path.parent for path in found if (path.parent / "model").is_dir()]
+    if of_rounds and (Path(folder) / "config.yaml").is_file():
+        print(f"{folder}: the newest round there is, {of_rounds[-1]}")
+        return str(of_rounds[-1])
+    return folder
 
 
 def _report(options: argparse.Namespace) -> None:
@@ -362,31 +446,38 @@ def _flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
+# Options of `plan`, with their defaults (None: required): of --model, and of a head alone
+OF_MODEL: dict[str, Any] = {"gpu_gib": None, "max_tokens": 16384, "lora_r": 16, "host_gib": math.inf}
+OF_HEAD: dict[str, Any] = {"length": None, "hidden": None, "vocab": None, "pairs": 1, "dtype": "bf16",
+                           "frozen_head": False}
+
+
 def _plan(options: argparse.Namespace) -> None:
     from .plan import MIB, Problem, plan
 
-    sizes, card = ["length", "hidden", "vocab"], ["gpu_gib"]
-    needs, other = (sizes, card) if options.model is None else (card, sizes)
-    for name in needs:
-        if getattr(options, name) is None:
+    own, other = (OF_HEAD, OF_MODEL) if options.model is None else (OF_MODEL, OF_HEAD)
+    for name in other:
+        if getattr(options, name) not in (None, False):
+            raise ValueError(f"{_flag(name)}: {'is for --model' if own is OF_HEAD else '--model tells it'}")
+    given = {name: default if getattr(options, name) is None else getattr(options, name)
+             for name, default in own.items()} | {"budget_mib": options.budget_mib}
+    for name, value in given.items():
+        if value is None:
             takes = "--model and --gpu-gib, or --length, --hidden, --vocab"
             raise ValueError(f"{_flag(name)} is missing; plan takes {takes}")
-    for name in other:
-        if getattr(options, name) is not None:
-            raise ValueError(f"{_flag(name)}: {'is for --model' if options.model is None else '--model tells it'}")
-    for name in ("pairs", "budget_mib", "max_tokens", "lora_r", *needs):
-        if not getattr(options, name) >= 1:
-            raise ValueError(f"{_flag(name)} is {getattr(options, name)}; it takes at least 1")
+        if not isinstance(value, (str, bool)) and not value >= 1:
+            raise ValueError(f"{_flag(name)} is {value}; it takes at least 1")
     if options.model is not None:
-        from .train.memory_estimate import load_sizes, plan_text
-
         _quiet_models()
-        found = load_sizes(options.model, options.max_tokens, options.lora_r)
-        print(plan_text(options.model, found, options.gpu_gib, options.budget_mib * MIB))
+        from .train.memory_estimate import host_memory_gib, load_sizes, plan_text
+
+        host = given["host_gib"] if options.host_gib else host_memory_gib()
+        found = load_sizes(options.model, given["max_tokens"], given["lora_r"])
+        print(plan_text(options.model, found, options.gpu_gib, options.budget_mib * MIB, host))
         return
-    size = 2 if options.dtype == "bf16" else 4
+    size = 2 if given["dtype"] == "bf16" else 4
     problem = Problem(
-        lengths=(options.length,) * (2 * options.pairs),
+        lengths=(options.length,) * (2 * given["pairs"]),
         hidden=options.hidden,
         vocab=options.vocab,
         itemsize=size,

@@ -54,13 +54,21 @@ def failed(capsys, arguments, code=2):
 
 def test_train_then_eval(world, tmp_path, capsys):
     config = write(world, tmp_path / "run.yaml", eval_generate=True, eval_max_new_tokens=3)
-    assert cli.main(["train", config, "loss=rpo", "eta=0.1", "max_steps=3"]) == 0
+    assert cli.main(["train", config, "loss=rpo", "eta=0.1", "max_steps=3", "save_steps=2"]) == 0
     out = capsys.readouterr().out
     assert "after rpo" in out and "peak memory" in out and str(tmp_path / "run" / "report.html") in out
     after = json.loads((tmp_path / "run" / "summary.json").read_text())["after"]
     assert cli.main(["eval", str(tmp_path / "run")]) == 0
     out = capsys.readouterr().out
     assert f"{after['logps/chosen']:.4g}" in out and f"{after['rewards/margins']:.4g}" in out
+    assert cli.main(["eval", str(tmp_path / "run" / "model")]) == 0
+    assert f"{after['logps/chosen']:.4g}" in capsys.readouterr().out
+    (earlier,) = (tmp_path / "run" / "checkpoints").glob("00-rpo-00000002")
+    assert cli.main(["eval", str(earlier)]) == 0
+    out = "".join(capsys.readouterr().out.split())  # a long title is broken
+    assert "00-rpo-00000002" in out and f"{after['logps/chosen']:.6g}" not in out
+    (tmp_path / "empty").mkdir()
+    assert "neither the folder of a run nor a checkpoint" in failed(capsys, ["eval", str(tmp_path / "empty")])
     # other data: their reference log-probs are computed from the stage's first weights, made again from the seed
     assert cli.main(["eval", str(tmp_path / "run"), f"eval_dataset={world / 'train.jsonl'}"]) == 0
     assert "reward margin" in capsys.readouterr().out
@@ -173,6 +181,8 @@ def test_cached_reference_log_probs(world, tmp_path, capsys):
 def test_bad_command_lines(world, tmp_path, capsys):
     config = write(world, tmp_path / "run.yaml")
     assert "nope.yaml: cannot be read (No such file or directory)" in failed(capsys, ["train", "nope.yaml"])
+    for name in (str(tmp_path / "nowhere"), "./nowhere", "runs/none/model"):
+        assert f"{name}: no such folder" in failed(capsys, ["train", config, f"model_name_or_path={name}"])
     assert "betta: no such key; the nearest is beta" in failed(capsys, ["train", config, "betta=1"])
     assert "max_steps is 'many'; it takes a whole number" in failed(capsys, ["train", config, "max_steps=many"])
     line = failed(capsys, ["train", config, f"train_dataset={tmp_path / 'none.jsonl'}"])
@@ -182,7 +192,7 @@ def test_bad_command_lines(world, tmp_path, capsys):
     line = failed(capsys, ["train", config, f"train_dataset={broken}"])
     assert "broken.jsonl:2: field 'chosen'" in line
     assert "has neither a model nor a checkpoint yet" not in failed(capsys, ["eval", str(tmp_path)])
-    assert "config.yaml: cannot be read" in failed(capsys, ["eval", str(tmp_path)])
+    assert "is neither the folder of a run nor a checkpoint of one" in failed(capsys, ["eval", str(tmp_path)])
     assert "eval_dataset is missing" in failed(capsys, ["eval", config, "eval_dataset=null"])
     assert "--vocab is 0" in failed(capsys, ["plan", "--length", "1", "--hidden", "1", "--vocab", "0"])
     for arguments in ([], ["tune"], ["train"]):

@@ -149,7 +149,9 @@ class InMemory:
         config = self.inner.config.get_text_config()
         self.positions: int | None = getattr(config, "max_position_embeddings", None)
 
-    def generate(self, prompts: Sequence[list[int]], seeds: Sequence[int], settings: Sampling) -> list[list[int]]:
+    def generate(self, prompts: Sequence[list[int]], seeds: Sequence[int], settings: Sampling,
+                 streamer: Any = None) -> list[list[int]]:
+        """streamer: transformers', of one prompt."""
         policy, model, own = self.policy, self.policy.model, self.inner.generation_config
         width = max(map(len, prompts))
         limit = room(settings, width, self.positions)
@@ -166,7 +168,7 @@ class InMemory:
         try:
             with torch.no_grad(), policy.autocast(), policy.generating():
                 chosen = LogitsProcessorList([] if draw is None else [draw])
-                out = model.generate(input_ids=ids, attention_mask=mask, logits_processor=chosen)
+                out = model.generate(input_ids=ids, attention_mask=mask, logits_processor=chosen, streamer=streamer)
         finally:
             self.inner.generation_config = own
             model.train(was_training)
