@@ -380,12 +380,12 @@ def _few_rows(trunk: Any, *, packed: bool) -> Tensor:
                 ids = torch.cat((prompt, response))[None].to(device)
                 hidden = trunk(input_ids=ids, use_cache=False).last_hidden_state[0]
                 alone.append(hidden[len(prompt) if i else 0 :])
-        return torch.cat(alone).double()
+        return torch.cat(alone).cpu().double()
     plan = AttentionPlan.of(groups).to(device)
     ids = torch.cat([part for group in tokens for part in group])[None].to(device)
     positions = torch.tensor([plan.positions], device=device)
     out = trunk(input_ids=ids, position_ids=positions, attention_plan=plan, use_cache=False)
-    return out.last_hidden_state[0].double()
+    return out.last_hidden_state[0].cpu().double()  # MPS has no float64
 
 
 def _largest_row_error(rows: Tensor, expected: Tensor) -> float:

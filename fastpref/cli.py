@@ -37,6 +37,7 @@ EXAMPLES = """examples:
 """
 EXTRAS = {
     "peft": "LoRA (use_peft)",
+    "bitsandbytes": "bases of 4 and 8 bits (load_in_4bit, load_in_8bit)",
     "datasets": "data sets by name",
     "pyarrow": "Parquet files",
     "tensorboard": "report_to: tensorboard",
@@ -387,11 +388,19 @@ def _info(options: argparse.Namespace) -> None:
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):
             found = torch.cuda.get_device_properties(i)
-            capability = f"sm_{found.major}{found.minor}"
-            table.add_row(f"GPU {i}", "yes", f"{found.name}, {found.total_memory / 2**30:.0f} GiB, {capability}")
+            # torch calls AMD's GPUs cuda, too
+            kind = f"ROCm {torch.version.hip}" if torch.version.hip else f"sm_{found.major}{found.minor}"
+            bf16 = "" if torch.cuda.is_bf16_supported(including_emulation=False) else ", no bf16: fp16 (loss scaler)"
+            table.add_row(f"GPU {i}", "yes", f"{found.name}, {found.total_memory / 2**30:.0f} GiB, {kind}{bf16}")
     else:
         why = "this torch is built without CUDA" if torch.version.cuda is None else "no CUDA device or driver found"
         table.add_row("GPU", "no", why)
+    if torch.backends.mps.is_built():
+        mps = torch.backends.mps.is_available()
+        what = "FASTPREF_DEVICE=mps trains on it: torch rows, untested on hardware" if mps else "no Apple GPU found"
+        table.add_row("Apple MPS", "yes" if mps else "no", what)
+    else:
+        table.add_row("Apple MPS", "no", "this torch is built without it")
     adds = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 10)
     table.add_row("GEMM sums", "yes" if adds else "no", "dW += bf16 products in fp32 on CUDA: torch 2.10 or newer")
     for backend in rows.BACKENDS:

@@ -218,8 +218,10 @@ def on_device(values: Sequence[int], device: torch.device) -> Tensor:
 
 
 def segment_sum(values: Tensor, counts: Tensor) -> Tensor:
-    """Sums of consecutive segments, in fp64 (a sum of 10^4 fp32 log-probs would lose 1e-4 nats), no atomics."""
-    return torch.segment_reduce(values.double(), "sum", lengths=counts, unsafe=True)
+    """Sums of consecutive segments, in fp64 where there is one (a sum of 10^4
+    fp32 log-probs would lose 1e-4 nats), no atomics."""
+    values = values.to(rows.exact_dtype(values.device))
+    return torch.segment_reduce(values, "sum", lengths=counts, unsafe=True)
 
 
 def problem_of(

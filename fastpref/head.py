@@ -320,7 +320,7 @@ def _free_loss(
 
     def per_sequence(values: Tensor) -> Tensor:
         if sizes is None:
-            return values.double().sum(1)
+            return values.sum(1, dtype=rows.exact_dtype(values.device))
         return segment_sum(values, on_device(sizes, values.device))
 
     def sequence_logps(

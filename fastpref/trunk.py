@@ -131,11 +131,11 @@ def take_score_apart(model: Any) -> Parts:
         ids[ids == pad] = 0 if pad else 1  # the model looks for the last token that is no padding
         ids = ids.to(next(embedding.parameters()).device)
         lengths = (5, 8, 12)
-        expected = torch.cat([inner(input_ids=ids[:, :n], use_cache=False).logits.double() for n in lengths])
+        expected = torch.cat([inner(input_ids=ids[:, :n], use_cache=False).logits.cpu() for n in lengths]).double()
         behind = torch.cat((ids, ids.flip(1)), dim=1)  # must not change what comes before: right padding
         hidden = trunk(input_ids=behind, use_cache=False).last_hidden_state[0, [n - 1 for n in lengths]]
         rows, weight, bias = linear_operands(module, hidden)
-        z = F.linear(rows, weight, bias).double()
+        z = F.linear(rows, weight, bias).cpu().double()
         # A single number may be small by chance: its rounding errors go with |h| |w| / sqrt(H), its size where h and w
         # have nothing to do with each other.
         usual = float(rows.norm(dim=1).max() * weight.norm()) / rows.shape[1] ** 0.5
@@ -342,7 +342,7 @@ def _settled(
         raise ValueError(f"{what}: its LM head gives {z.shape[-1]} logits a token, of which it returns "
                          f"{expected.shape[-1]}; the fused head takes them all")
     tolerance, sixteen = _tolerance(z), z.element_size() == 2
-    z, expected = z.double(), expected.double()
+    z, expected = z.cpu().double(), expected.cpu().double()  # MPS has no float64
     if not expected.any():  # an LM head of zeros would prove anything
         return _undoubted(inner, candidates)
     errors = []

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -113,11 +115,14 @@ def test_scorer():
     assert verifier.satisfied(prompt, "It is fine, and so are all of the others in there.") == 0.0
 
 
-@pytest.mark.parametrize("name", ["kto", "reward"])
+@pytest.mark.parametrize("name", ["kto", "reward", "qlora"])
 def test_short_runs_read_their_data(name, monkeypatch):
     monkeypatch.chdir(ROOT)
     config = load_config(f"examples/smollm2/{name}.yaml")
-    for record in load_records(config.train_dataset):
+    records = [load_records(source) for source in (config.train_dataset, config.eval_dataset) if source]
+    prompts = [{str(record.prompt) for record in part} for part in records]
+    assert len(set().union(*prompts)) == sum(map(len, prompts))  # held out is held out
+    for record in chain(*records):
         assert [verifier.satisfied(record.prompt, a[-1]["content"]) for a in (record.chosen, record.rejected)] == [1, 0]
 
 
@@ -365,3 +370,14 @@ def test_reward_model(monkeypatch, tmp_path):
     _, lines = trained("reward", monkeypatch, tmp_path / "reward")
     first, last = (line["rewards/chosen"] - line["rewards/rejected"] for line in (lines[0], lines[-1]))
     assert last > first + 0.1 and lines[-1]["loss"] < lines[0]["loss"]
+
+
+@with_model
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_qlora(monkeypatch, tmp_path):
+    """On pairs it has not seen the answer that keeps to its constraint rises above the other, more often than not."""
+    _, lines = trained("qlora", monkeypatch, tmp_path / "qlora")
+    after = [json.loads(line) for line in (tmp_path / "qlora" / "metrics.jsonl").read_text().splitlines()][-1]
+    assert after["split"] == "eval" and after["rewards/accuracies"] > 0.5 and after["loss"] < math.log(2)
+    assert lines[-1]["loss"] < lines[0]["loss"]

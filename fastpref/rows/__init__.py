@@ -12,11 +12,11 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from .contract import EXTRAS, FoldState, RowStats, Tile, Transform, fold_finish, stats_dtype
+from .contract import EXTRAS, FoldState, RowStats, Tile, Transform, exact_dtype, fold_finish, stats_dtype
 
 __all__ = [
     "BACKENDS", "EXTRAS", "Availability", "FoldState", "RowStats", "Tile", "Transform", "availability", "choose",
-    "fold_finish", "scale_rows", "scale_unless_one_", "stats_dtype", "tail_kernels",
+    "exact_dtype", "fold_finish", "scale_rows", "scale_unless_one_", "stats_dtype", "tail_kernels",
 ]
 
 BACKENDS = ("reference", "native", "triton", "cuda")

@@ -111,3 +111,8 @@ def fold_finish(state: FoldState, targets: Tensor, ignore_index: int) -> tuple[T
 
 def stats_dtype(logits_dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if logits_dtype == torch.float64 else torch.float32
+
+
+def exact_dtype(device: torch.device) -> torch.dtype:
+    """In which long sums are taken: Apple's GPUs have no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64

@@ -16,7 +16,7 @@ import dataclasses
 import difflib
 import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_type_hints
@@ -59,9 +59,20 @@ class TrainConfig:
     lora_dropout: float | None = key(
         None, "None: 0 if a stage's loss has a reference (which has none), else 0.05", "0 to below 1", RUN)
     lora_target_modules: tuple[str, ...] | None = key(None, "None: every linear layer but the LM head", RUN)
+    peft: Mapping[str, Any] = key(
+        {}, "more of peft's LoraConfig, by its names: use_dora, use_rslora, modules_to_save, target_modules, ...", RUN)
+    load_in_4bit: bool = key(False, "under use_peft: linear layers but the LM head have 4 bits a weight (bitsandbytes)",
+                             RUN, COMMON)
+    load_in_8bit: bool = key(False, "the same with 8 bits", RUN)
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = key("nf4", "the 16 values that 4 bits stand for", RUN)
+    use_bnb_nested_quant: bool = key(False, "the scales of 4-bit weights in 8 bits: 4.13 bits a weight, not 4.5", RUN)
+    bnb_4bit_quant_storage: Literal["uint8", "bfloat16", "float16", "float32"] = key(
+        "uint8", "what 4-bit weights are packed in", RUN, FREE)
     dtype: Literal["float32", "bfloat16"] = key(
         "float32", "of the weights; LoRA's adapter is float32 in any case", RUN, COMMON)
     bf16: bool | None = key(None, "autocast over fp32 weights; None: on a GPU that has it", RUN)
+    fp16: bool | None = key(
+        None, "autocast in float16 over fp32 weights, with a loss scaler; None: on a GPU without bf16 (T4, V100)", RUN)
     gradient_checkpointing: Literal["none", "selective", "full", "offload"] = key(
         "none", "Activations made again in the backward pass. selective: all but the matrix products; full: all (true);"
         " offload: as full, and what a layer starts from waits in host memory", RUN, COMMON)
@@ -168,6 +179,7 @@ class TrainConfig:
         refuse(
             (self.use_peft and self.init_from_config,
              "use_peft adapts pretrained weights; init_from_config makes random ones: set one of them"),
+            *self._quantization(),
             (self.packing is False and self.max_tokens_per_batch,
              "max_tokens_per_batch fills packed batches, and packing is False: set one of them"),
             *((not self.use_peft and getattr(self, name) != _KEYS[name].default,
@@ -180,6 +192,22 @@ class TrainConfig:
                     "dataset_streaming reads as much of train_dataset as max_steps take: set max_steps (a stream has "
                     "no length to count epochs by)"))
 
+    def _quantization(self) -> Iterator[tuple[Any, str]]:
+        yield (self.peft and not self.use_peft, "peft has settings of an adapter, and use_peft is not set: set it")
+        asked = "load_in_4bit" if self.load_in_4bit else "load_in_8bit" if self.load_in_8bit else ""
+        yield (self.load_in_4bit and self.load_in_8bit, "load_in_4bit and load_in_8bit: set one of them")
+        yield (asked and not self.use_peft, f"{asked}: weights of so few bits are not trained: set use_peft=true for "
+               "an adapter beside them, or leave it out")
+        yield (asked and self.merge_adapter, f"merge_adapter adds to whole weights, and {asked} holds codes: merge "
+               "the two first, and start from that model")
+        yield (asked and self.optim == "adamw_torch_8bit",
+               f"optim is 'adamw_torch_8bit', and what is trained beside the weights of {asked} is a small float32 "
+               "adapter: leave optim out")
+        for name in ("bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storage"):
+            changed = getattr(self, name) != TrainConfig.__dataclass_fields__[name].default
+            yield (changed and not self.load_in_4bit, f"{name} is of load_in_4bit, which is not set: set it, or leave "
+                   f"{name} out")
+
     def _check_optimizer(self) -> None:
         offload = self.optimizer == "adamw_offload"
         frees = self.optim_in_backward or offload
@@ -187,6 +215,10 @@ class TrainConfig:
         refuse(
             (self.dtype == "bfloat16" and self.bf16 is False,
              "bf16 is False, but dtype=bfloat16 computes in bf16: leave one of them out"),
+            (self.fp16 and (self.bf16 or self.dtype == "bfloat16"),
+             "fp16 is True, but dtype or bf16 asks to compute in bf16: leave one of them out"),
+            (self.fp16 and frees, f"fp16: {what} updates a weight before it is known whether a gradient has left "
+             "float16's range, and the step is to be skipped: leave one of them out"),
             (self._bf16_weights and self.optimizer == "adamw_torch_fused",
              "optim is 'adamw_torch_fused', which rounds bfloat16 weights to nearest: at learning rates of preference "
              "training nearly every update is lost; take adamw_torch_8bit or adamw_fp32_master, or dtype=float32"),

@@ -135,13 +135,12 @@ def _memory(stage: TrainConfig, positions: int) -> tuple[Terms | None, str]:
         config = AutoConfig.from_pretrained(
             source.model, revision=source.revision, trust_remote_code=stage.trust_remote_code
         )
-        only = (stage.gradient_checkpointing, stage.use_peft)
-        sizes = memory_estimate.measure(config, positions, stage.lora_r, only)
+        recipe = memory_estimate.recipe_of(stage, config)
+        sizes = memory_estimate.measure(config, positions, stage.lora_r, (stage.gradient_checkpointing, recipe))
     except UserError as error:
         return None, f"not estimated: {error}"
-    if stage.use_peft and not sizes.lora:
+    if sizes.no_lora:
         return None, f"not estimated: {sizes.no_lora}"
-    recipe = memory_estimate.recipe_of(stage)
     return memory_estimate.terms(sizes, recipe, stage.gradient_checkpointing, stage.memory_budget), ""
 
 

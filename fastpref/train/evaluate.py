@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fastpref.data import Example, Kind, eval_order
 from fastpref.losses import BradleyTerry, Loss
+from fastpref.rows import exact_dtype
 
 from . import ranks
 from .display import Tick
@@ -44,7 +45,7 @@ def evaluate(policy: Policy, examples: Sequence[Example], kind: Kind, loss: Loss
             own.append(values)
         kl_logps = torch.cat(own) if own else torch.zeros(1, device=policy.device)
         ref_kl_logps = reference.kl.to(policy.device) if own else kl_logps
-    sums, value = MetricSums(), torch.zeros((), device=policy.device, dtype=torch.float64)
+    sums, value = MetricSums(), torch.zeros((), device=policy.device, dtype=exact_dtype(policy.device))
     for done, ((batch, indices), counts) in enumerate(ranks.share(list(zip(batches, order)))):
         tick(done * ranks.size(), len(batches))
         batch = batch.to(policy.device)

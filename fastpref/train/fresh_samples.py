@@ -43,7 +43,7 @@ def kl_estimates(logps: Sequence[Tensor], ref_logps: Sequence[Tensor]) -> dict[s
     have the lower variance up to 0.63.)
     """
     found: dict[str, float] = {}
-    ratios = [(ref - own).double() for own, ref in zip(logps, ref_logps, strict=True)]
+    ratios = [(ref - own).cpu().double() for own, ref in zip(logps, ref_logps, strict=True)]
     for name, values in (("kl_k1", [-x.sum() for x in ratios]), ("kl_k3", [(x.expm1() - x).sum() for x in ratios])):
         found |= mean_and_error(name, torch.stack(values))
     tokens = sum(len(x) for x in ratios) / len(ratios)
@@ -53,9 +53,10 @@ def kl_estimates(logps: Sequence[Tensor], ref_logps: Sequence[Tensor]) -> dict[s
 
 def mean_and_error(name: str, values: Tensor) -> dict[str, float]:
     """values [n]: their mean, and from n = 2 on its standard error as NAME_error."""
-    found = {name: float(values.double().mean())}
+    values = values.cpu().double()
+    found = {name: float(values.mean())}
     if len(values) > 1:
-        found[f"{name}_error"] = float(values.double().std() / math.sqrt(len(values)))
+        found[f"{name}_error"] = float(values.std() / math.sqrt(len(values)))
     return found
 
 

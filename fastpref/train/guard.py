@@ -22,7 +22,7 @@ from .traits import has_experts, noise_of
 # Nats times the square root of a sequence's scored tokens: rounding errors of log-probs add up like that. Measured on
 # SmolLM2-135M (CPU, 16 pairs of up to 348 tokens, reference in batches of 8, training in micro-batches of 2): padded
 # fp32 5e-6, packed fp32 and bf16 0, padded bf16 0.08; there every other shape of a batch rounds otherwise.
-FLOORS = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 0.05}
+FLOORS = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.05}
 PADDED_BF16 = 0.25
 
 
@@ -33,8 +33,8 @@ def check(policy: Policy, stage: TrainConfig, examples: Sequence[Example], parts
     batches = [
         collate([examples[i] for i in part], pad, stage.kind, layout=policy.layout, mismatched=()) for part in parts
     ]
-    bf16 = policy.compute_dtype == torch.bfloat16
-    floor = PADDED_BF16 if bf16 and policy.layout == "padded" else FLOORS[policy.compute_dtype]
+    sixteen = policy.compute_dtype in (torch.bfloat16, torch.float16)
+    floor = PADDED_BF16 if sixteen and policy.layout == "padded" else FLOORS[policy.compute_dtype]
     policy.model.train()
     worst, off = _differences(policy, batches, floor)
     found = f"policy and reference, still the same, differ by up to {worst:.1e} nats a sequence"
@@ -63,7 +63,7 @@ def _differences(policy: Policy, batches: Sequence[Batch], floor: float) -> tupl
             batch = batch.to(policy.device)
             logps = policy.compute_loss(batch, SFT()).logps.detach()
             assert batch.ref_logps is not None
-            ratios = (logps - batch.ref_logps).abs().double().cpu().nan_to_num(math.inf)
+            ratios = (logps - batch.ref_logps).abs().cpu().double().nan_to_num(math.inf)
             tokens = torch.tensor(batch.cu_seqlens).diff().clamp(min=1).double()
             worst = max(worst, float(ratios.max()))
             off = max(off, float((ratios / (floor * tokens.sqrt())).max()))

@@ -51,6 +51,7 @@ from .model import (
 )
 from .optim import check_optimizer
 from .positions import check_positions, longest_sequences
+from .quantized import parameters_of
 from .rendering import dated, keep_date
 from .run import Interrupted, Run, StopFlag, save_checkpoint, spent
 from .run_folder import LEFT, clear, refuse_removed, refuse_used
@@ -286,7 +287,7 @@ def _already_complete(run_dir: Path, config: TrainConfig, display: Display) -> d
 
 
 def describe(policy: Policy) -> str:
-    total = sum(p.numel() for p in policy.model.parameters())
+    total = parameters_of(policy.model)
     trained = sum(p.numel() for p in policy.trainable().values())
     size = f"{total / 1e9:.2f}B" if total >= 1e9 else f"{total / 1e6:.2f}M"
     share = "" if trained == total else f" ({100 * trained / total:.2g} % trained)"

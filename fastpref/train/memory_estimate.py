@@ -1,6 +1,7 @@
 """What training a model takes of a GPU's memory, term by term, before it is loaded: `fastpref plan --model`.
 
-    weights       bf16 or fp32; under autocast also the bf16 copies it keeps of fp32 matrices
+    weights       bf16 or fp32; under autocast also the bf16 copies it keeps of fp32 matrices; codes and scales of
+                  layers in 4 or 8 bits
     gradients     of all weights (gradient accumulation needs them), or of the largest one where they leave as they come
     optimiser     states; optim.py lists their sizes
     activations   what waits for the backward pass, all layers together
@@ -18,7 +19,8 @@ import math
 import os
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ import torch
 from torch import Tensor, library, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 from fastpref.errors import UserError, first_line
 from fastpref.plan import Problem, plan
@@ -33,7 +36,9 @@ from fastpref.plan import Problem, plan
 from .config import TrainConfig
 from .model import enable_checkpointing
 from .optim import SLICE
+from .quantized import found_in, is_packed
 from .source import source_of
+from .traits import free_routers, has_experts
 
 GIB = 2**30
 CONTEXT = 0.75 * GIB
@@ -64,6 +69,9 @@ class Sizes:
     full: Mapping[str, Activations]  # by gradient_checkpointing, all weights trained
     lora: Mapping[str, Activations]
     no_lora: str = ""  # why there is nothing about LoRA
+    packed: int = 0  # numbers of linear layers but the LM head: what load_in_4bit quantises
+    packed_rows: int = 0  # of them all
+    few_bits: Mapping[int, Mapping[str, Activations]] = field(default_factory=dict)  # LoRA's, by bits
 
 
 @dataclass(frozen=True)
@@ -82,6 +90,11 @@ class Recipe:
     def lora(self) -> bool:
         return "use_peft" in self.keys
 
+    @property
+    def bits(self) -> int:
+        """Of a number in a frozen linear layer that is quantised; 0: none is."""
+        return 4 if "load_in_4bit" in self.keys else 8 if "load_in_8bit" in self.keys else 0
+
 
 _STREAMED = {"max_grad_norm": "0"}
 RECIPES = (
@@ -92,6 +105,9 @@ RECIPES = (
            {"dtype": "bfloat16", "optim": "adamw_torch_8bit", "optim_in_backward": "true"} | _STREAMED),
     Recipe("bf16, states on host", 3, {"dtype": "bfloat16", "optim": "adamw_offload"} | _STREAMED),
     Recipe("LoRA on bf16", 4, {"dtype": "bfloat16", "use_peft": "true"}),
+    Recipe("LoRA on 8 bits", 5, {"dtype": "bfloat16", "use_peft": "true", "load_in_8bit": "true"}),
+    Recipe("QLoRA (4 bits)", 6,
+           {"dtype": "bfloat16", "use_peft": "true", "load_in_4bit": "true", "use_bnb_nested_quant": "true"}),
 )
 
 
@@ -118,12 +134,27 @@ class Terms:
         return {**self.recipe.keys, "gradient_checkpointing": self.kind}
 
 
-def recipe_of(stage: TrainConfig) -> Recipe:
-    """What a configuration trains with."""
+def recipe_of(stage: TrainConfig, settings: Any = None) -> Recipe:
+    """What a configuration trains with. settings: the model's, which may be quantised already."""
+    there = found_in(settings) if is_packed(settings) else {}
+    named = {"optim_in_backward": stage.optim_in_backward, "use_peft": stage.use_peft,
+             "load_in_4bit": stage.load_in_4bit or there.get("load_in_4bit"),
+             "load_in_8bit": stage.load_in_8bit or there.get("load_in_8bit"),
+             "use_bnb_nested_quant": stage.use_bnb_nested_quant or there.get("bnb_4bit_use_double_quant")}
     keys = {"dtype": stage.dtype, "optim": stage.optimizer}
-    keys |= {"optim_in_backward": "true"} if stage.optim_in_backward else {}
-    keys |= {"use_peft": "true"} if stage.use_peft else {}
-    return Recipe("", 0, keys)
+    return Recipe("", 0, keys | {name: "true" for name, on in named.items() if on})
+
+
+def weight_bytes(sizes: Sizes, recipe: Recipe) -> int:
+    """What stays on the device, without the adapter. Of 4 bits 64 numbers share a float32 scale, and with nested scales
+    these have 8 bits, of which 256 share one; of 8 bits a row does."""
+    s, size = sizes, 2 if recipe.bf16 else 4
+    packed = s.packed if recipe.bits else 0
+    scales = {0: 0.0, 4: s.packed * 4 / 64, 8: 4.0 * s.packed_rows}[recipe.bits]
+    if recipe.bits == 4 and "use_bnb_nested_quant" in recipe.keys:
+        scales = s.packed * (1 + 4 / 256) / 64
+    copies = 0 if recipe.bf16 else 2 * (s.matrices - packed)
+    return size * (s.parameters - packed) + recipe.bits * packed // 8 + int(scales) + copies
 
 
 def states(sizes: Sizes, recipe: Recipe) -> tuple[int, int, int, int, int]:
@@ -131,7 +162,7 @@ def states(sizes: Sizes, recipe: Recipe) -> tuple[int, int, int, int, int]:
     s, keys, size = sizes, recipe.keys, 2 if recipe.bf16 else 4
     trained = s.adapters if recipe.lora else s.parameters
     grad_size = 4 if recipe.lora else size
-    weights = size * s.parameters + (2 * s.matrices if not recipe.bf16 else 0) + 4 * s.adapters * recipe.lora
+    weights = weight_bytes(s, recipe) + 4 * s.adapters * recipe.lora
     optim = keys.get("optim", "adamw_torch_fused")
     state, host, step = {
         "adamw_torch_fused": (8 * trained, 0, 0),
@@ -150,7 +181,7 @@ def states(sizes: Sizes, recipe: Recipe) -> tuple[int, int, int, int, int]:
 def terms(sizes: Sizes, recipe: Recipe, kind: str, memory_budget: int | None = None) -> Terms:
     """The terms of `recipe`. memory_budget: bytes of workspace for the LM head, None: its default."""
     s, size = sizes, 2 if recipe.bf16 else 4
-    acts = (s.lora if recipe.lora else s.full)[kind]
+    acts = (s.few_bits[recipe.bits] if recipe.bits else s.lora if recipe.lora else s.full)[kind]
     weights, gradients, state, step, host = states(s, recipe)
     kept = acts.kept * (1 if recipe.bf16 or kind not in ("full", "offload") else 2)  # autocast: fp32 between layers
     if kind == "offload":
@@ -182,12 +213,14 @@ def check_fits(config: TrainConfig, ranks: int, gpu_bytes: int) -> None:
             config.model_name_or_path, revision=config.model_revision, trust_remote_code=config.trust_remote_code
         )
         sizes = counted(settings, config.lora_r, adapters=config.use_peft)
+        recipes = [recipe_of(stage, settings) for stage in stages]
     except Exception:  # the run itself says what is wrong with its model
         return
-    found = [states(sizes, recipe_of(stage)) for stage in stages]
+    found = [states(sizes, recipe) for recipe in recipes]
     needed, room = max(sum(parts[:3]) for parts in found), int(gpu_bytes - CONTEXT)
     shards = max(1, ranks // config.dp_replicate)
-    whole = (2 if config.dtype == "bfloat16" else 4) * sizes.parameters  # each rank loads the model, then shards it
+    # each rank loads the model, then shards it
+    whole = weight_bytes(sizes, recipes[0]) if recipes[0].bits else (4 - 2 * recipes[0].bf16) * sizes.parameters
     if max(needed / shards, whole) <= room:
         return
     enough = f"take at least {-(-needed // room) * config.dp_replicate} GPUs, or " if whole <= room else ""
@@ -268,16 +301,21 @@ def load_sizes(model: str, tokens: int, lora_r: int = 16, revision: str = "main"
     return measure(config, tokens, lora_r)
 
 
-def measure(config: Any, tokens: int, lora_r: int = 16, only: tuple[str, bool] | None = None) -> Sizes:
+def measure(config: Any, tokens: int, lora_r: int = 16, only: tuple[str, Recipe] | None = None) -> Sizes:
     """Sizes of the causal LM that `config` describes; activations of `tokens` tokens in bf16.
 
-    only: (kind of checkpointing, with LoRA or without): activations of nothing else, which takes a sixth of the time.
+    only: (kind of checkpointing, recipe): activations of nothing else, which takes a twelfth of the time.
     """
     kinds = KINDS if only is None else (only[0],)
     sizes = counted(config, lora_r, adapters=False)
-    full = {} if only and only[1] else _by_kind(_on_meta(config), tokens, kinds)
-    adapters, lora, no_lora = (0, {}, "") if only and not only[1] else _of_lora(config, tokens, lora_r, kinds)
-    return replace(sizes, adapters=adapters, tokens=tokens, full=full, lora=lora, no_lora=no_lora)
+    full = {} if only and only[1].lora else _by_kind(_on_meta(config), tokens, kinds)
+    if only and not only[1].lora:
+        return replace(sizes, tokens=tokens, full=full)
+    bits = (0, 4, 8) if only is None else (only[1].bits,)
+    adapters, lora, no_lora = _of_lora(config, tokens, lora_r, kinds, bits)
+    few = {n: found for n, found in lora.items() if n}
+    return replace(sizes, adapters=adapters, tokens=tokens, full=full, lora=lora.get(0, {}), few_bits=few,
+                   no_lora=no_lora)
 
 
 def counted(config: Any, lora_r: int = 16, *, adapters: bool) -> Sizes:
@@ -286,31 +324,64 @@ def counted(config: Any, lora_r: int = 16, *, adapters: bool) -> Sizes:
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear):
         raise UserError(f"{type(model).__name__}: its LM head is {type(head).__name__}; fastpref takes a linear layer")
-    linear = {id(m.weight): m.weight for m in model.modules() if isinstance(m, nn.Linear)}
+    linear = {id(m.weight): m.weight for m in model.modules() if isinstance(m, (nn.Linear, Conv1D))}
+    packed = [w for w in linear.values() if w is not head.weight]
     counts = [p.numel() for p in model.parameters()]
     return Sizes(
         parameters=sum(counts), matrices=sum(w.numel() for w in linear.values()), largest=max(counts),
         hidden=head.in_features, vocab=head.out_features,
         adapters=_of_lora(config, 0, lora_r, ())[0] if adapters else 0, tokens=0, full={}, lora={},
+        packed=sum(w.numel() for w in packed), packed_rows=sum(len(w) for w in packed),
     )
 
 
 def _of_lora(
-    config: Any, tokens: int, lora_r: int, kinds: Sequence[str]
-) -> tuple[int, Mapping[str, Activations], str]:
-    """The adapter's parameters, activations with it, and why there are none."""
+    config: Any, tokens: int, lora_r: int, kinds: Sequence[str], bits: Sequence[int] = ()
+) -> tuple[int, Mapping[int, Mapping[str, Activations]], str]:
+    """The adapter's parameters, activations with it by the base's bits (0: whole), and why there are none."""
     try:
         import peft
 
-        settings = peft.LoraConfig(task_type="CAUSAL_LM", r=lora_r, lora_dropout=0.05, target_modules="all-linear")
-        with torch.device("meta"):
-            adapted = peft.get_peft_model(_on_meta(config), settings)
-        adapters = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
-        return adapters, _by_kind(adapted.get_base_model(), tokens, kinds), ""
+        adapters, found = 0, {}
+        for count in bits or (0,):  # each with a model of its own: checkpointing leaves a hook on the embedding
+            model = _on_meta(config)
+            dropout = 0.0 if has_experts(model) else 0.05  # peft has none for 3-D weights
+            lora = peft.LoraConfig(task_type="CAUSAL_LM", r=lora_r, lora_dropout=dropout, target_modules="all-linear")
+            with torch.device("meta"):
+                adapted = peft.get_peft_model(model, lora)
+            free_routers(adapted)
+            adapters = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+            for layer in (m.base_layer for m in adapted.modules() if hasattr(m, "base_layer") and count):
+                if isinstance(layer, (nn.Linear, Conv1D)):
+                    layer.forward = partial(_of_codes, layer, count)  # type: ignore[method-assign]
+            found[count] = _by_kind(adapted.get_base_model(), tokens, kinds)
+        return adapters, found, ""
     except ImportError:
         return 0, {}, "it needs peft (pip install peft)"
     except (ValueError, TypeError, RuntimeError) as error:  # what peft does not adapt, a mixture's experts say
         return 0, {}, first_line(error)
+
+
+def _of_codes(layer: Any, bits: int, x: Tensor) -> Tensor:
+    out: Tensor = _OfCodes.apply(x, layer.out_features if isinstance(layer, nn.Linear) else layer.nf, bits)
+    return out.clone() if bits == 4 else out  # as peft has it
+
+
+class _OfCodes(torch.autograd.Function):
+    """A product with a weight that is made for it: in 16 bits, from 8 bits by way of 32."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rows: int, bits: int) -> Tensor:
+        ctx.made = rows, x.shape[-1], bits
+        return torch.nn.functional.linear(x, _made(x, *ctx.made))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        return gradient @ _made(gradient, *ctx.made), None, None
+
+
+def _made(x: Tensor, rows: int, columns: int, bits: int) -> Tensor:
+    return x.new_empty(rows, columns, dtype=torch.float32 if bits == 8 else x.dtype).to(x.dtype)
 
 
 def _by_kind(model: Any, tokens: int, kinds: Sequence[str]) -> dict[str, Activations]:

@@ -18,6 +18,7 @@ from fastpref.data import Batch
 from fastpref.trunk import unwrap
 
 from .model import Policy
+from .quantized import numbers
 from .traits import has_experts
 
 # Dense bf16 tensor-core TFLOP/s, fp32 accumulation: NVIDIA's data sheet of each product, for GeForce and RTX its GA102,
@@ -74,7 +75,7 @@ def model_flops(policy: Policy) -> ModelFlops | None:
     if has_experts(policy.model) or not getattr(config, "num_attention_heads", None):
         return None
     weights = [
-        weight
+        (numbers(module), weight.requires_grad)
         for module in policy.trunk.modules()
         if not isinstance(module, nn.Embedding)
         and (weight := module._parameters.get("weight")) is not None
@@ -86,6 +87,6 @@ def model_flops(policy: Policy) -> ModelFlops | None:
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         pair = 4 * config.num_hidden_layers * config.num_attention_heads * width
     return ModelFlops(
-        sum(w.numel() for w in weights), sum(w.numel() for w in weights if w.requires_grad), head.numel(),
+        sum(count for count, _ in weights), sum(count for count, trained in weights if trained), head.numel(),
         head.numel() * head.requires_grad, pair,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -33,10 +34,11 @@ from fastpref.attention import backend, check_replaceable, own_attention, replac
 from fastpref.data import Batch, Layout
 from fastpref.errors import UserError, first_line
 from fastpref.head import PreferenceOutput, linear_logps, linear_preference_loss
-from fastpref.losses import SFT, Totals
+from fastpref.losses import SFT, Totals, WeightedSum
 from fastpref.trunk import LMHead, in_place_of, router_coefficient, take_score_apart, unwrap
 from fastpref.trunk import take_apart as find_parts
 
+from . import quantized
 from .checkpoint import SHARDED, save, verify
 from .config import TrainConfig
 from .liger_kernels import use_liger_kernels
@@ -47,6 +49,7 @@ from .source import (
     check_folder,
     check_whole,
     load_whole,
+    lora_config,
     need_peft,
     put_adapter,
     some,
@@ -116,9 +119,12 @@ class Policy:
         return seen[0], out.aux_loss if isinstance(out.aux_loss, Tensor) else None
 
     def compute_loss(
-        self, batch: Batch, loss: Callable[..., Tensor], totals: Totals | None = None, **inputs: Any
+        self, batch: Batch, loss: Callable[..., Tensor], totals: Totals | None = None, scale: float = 1.0, **inputs: Any
     ) -> PreferenceOutput:
-        """One call of `linear_preference_loss` on a batch that is on the device. `inputs` go to it as they are."""
+        """One call of `linear_preference_loss` on a batch that is on the device. `inputs` go to it as they are.
+
+        scale: of the loss, before gradients are rounded to the compute dtype (float16)."""
+        loss = loss if scale == 1 else WeightedSum((loss,), (scale,))  # type: ignore[arg-type]
         hidden, aux_loss = self._run(batch)
         with self.autocast():  # the head then works in bf16, and its weight's gradient is still fp32
             hidden, weight, bias = self.head.operands(hidden)
@@ -142,7 +148,7 @@ class Policy:
         sequences = out.logps.shape[0]
         share = sequences / totals.sequences if totals else 1.0
         metrics = out.metrics | {"aux_loss": aux_loss.detach().float().expand(sequences)}
-        return out._replace(loss=out.loss + share * (self.router or 0.0) * aux_loss, metrics=metrics)
+        return out._replace(loss=out.loss + scale * share * (self.router or 0.0) * aux_loss, metrics=metrics)
 
     def sequence_logps(self, batch: Batch) -> Tensor:
         """[S] fp32, detached: one forward pass."""
@@ -203,12 +209,12 @@ class RewardPolicy(Policy):
             return F.linear(hidden.to(exact), weight.to(exact), None if bias is None else bias.to(exact)).squeeze(1)
 
     def compute_loss(  # type: ignore[override]
-        self, batch: Batch, loss: Callable[..., Tensor], totals: Totals | None = None, **inputs: Any
+        self, batch: Batch, loss: Callable[..., Tensor], totals: Totals | None = None, scale: float = 1.0, **inputs: Any
     ) -> RewardOutput:
         """loss: `fastpref.losses.BradleyTerry`. Metrics have the names that TRL's RewardTrainer gives them, those of
         the two sides its DPOTrainer's; accuracy is 1 where the chosen response has the larger reward."""
         rewards = self.rewards(batch)
-        value = loss(rewards, margin=batch.margins, pairs=None if totals is None else totals.pairs, **inputs)
+        value = scale * loss(rewards, margin=batch.margins, pairs=None if totals is None else totals.pairs, **inputs)
         rewards = rewards.detach()
         chosen, rejected = rewards.chunk(2)
         metrics = {
@@ -357,7 +363,11 @@ def check_weights(config: TrainConfig) -> None:
     sources += [] if config.init_from_config else [(source_of_run(config), True)]
     for source, trained in sources:
         with _reading(config, source.model):
-            _from_pretrained(config, source.model, source.revision, new_score=True, read=check_whole)
+            _from_pretrained(config, source, new_score=True, trained=trained, read=check_whole)
+            if trained and config.use_peft and (config.merge_adapter or not source.adapter):
+                if config.peft or config.lora_target_modules:  # what matches no layer is told before any is loaded
+                    with torch.device("meta"):
+                        _with_lora(config, from_config(config, source))
             if source.adapter:
                 with torch.device("meta"):
                     model = from_config(config, source)
@@ -408,12 +418,32 @@ def load_reference(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, name
     verify(Path(name))
     source = source_of(str(name))
     with _reading(config, source.model):
-        model = _from_pretrained(config, source.model, source.revision).to(pick_device())
+        model = _placed(_from_pretrained(config, source, trained=False))
     return take_apart(_adapted(config, model, source).requires_grad_(False), config, tokenizer)
 
 
 def pick_device() -> torch.device:
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    """A GPU if torch has one (ROCm's are called cuda too), else the CPU; or what FASTPREF_DEVICE names: mps is never
+    taken unasked."""
+    name = os.environ.get("FASTPREF_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
+    kind = name.partition(":")[0]
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not there.get(kind):
+        raise UserError(f"FASTPREF_DEVICE is {name!r}; of cpu, cuda and mps this torch has "
+                        f"{', '.join(kind for kind, has in there.items() if has)} here")
+    return torch.device("cuda", torch.cuda.current_device()) if name == "cuda" else torch.device(name)
+
+
+def compute_dtype_of(config: TrainConfig, device: torch.device) -> torch.dtype:
+    """Of the forward pass. On a GPU under fp32 weights bf16 is the default, and fp16 with a loss scaler where bf16 is
+    only emulated (T4, V100)."""
+    if config.bf16 or config.dtype == "bfloat16":
+        return torch.bfloat16
+    native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    if config.bf16 is None and native and not config.fp16:
+        return torch.bfloat16
+    fp16 = device.type == "cuda" and not native and config.bf16 is None if config.fp16 is None else config.fp16
+    return torch.float16 if fp16 else torch.float32
 
 
 def enable_checkpointing(model: Any, kind: str) -> None:
@@ -450,8 +480,8 @@ def _load_model(config: TrainConfig, weights: str | Path | None) -> Any:
             model = from_config(config, source)
         else:
             new_score = config.reward_model and not weights
-            model = _from_pretrained(config, source.model, source.revision, new_score=new_score)
-        model = model.to(pick_device())
+            model = _from_pretrained(config, source, new_score=new_score)
+        model = _placed(model)
     model = model if weights else _merged(config, model, source)
     if config.use_liger_kernel:
         use_liger_kernels(model)
@@ -487,14 +517,24 @@ def from_config(config: TrainConfig, source: Source) -> Any:
     return auto.from_config(settings, dtype=getattr(torch, config.dtype), **trust)
 
 
-def _from_pretrained(
-    config: TrainConfig, name: str, revision: str, *, new_score: bool = False, read: Callable[..., Any] = load_whole
-) -> Any:
-    options: dict[str, Any] = {"revision": revision, "trust_remote_code": config.trust_remote_code}
+def _from_pretrained(config: TrainConfig, source: Source, *, new_score: bool = False, trained: bool = True,
+                     read: Callable[..., Any] = load_whole) -> Any:
+    settings, device = settings_of(config, source), pick_device()
+    quantized.check(config, source, settings, device, trained=trained)
+    options: dict[str, Any] = {"revision": source.revision, "trust_remote_code": config.trust_remote_code}
     options["dtype"] = getattr(torch, config.dtype)
+    if read is load_whole:
+        options |= quantized.options_of(config, settings, device)
+    elif quantized.found_in(settings):  # whose tensors have other names and shapes than the model's: left to the run
+        return None
     if config.reward_model:
-        return read(AutoModelForSequenceClassification, name, new_score=new_score, num_labels=1, **options)
-    return read(AutoModelForCausalLM, name, **options)
+        return read(AutoModelForSequenceClassification, source.model, new_score=new_score, num_labels=1, **options)
+    return read(AutoModelForCausalLM, source.model, **options)
+
+
+def _placed(model: Any) -> Any:
+    """On the device; quantised models are made there."""
+    return model if getattr(model, "is_quantized", False) else model.to(pick_device())
 
 
 def _merged(config: TrainConfig, model: Any, source: Source) -> Any:
@@ -518,32 +558,27 @@ def _adapted(config: TrainConfig, model: Any, source: Source, **options: Any) ->
 
 def _with_lora(config: TrainConfig, model: Any) -> Any:
     """A new adapter. On a merged model it belongs to the folder where `keep_merged` puts that."""
-    peft = need_peft()
-    targets: Any = list(config.lora_target_modules or ("all-linear",))
-    left = [name for name, module in model.named_modules() if is_router(model, name) or _refused_by_peft(model, name)]
-    dropout = config.adapter_dropout
-    if config.lora_dropout is None and has_experts(model):  # peft has none for 3-D weights
-        dropout = 0.0
+    settings = lora_config(config)
+    every = settings.target_modules == "all-linear"
+    if every:
+        left = [name for name, _ in model.named_modules() if _is_left(model, name)]
+        settings.exclude_modules = [*left, *(settings.exclude_modules or ())] or None
+    if config.lora_dropout is None and "lora_dropout" not in config.peft and has_experts(model):
+        settings.lora_dropout = 0.0  # peft has none for 3-D weights
     try:
-        adapted = peft.get_peft_model(
-            model,
-            peft.LoraConfig(
-                # of a classifier peft trains and saves the score layer too, whole
-                task_type="SEQ_CLS" if config.reward_model else "CAUSAL_LM",
-                r=config.lora_r,
-                lora_alpha=config.lora_alpha,
-                lora_dropout=dropout,
-                target_modules="all-linear" if targets == ["all-linear"] else targets,
-                exclude_modules=left if targets == ["all-linear"] and left else None,
-            ),
-        )
-    except ValueError as error:
-        raise UserError(f"lora_target_modules: {first_line(error)}") from None
-    if targets == ["all-linear"]:
+        adapted = need_peft().get_peft_model(model, settings)
+    except (ValueError, TypeError, ImportError, NotImplementedError) as error:
+        what = "peft" if config.peft else "lora_target_modules"
+        raise UserError(f"{what}: {first_line(error)}") from None
+    if every:
         free_routers(adapted)
     if config.merge_adapter:
         adapted.peft_config["default"].base_model_name_or_path = str(Path(config.output_dir, BASE).absolute())
     return adapted
+
+
+def _is_left(model: Any, name: str) -> bool:
+    return is_router(model, name) or _refused_by_peft(model, name)
 
 
 def _refused_by_peft(model: Any, name: str) -> bool:
@@ -560,17 +595,15 @@ def _refused_by_peft(model: Any, name: str) -> bool:
 
 def take_apart(model: Any, config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> Policy:
     """Finds trunk and head (see `fastpref.trunk`)."""
+    quantized.settle(model)
     try:
         parts = take_score_apart(model) if config.reward_model else find_parts(model)
     except ValueError as error:
         raise UserError(str(error)) from None
     device = next(model.parameters()).device
     device = pick_device() if device.type == "meta" else device
-    bf16 = config.bf16 or config.dtype == "bfloat16"
-    if config.bf16 is None and not bf16:
-        bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
-    compute_dtype = torch.bfloat16 if bf16 else torch.float32
-    notes = [note for note in (fix_rope(model, longest_of(config)),) if note]
+    compute_dtype = compute_dtype_of(config, device)
+    notes = [note for note in (quantized.note(model), fix_rope(model, longest_of(config))) if note]
     settings, router = unwrap(model).config.get_text_config(), None
     if getattr(settings, "output_router_logits", False):
         try:
@@ -635,6 +668,17 @@ def keep_merged(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, run_dir
         tokenizer.save_pretrained(folder)
 
     save(run_dir / BASE, write)
+
+
+def load_merged(config: TrainConfig, adapter: str | Path, dtype: torch.dtype) -> Any:
+    """The model that a run's adapter (a folder) and its base are together, in `dtype`, without peft. A base of 4 or 8
+    bits is dequantised: the sum Q + B A is exact in float32, and rounded once to `dtype`, which is what is lost."""
+    source = replace(source_of_run(config), adapter=str(adapter), adapter_revision="main")
+    with _reading(config, source.model):
+        model = _from_pretrained(config, source)
+    if getattr(model, "is_quantized", False):
+        model = model.dequantize(torch.float32)
+    return _adapted(config, model, source, merge=True).to(dtype)
 
 
 def save_model(
@@ -730,7 +774,7 @@ def fingerprint(model: nn.Module) -> str:
     digest = hashlib.sha256(f"{transformers.__name__} {type(model).__name__}".encode())
     size = 1 << 22
     weights = None
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted(quantized.states_of(model).items()):
         tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
         bits = tensor.detach().contiguous().view(-1)
         if bits.dtype != torch.bool:

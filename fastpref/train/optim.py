@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 
+# Of losses in float16, dynamic as in arXiv 1710.03740: an eighth after a step that overflowed (five in a row, which
+# end a run by default, come down from 65536 to 2), twice after so many that did not.
+FIRST_SCALE, RAISED_EVERY = 2.0**16, 1000
 SLICE = 2**24  # weights that MasterAdamW updates at a time
 
 
@@ -210,7 +213,8 @@ class Updater:
     their update. adamw_offload sends gradients to the host as they come and updates all weights or none.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], config: TrainConfig) -> None:
+    def __init__(self, parameters: Iterable[nn.Parameter], config: TrainConfig, *, scaled: bool = False) -> None:
+        """scaled: losses are multiplied with `scale`, which float16's range needs; gradients are divided by it."""
         self.parameters = list(parameters)
         self.in_backward = config.optim_in_backward
         self.offloads = config.optimizer == "adamw_offload"
@@ -222,6 +226,12 @@ class Updater:
         if self.streams:  # before the optimiser's own hooks, which free the gradients
             self.hooks = [p.register_post_accumulate_grad_hook(self._arrived) for p in self.parameters]
         self.optimizer = make_optimizer(self.parameters, config)
+        if scaled:  # in a group, where it is saved and loaded with the states
+            self.optimizer.param_groups[0] |= {"loss_scale": FIRST_SCALE, "steps_at_scale": 0}
+
+    @property
+    def scale(self) -> float:
+        return float(self.optimizer.param_groups[0].get("loss_scale", 1.0))
 
     def begin(self, rate: float) -> None:
         self.norms, self.broken = [], False
@@ -248,12 +258,20 @@ class Updater:
             if not self.norms:  # no backward pass: the loss was not finite
                 return torch.full((), math.nan, device=self.parameters[0].device)
             return torch.linalg.vector_norm(torch.stack(self.norms))
+        if self.scale != 1:
+            torch._foreach_mul_([p.grad for p in self.parameters if p.grad is not None], 1 / self.scale)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.max_norm)
         return norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of all ranks' parts
 
     def end(self, finite: bool) -> None:
         if finite and not self.in_backward:
             self.optimizer.step()
+        if "loss_scale" in (group := self.optimizer.param_groups[0]):
+            group["steps_at_scale"] = group["steps_at_scale"] + 1 if finite else 0
+            if not finite:
+                group["loss_scale"] = max(group["loss_scale"] / 8, 1.0)
+            elif group["steps_at_scale"] % RAISED_EVERY == 0:
+                group["loss_scale"] = min(2 * group["loss_scale"], 2.0**24)
         self.optimizer.zero_grad(set_to_none=True)
 
     def close(self) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastpref.data import Batch, Example, Kind, identity_of
+from fastpref.rows import exact_dtype
 
 from . import ranks
 
@@ -76,17 +77,17 @@ def _margins(metrics: dict[str, Tensor]) -> Tensor:
 
 
 def _length_gaps(batch: Batch) -> Tensor:
-    """[P] fp64: |y_chosen| - |y_rejected|, scored tokens."""
-    lengths = torch.tensor(batch.cu_seqlens, dtype=torch.float64).diff()
+    """[P] fp64 where there is one: |y_chosen| - |y_rejected|, scored tokens."""
+    device = batch.input_ids.device
+    lengths = torch.tensor(batch.cu_seqlens, dtype=exact_dtype(device)).diff()
     chosen, rejected = lengths.chunk(2)
     gaps = chosen - rejected
-    device = batch.input_ids.device
     return gaps.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else gaps
 
 
 def moments(x: Tensor, y: Tensor) -> dict[str, Tensor]:
     """Whose sums over any number of batches, ranks and steps give the correlation of all x and y."""
-    x, y = x.double(), y.double()
+    x, y = x.to(exact_dtype(x.device)), y.to(exact_dtype(y.device))
     return {f"{MOMENT}{name}": value for name, value in
             (("x", x), ("y", y), ("xx", x * x), ("yy", y * y), ("xy", x * y))}
 
@@ -158,8 +159,9 @@ class MetricSums:
         """Means over all ranks, a NaN left out (KTO: a sequence of the other kind), and the scalars of `more`."""
         scalars = {}
         if self.parts:
-            values = [torch.cat(parts).double() for parts in self.parts.values()]
-            both = [torch.stack((x.nansum(), (~x.isnan()).sum().double())) for x in values]
+            values = [torch.cat(parts) for parts in self.parts.values()]
+            values = [x.to(exact_dtype(x.device)) for x in values]
+            both = [torch.stack((x.nansum(), (~x.isnan()).sum().to(x.dtype))) for x in values]
             sums, counts = ranks.total(torch.stack(both)).unbind(1)
             scalars = dict(zip(self.parts, (sums / counts).unbind()))
             sides = [f"rewards/{side}" for side in ("chosen", "rejected")]
@@ -168,5 +170,5 @@ class MetricSums:
                 every = [torch.cat([part.to(sums.device) for part in ranks.told(one)]) for one in mine]
                 scalars["rewards/margins"] = scalars[sides[0]] - scalars[sides[1]]
                 scalars["rewards/accuracies"] = of_kinds(*every)
-        scalars |= {name: value.double() for name, value in more.items()}
+        scalars |= {name: value.to(exact_dtype(value.device)) for name, value in more.items()}
         return dict(zip(scalars, torch.stack(list(scalars.values())).tolist(), strict=True)) if scalars else {}

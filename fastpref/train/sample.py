@@ -24,6 +24,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 
 from fastpref.errors import UserError, refuse
+from fastpref.rows import exact_dtype
 
 from . import ranks
 from .display import Tick
@@ -202,7 +203,7 @@ class Draw(LogitsProcessor):
             torch.rand(settings.max_new_tokens, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
             for seed in seeds
         ]
-        self.uniforms = torch.stack(rows).to(device)  # [rows, max_new_tokens]
+        self.uniforms = torch.stack(rows).to(device, exact_dtype(device))  # [rows, max_new_tokens]
         self.sound = torch.ones((), dtype=torch.bool, device=device)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
@@ -212,7 +213,7 @@ class Draw(LogitsProcessor):
         last = torch.full_like(u, probs.shape[-1] - 1, dtype=torch.int64)
         if self.settings.top_p < 1:
             probs, order = probs.sort(dim=-1, descending=True, stable=True)
-        mass = probs.cumsum(-1, dtype=torch.float64)
+        mass = probs.cumsum(-1, dtype=self.uniforms.dtype)
         if order is not None:  # a token is in as long as those before it do not hold top_p yet
             last = ((mass - probs) < self.settings.top_p).sum(-1, keepdim=True) - 1
         total = mass.gather(1, last.clamp(min=0))

@@ -14,7 +14,7 @@ import re
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,10 @@ import transformers
 from transformers.utils import cached_file, find_adapter_config_file
 
 from fastpref.data.sources import is_path
-from fastpref.errors import UserError, first_line
+from fastpref.errors import UserError, first_line, refuse
 
 from .config import FULL_RATE, LORA_RATE, TrainConfig
+from .keys import no_such_key
 
 LOG = logging.getLogger("fastpref")
 HUB = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False,
@@ -97,6 +98,8 @@ def source_of_run(config: TrainConfig) -> Source:
         raise UserError(f"{name} is an adapter on {source.model}: set use_peft=true to go on training the adapter, or "
                         "merge_adapter=true to train the model that the two are together")
     if not config.merge_adapter:
+        refuse((config.peft, f"peft has settings of a new adapter, and {name} goes on training with its own: leave it "
+                "out, or set merge_adapter=true for a new adapter"))
         for key, theirs in (("lora_r", "r"), ("lora_alpha", "lora_alpha"), ("lora_target_modules", "target_modules")):
             own, there = getattr(config, key), source.settings.get(theirs)
             same = set(own) == set(there or ()) if isinstance(own, tuple) else own == there
@@ -212,6 +215,58 @@ def need_peft() -> Any:
     except ImportError:
         raise UserError("adapters need the package peft: pip install peft") from None
     return peft
+
+
+# peft's ways to begin that change the base: W - B A in place of W, so that the adapter switched off is no reference
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+_OURS = {"r": "lora_r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout",
+         "target_modules": "lora_target_modules"}
+_SET_BY_THE_RUN = ("task_type", "inference_mode", "peft_type", "base_model_name_or_path", "revision", "auto_mapping")
+# What acts outside the layers that it is beside: in PeftModel.forward, which the trunk does not go through, in a loss
+# of its own, in another number of layers.
+_OUTSIDE = ("alora_invocation_tokens", "arrow_config", "monteclora_config", "velora_config", "kasa_config",
+            "use_bdlora", "megatron_config", "layer_replication", "use_qalora")
+
+
+def lora_config(config: TrainConfig) -> Any:
+    """peft's settings of a new adapter: those of `peft` under its names, the rest of the keys lora_*. Raises UserError
+    for what peft does not know or refuses, and for what the reference or the loop could not keep."""
+    peft = need_peft()
+    given, known = dict(config.peft), {f.name for f in fields(peft.LoraConfig)}
+    for name in given:
+        if name not in known:
+            raise no_such_key(name, "peft.", known)
+        refuse((name in _SET_BY_THE_RUN, f"peft.{name}: is set by the run: leave it out"),
+               (name in _OUTSIDE and given[name], f"peft.{name}: acts elsewhere than in the layers that an adapter is "
+                "beside, which is all that runs here: leave it out"))
+    for name, ours in _OURS.items():
+        default = TrainConfig.__dataclass_fields__[ours].default
+        refuse((name in given and getattr(config, ours) != default,
+                f"peft.{name} and {ours} say the same: set one of them"))
+    begins = str(given.get("init_lora_weights", True)).lower()
+    refuse(
+        (given.get("bias", "none") != "none", f"peft.bias is {given.get('bias')!r}, which trains the base's own "
+         "biases: the adapter switched off would be no reference; leave it out"),
+        (begins.startswith(_CHANGES_BASE),
+         f"peft.init_lora_weights is {begins!r}, which changes the base weights: the adapter switched off would be no "
+         "reference, and the saved adapter would not fit the base; make that model with peft, save both, and start "
+         "from them"),
+        (begins == "eva", "peft.init_lora_weights is 'eva', which begins from activations that the run does not "
+         "give it: initialise the adapter with peft, save it, and go on with it (model_name_or_path)"),
+    )
+    targets = list(config.lora_target_modules or ()) or ["all-linear"]
+    defaults = {
+        "r": config.lora_r,
+        "lora_alpha": config.lora_alpha,
+        "lora_dropout": config.adapter_dropout,
+        "target_modules": "all-linear" if targets == ["all-linear"] else targets,
+    }
+    # of a classifier peft trains and saves the score layer too, whole
+    task = "SEQ_CLS" if config.reward_model else "CAUSAL_LM"
+    try:
+        return peft.LoraConfig(task_type=task, **defaults | given)
+    except (ValueError, TypeError, ImportError) as error:
+        raise UserError(f"peft: {first_line(error)}") from None
 
 
 def _same(a: torch.Tensor, b: torch.Tensor) -> bool:

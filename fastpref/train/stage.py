@@ -136,7 +136,8 @@ class Stage:
         self.start = StartLogps(self.held_out)
         self.report_due = 0.0
         self.flops = model_flops(self.policy)
-        self.updater = Updater(self.policy.trainable().values(), self.config)
+        scaled = self.policy.compute_dtype == torch.float16
+        self.updater = Updater(self.policy.trainable().values(), self.config, scaled=scaled)
         self.policy.model.train()
         if given.optimizer and not self.state.step:
             self.updater.optimizer.load_state_dict(given.optimizer)
@@ -442,11 +443,12 @@ def train_step(
     sums, total = MetricSums(), torch.zeros((), device=policy.device)
     updater.begin(rate)
     for batch, counts in mine:
-        out = policy.compute_loss(batch, loss, totals, **loss_inputs(loss, batch, kl_logps, ref_kl))
+        inputs = loss_inputs(loss, batch, kl_logps, ref_kl)
+        out = policy.compute_loss(batch, loss, totals, updater.scale, **inputs)
         value = out.loss if counts else 0 * out.loss
         if not updater.in_backward or math.isfinite(value.item()):
             value.backward()
-        total += value.detach()
+        total += value.detach() / updater.scale
         sums.add(out.metrics, counts)
         sums.add(metrics_of_pairs(stage.kind, out, batch, batch.ref_logps), counts)
     ranks.add_up_gradients(updater.parameters)

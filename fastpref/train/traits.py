@@ -18,6 +18,8 @@ from torch import nn
 from fastpref.errors import UserError
 from fastpref.trunk import unwrap
 
+from .quantized import numbers, parameters_of
+
 # ---- noise -----------------------------------------------------------------------------------------------------------
 
 _DROPOUT = nn.modules.dropout._DropoutNd  # what nn.Dropout and its relatives are
@@ -220,13 +222,14 @@ def free_routers(model: Any) -> None:
 def adapted_share(model: Any) -> str:
     """Of a PeftModel: what share of the weights has an adapter beside it."""
     weights = {name: p for name, p in model.named_parameters() if "lora_" not in name}
-    total, experts = sum(p.numel() for p in weights.values()), [p for p in weights.values() if p.ndim == 3]
-    adapted = {}
+    total = parameters_of(model) - sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)
+    experts, adapted = [p for p in weights.values() if p.ndim == 3], {}
     for module in model.modules():
         if hasattr(module, "lora_A") and hasattr(module, "get_base_layer"):
-            weight = getattr(module.get_base_layer(), getattr(module, "parameter_name", "weight"))
-            adapted[id(weight)] = weight
-    share = 100 * sum(p.numel() for p in adapted.values()) / total
+            base, name = module.get_base_layer(), getattr(module, "parameter_name", "weight")
+            weight = getattr(base, name)
+            adapted[id(weight)] = numbers(base) if name == "weight" else weight.numel()
+    share = 100 * sum(adapted.values()) / total
     left = sum(p.numel() for p in experts if id(p) not in adapted)
     beside = f"; not beside experts' 3-D weights, {100 * left / total:.2g} % of all" if left else ""
     return f"LoRA beside {share:.2g} % of the weights{beside}"

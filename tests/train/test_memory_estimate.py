@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from tiny import make_config
-from transformers import Gemma2Config, LlamaConfig, LlamaForCausalLM, MixtralConfig
+from transformers import BitsAndBytesConfig, Gemma2Config, LlamaConfig, LlamaForCausalLM, MixtralConfig
 
 from fastpref import cli
 from fastpref.errors import UserError
@@ -18,6 +19,7 @@ from fastpref.train import loop, memory_estimate
 from fastpref.train.config import TrainConfig
 from fastpref.train.memory_estimate import GIB, KINDS, RECIPES, Activations, choose, measure, terms
 from fastpref.train.model import enable_checkpointing
+from fastpref.train.quantized import settle, states_of
 from fastpref.train.stage_data import StageData
 
 LLAMA_3_8B = LlamaConfig(
@@ -92,6 +94,46 @@ def test_activations_against_a_real_step(kind):
     real = memory_estimate.count(model, torch.zeros(1, 96, dtype=torch.int64))
     assert counted.kept == pytest.approx(real.kept, rel=0.02)
     assert counted.work == pytest.approx(real.work, rel=0.05)
+
+
+@pytest.mark.parametrize("recipe", [r for r in RECIPES if r.bits], ids=lambda r: r.label)
+@pytest.mark.parametrize("kind", ["none", "full"])
+def test_bases_of_few_bits_against_a_real_step(recipe, kind, tmp_path):
+    """Bytes of weights and scales, and of a step's tensors, within 5 % of those of a model in bitsandbytes."""
+    peft = pytest.importorskip("peft")
+    pytest.importorskip("bitsandbytes")
+    config = make_config(hidden_size=256, intermediate_size=640, num_attention_heads=4)
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    sizes = measure(config, 96, lora_r=8)
+    t = memory_estimate.terms(sizes, recipe, kind, 2**22)
+    asked = BitsAndBytesConfig(load_in_4bit=recipe.bits == 4, load_in_8bit=recipe.bits == 8,
+                               bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    config._attn_implementation = "sdpa"
+    base = LlamaForCausalLM.from_pretrained(tmp_path, config=config, dtype=torch.bfloat16, quantization_config=asked)
+    settle(base)
+    held = {k: v for k, v in states_of(base).items() if not k.endswith(("quant_map", "weight_format"))}  # tables
+    assert t.weights - 4 * sizes.adapters == pytest.approx(sum(v.nbytes for v in held.values()), rel=0.05)
+    if kind != "none":
+        enable_checkpointing(base, kind)
+    lora = peft.LoraConfig(task_type="CAUSAL_LM", r=8, lora_dropout=0.05, target_modules="all-linear")
+    model = peft.get_peft_model(base, lora).get_base_model().train()
+    real = memory_estimate.count(model, torch.zeros(1, 96, dtype=torch.int64))
+    counted = sizes.few_bits[recipe.bits][kind]
+    assert counted.kept == pytest.approx(real.kept, rel=0.05)
+    assert counted.kept + counted.work == pytest.approx(real.kept + real.work, rel=0.05)
+
+
+@pytest.mark.slow
+def test_the_docs_table_of_cards():
+    text = (Path(__file__).parents[2] / "docs" / "memory.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d+) GiB \| ([\d,]+) \| (.+?) \| (\w+) \| ([\d.]+) \| ([\d.]+) \|$", text, re.M)
+    assert {int(row[0]) for row in rows} == {12, 16, 24, 48, 80} and len(rows) == 10
+    sizes = {tokens: measure(LLAMA_3_8B, int(tokens.replace(",", ""))) for tokens in {row[1] for row in rows}}
+    for gib, tokens, label, kind, card, host in rows:
+        best = choose(sizes[tokens], int(gib) * GIB)[1]
+        assert (best.recipe.label.strip(), best.kind) == (label, kind)
+        assert (f"{best.total / GIB:.1f}", f"{best.host / GIB:.1f}") == (card, host)
+    assert f"takes {total(sizes['4,096'], 'QLoRA (4 bits)', 'full').total / GIB:.1f} GiB at 4,096 tokens" in text
 
 
 def test_other_families():
