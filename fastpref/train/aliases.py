@@ -12,7 +12,8 @@ _TABLE = {
     "model_revision": "revision revision_of_model",
     "chat_template": "chat_template_path chat_template_jinja template",
     "dtype": "torch_dtype pure_bf16 bfloat16",
-    "bf16": "fp16 float16 amp infer_dtype",
+    "bf16": "amp infer_dtype",
+    "fp16": "float16",
     "gradient_checkpointing": "activation_offloading disable_gradient_checkpointing "
                               "gradient_checkpointing_kwargs use_gradient_checkpointing use_unsloth",
     "use_liger_kernel": "enable_liger_kernel liger_rms_norm liger_rope liger_glu_activation",
@@ -25,6 +26,10 @@ _TABLE = {
     "lora_r": "lora_rank",
     "lora_target_modules": "lora_target lora_target_linear target_modules",
     "merge_adapter": "adapter_name_or_path lora_model_dir merge_lora",
+    "load_in_4bit": "quantization_bit quantization_method quantization_config bnb_config use_4bit",
+    "use_bnb_nested_quant": "bnb_4bit_use_double_quant double_quantization",
+    "peft": "use_rslora use_dora modules_to_save lora_modules_to_save lora_bias loraplus_lr_ratio",
+    "leave it out: 4-bit weights compute in bf16, or fp16 where that is set": "bnb_4bit_compute_dtype",
     # run
     "overwrite_output_dir": "overwrite_cache",
     "save_steps": "save_strategy saves_per_epoch save_only_model",
@@ -58,7 +63,7 @@ _TABLE = {
     "gradient_accumulation_steps": "grad_accum gradient_accumulation accumulation_steps global_batch_size",
     "num_train_epochs": "num_epochs epochs n_epochs",
     "max_steps": "max_samples total_steps",
-    "learning_rate": "lr peak_lr embedding_lr loraplus_lr_ratio",
+    "learning_rate": "lr peak_lr embedding_lr",
     "lr_scheduler_type": "lr_scheduler scheduler cosine_min_lr_ratio lr_scheduler_kwargs",
     "optim": "optimizer optimizer_name optim_args",
     "max_grad_norm": "gradient_clipping clip_grad_norm",
@@ -90,9 +95,9 @@ _TABLE = {
     "`fastpref rounds` samples: see rounds.num_generations": "num_generations num_sample_generations",
     "not here, for the fused Trainers of fastpref.integrations.trl (docs/migrating.md)":
         "loss_weights use_weighting ld_alpha router_aux_loss_coef",
-    "not here; docs/migrating.md lists what there is instead": "use_rslora use_dora modules_to_save "
-        "lora_modules_to_save lora_bias neftune_noise_alpha galore use_badam freeze_trainable_layers special_tokens "
-        "rope_scaling rope_theta lora_task_type use_peft_dora",
+    "not here; docs/migrating.md lists what there is instead":
+        "neftune_noise_alpha galore use_badam freeze_trainable_layers special_tokens "
+        "rope_scaling rope_theta lora_task_type",
     "leave it out: matrix products of fp32 weights run in bf16 on a GPU (bf16=false: in fp32)": "tf32",
 }
 ALIASES = {name: text for text, names in _TABLE.items() for name in names.split()}

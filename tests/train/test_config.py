@@ -224,7 +224,7 @@ def test_other_programs_names_are_none_of_ours_and_lead_to_some():
     ours = {*keys_of(TrainConfig), *(key.name for key in options_of_losses())}
     assert not ours & ALIASES.keys()
     assert {said for said in ALIASES.values() if said.isidentifier()} <= ours
-    assert {"deepspeed", "sequence_len", "cutoff_len", "pref_beta", "lora_rank"} <= ALIASES.keys()
+    assert {"bnb_4bit_use_double_quant", "deepspeed", "sequence_len", "cutoff_len", "lora_rank"} <= ALIASES.keys()
 
 
 def test_help_lists_every_key_with_its_default(monkeypatch):
