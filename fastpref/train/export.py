@@ -1,7 +1,7 @@
 """`fastpref export RUN`: a run's model in a folder of its own, with a card that says what it is, ready to be shared.
 
 An adapter stays one, or is merged: added to the model's weights in fp32, in which the two are the same function up to
-rounding, and then cast.
+rounding, and then cast. A base of 4 or 8 bits is dequantised for it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from fastpref.report.reading import read_run
 from .checkpoint import save, verify
 from .config import load_config_of_run
 from .display import Display
-from .model import load_policy, load_tokenizer
+from .model import is_quantised, load_merged, load_policy, load_tokenizer
 from .run_folder import run_of, weights_of_run
 from .traits import save_config
 
@@ -64,6 +64,8 @@ def export(path: Path, output: Path | None = None, *, merge: bool = False, dtype
     if adapter and not merge:
         policy = load_policy(config, tokenizer, weights)  # that it loads is worth knowing before it is shared
         model = policy.model
+    elif adapter and is_quantised(config):  # peft would merge into codes, and round to them again
+        model = load_merged(config, weights, DTYPES[dtype or "fp32"])
     else:
         policy = load_policy(replace(config, dtype="float32", optim=None, bf16=None, gradient_checkpointing="none"),
                              tokenizer, weights)

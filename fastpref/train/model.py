@@ -670,6 +670,11 @@ def keep_merged(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, run_dir
     save(run_dir / BASE, write)
 
 
+def is_quantised(config: TrainConfig) -> bool:
+    """Whether the base of a run's adapter has 4 or 8 bits."""
+    return bool(quantized.asked_for(config)) or quantized.is_packed(settings_of(config, source_of_run(config)))
+
+
 def load_merged(config: TrainConfig, adapter: str | Path, dtype: torch.dtype) -> Any:
     """The model that a run's adapter (a folder) and its base are together, in `dtype`, without peft. A base of 4 or 8
     bits is dequantised: the sum Q + B A is exact in float32, and rounded once to `dtype`, which is what is lost."""

@@ -29,6 +29,7 @@ from fastpref.losses import SFT
 from fastpref.train import loop, quantized
 from fastpref.train.display import Display
 from fastpref.train.dry_run import dry_run
+from fastpref.train.export import export
 from fastpref.train.metrics_log import MetricsLog
 from fastpref.train.model import load_merged, load_policy
 from fastpref.train.stage_data import load_data
@@ -221,6 +222,10 @@ def test_a_stopped_run_goes_on_bitwise_and_is_evaluated_again(bases, world, tmp_
         torch.testing.assert_close(exact(input_ids=ids).logits, expected, rtol=1e-5, atol=1e-5)
         off = (rounded.float()(input_ids=ids).logits - expected).abs().max() / expected.abs().max()
     assert 1e-4 < off < 2e-2
+    export(tmp_path / "stopped", tmp_path / "exported", merge=True, display=quiet)
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "exported")
+    with torch.no_grad():
+        torch.testing.assert_close(whole(input_ids=ids).logits, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_reward_models(bases, world, tmp_path, quiet):
