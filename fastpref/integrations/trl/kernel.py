@@ -31,13 +31,13 @@ _NAME = "_ChunkedLogProbFunction"
 # (tests/integrations), and the versions that have it. A version of TRL is taken for what it has of these, not for its
 # number; what it is refused for is named with the hash to add here once those tests pass.
 COMPARED: dict[str, dict[str, str]] = {
-    "trl.trainer.utils:_ChunkedLogProbFunction": {"fe31e20b5e73": "1.15", "4046f521dc0d": "1.16"},
-    "trl.trainer.utils:add_fused_lm_head": {"858bc8f4c247": "1.15", "5f4aa2119cf1": "1.16"},
-    "trl.trainer.dpo_trainer:DPOTrainer.compute_ref_log_probs": {"2e9d3bad4fc7": "1.15, 1.16"},
-    "trl.trainer.dpo_trainer:DPOTrainer._compute_loss": {"c7f0caad2e5f": "1.15, 1.16"},
-    "trl.trainer.kto_trainer:KTOTrainer.compute_ref_log_probs": {"11817c89f35a": "1.15, 1.16"},
-    "trl.trainer.kto_trainer:KTOTrainer._compute_kl_logps": {"410f2d549e05": "1.15, 1.16"},
-    "trl.trainer.kto_trainer:KTOTrainer._compute_loss": {"c1199cfee455": "1.15, 1.16"},
+    "trl.trainer.utils:_ChunkedLogProbFunction": {"4046f521dc0d": "1.16"},
+    "trl.trainer.utils:add_fused_lm_head": {"5f4aa2119cf1": "1.16"},
+    "trl.trainer.dpo_trainer:DPOTrainer.compute_ref_log_probs": {"2e9d3bad4fc7": "1.16"},
+    "trl.trainer.dpo_trainer:DPOTrainer._compute_loss": {"c7f0caad2e5f": "1.16"},
+    "trl.trainer.kto_trainer:KTOTrainer.compute_ref_log_probs": {"11817c89f35a": "1.16"},
+    "trl.trainer.kto_trainer:KTOTrainer._compute_kl_logps": {"410f2d549e05": "1.16"},
+    "trl.trainer.kto_trainer:KTOTrainer._compute_loss": {"c1199cfee455": "1.16"},
 }
 # TRL's name of a column: ours
 _OUTPUTS = {
