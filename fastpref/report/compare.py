@@ -92,10 +92,14 @@ def _ends(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
 
 def _charts(runs: Sequence[Run], names: Sequence[str]) -> list[Markup]:
     found = []
+    broken = [name for name, run in zip(names, runs) if verdict_of(run).kind == "broken"]
+    broken = broken if len(broken) < len(runs) else []  # its numbers would flatten all others
+    note = f"Left out, for it broke: {', '.join(broken)}." if broken else ""
     for key, axis, guide in CURVES:
         lines = [Line(name, _series(run, key), f"run{i}", "marked" if len(_series(run, key)) <= 40 else "line")
-                 for i, (name, run) in enumerate(zip(names, runs))]
-        found.append(line_chart(metric(key).title, lines, y_label=axis, guide=guide, shares=metric(key).share))
+                 for i, (name, run) in enumerate(zip(names, runs)) if name not in broken]
+        found.append(line_chart(metric(key).title, lines, y_label=axis, guide=guide, shares=metric(key).share,
+                                note=note))
     rewards = [Line(name, [(row["kl"] ** 0.5, row["reward"]) for row in run.stages[-1].rows("sample")
                            if row.get("reward") is not None and (row.get("kl") or -1) >= 0], f"run{i}", "points")
                for i, (name, run) in enumerate(zip(names, runs)) if run.stages]

@@ -198,6 +198,11 @@ def test_runs_are_compared_in_one_page(tmp_path, capsys):
     for title in ("Loss", "KL to the reference", "Exact match, greedy"):
         roles = {g.get("class").split()[0] for g in drawn[title].iter("g")}
         assert {"run0", "run1"} <= roles, title
+    assert main(["compare", *map(str, folders), str(run_of(tmp_path / "exploded", "exploded")), "--output",
+                 str(tmp_path / "three.html")]) == 0
+    html = (tmp_path / "three.html").read_text(encoding="utf-8")
+    assert "exploded: it broke" in html and "Left out, for it broke: exploded." in html and '<g class="run2' not in html
+    capsys.readouterr()
     assert main(["compare", str(folders[0])]) == 2
     assert "compare takes 2 to 8 runs; got 1" in capsys.readouterr().err
 
