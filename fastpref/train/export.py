@@ -47,9 +47,6 @@ def export(path: Path, output: Path | None = None, *, merge: bool = False, dtype
     adapter, converter = config.use_peft, _converter() if gguf else None
     refuse(
         (merge and not adapter, f"--merge: {run_dir} has no adapter (use_peft is false); leave it out"),
-        (merge and (config.load_in_4bit or config.load_in_8bit),
-         "--merge: the adapter was trained on quantised weights (load_in_4bit, load_in_8bit), into which it cannot be "
-         "merged without rounding it away: export it as an adapter"),
         (adapter and not merge and dtype, "--dtype: an adapter stays as it is; add --merge for whole weights"),
         (adapter and not merge and gguf, "--gguf takes whole weights: add --merge"),
         (gguf and config.reward_model, "--gguf: a reward model has no LM head for llama.cpp to run"),
