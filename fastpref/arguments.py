@@ -7,12 +7,22 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .engine import Options, fp32_gemms
-from .losses import Loss, Totals
+from .engine import Inputs, Options, fp32_gemms, on_device
+from .losses import Loss, LossFunction, Totals, get_loss
 from .rows import EXTRAS
 from .tail import EPS
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def loss_of(loss: str | Loss | LossFunction) -> Loss | LossFunction:
+    if isinstance(loss, str):
+        return get_loss(loss)
+    if isinstance(loss, type):
+        raise TypeError(f"loss is the class {loss.__name__}; it takes an object of it: {loss.__name__}(...)")
+    if not callable(loss):
+        raise TypeError(f"loss is a {type(loss).__name__}; it takes a name, an object of fastpref.losses or a callable")
+    return loss
 
 
 def loss_name(loss: object) -> str:
@@ -116,7 +126,32 @@ def _logits_dtype(name: str | None, compute: torch.dtype, device: torch.device) 
     return _LOGITS[name]
 
 
-def check_layout(hidden: Tensor, targets: Tensor, cu_seqlens: Sequence[int] | None) -> int:
+def inputs_of(
+    loss: object, hidden: Tensor, targets: Tensor, cu_seqlens: Sequence[int] | Tensor | None, ref_logps: Tensor | None,
+    ref_hidden: Tensor | None, ref_weight: Tensor | None, ref_bias: Tensor | None, desirable: Tensor | None,
+    kl_logps: Tensor | None, ref_kl_logps: Tensor | None, token_weights: Tensor | None, totals: Totals | None,
+    stats: torch.dtype,
+) -> Inputs:
+    """Checks what a preference loss takes beside what `options_of` does; none of it has a gradient."""
+    if isinstance(cu_seqlens, Tensor):
+        require(cu_seqlens.device.type == "cpu", "cu_seqlens", f"on {cu_seqlens.device}", "a list or a CPU tensor")
+        require(not cu_seqlens.is_floating_point(), "cu_seqlens", cu_seqlens.dtype, "integers", TypeError)
+        cu_seqlens = cu_seqlens.tolist()
+    sequences = _layout(hidden, targets, cu_seqlens)
+    require(not getattr(loss, "pairwise", False) or sequences % 2 == 0, "targets", f"of {sequences} sequences",
+             f"an even number: {loss_name(loss)} compares the first half (chosen) with the second")
+    check_vector("token_weights", token_weights, targets.shape, hidden)
+    _check_reference(loss, sequences, hidden, targets, ref_logps, ref_hidden, ref_weight, ref_bias)
+    kl = _check_kto(loss, sequences, hidden, desirable, kl_logps, ref_kl_logps)
+    _check_totals(totals)
+    fixed = [None if x is None else x.detach() for x in (ref_logps, ref_hidden, ref_weight, ref_bias, token_weights)]
+    ref_logps, ref_hidden, ref_weight, ref_bias, token_weights = fixed
+    ref_logps = None if ref_logps is None else ref_logps.to(stats)
+    return Inputs(targets, cu_seqlens, ref_logps, ref_hidden, ref_weight, ref_bias, desirable, kl, token_weights,
+                  _totals_tensor(totals, hidden.device, stats))
+
+
+def _layout(hidden: Tensor, targets: Tensor, cu_seqlens: Sequence[int] | None) -> int:
     """The number of sequences."""
     width = hidden.shape[-1]
     if cu_seqlens is None:
@@ -134,7 +169,7 @@ def check_layout(hidden: Tensor, targets: Tensor, cu_seqlens: Sequence[int] | No
     return len(ends) - 1
 
 
-def check_reference(
+def _check_reference(
     loss: object, sequences: int, hidden: Tensor, targets: Tensor, ref_logps: Tensor | None, ref_hidden: Tensor | None,
     ref_weight: Tensor | None, ref_bias: Tensor | None,
 ) -> None:
@@ -163,7 +198,7 @@ def check_reference(
     check_vector("ref_bias", ref_bias, ref_weight.shape[:1], hidden, floating=True)
 
 
-def check_kto(
+def _check_kto(
     loss: object, sequences: int, hidden: Tensor, desirable: Tensor | None, kl_logps: Tensor | None,
     ref_kl_logps: Tensor | None,
 ) -> Tensor | None:
@@ -202,7 +237,7 @@ def check_accumulate_into(buffer: Tensor | None, weight: Tensor, possible: bool)
     require(not buffer.requires_grad, "accumulate_into", "a tensor that requires grad", "a plain buffer")
 
 
-def check_totals(totals: Totals | None) -> None:
+def _check_totals(totals: Totals | None) -> None:
     if totals is None:
         return
     require(isinstance(totals, Totals), "totals", f"a {type(totals).__name__}", "a fastpref.Totals", TypeError)
@@ -212,3 +247,15 @@ def check_totals(totals: Totals | None) -> None:
             least = 1 if name == "sequences" else 0
             ok = isinstance(value, int | float) and value >= least
             require(ok, f"totals.{name}", repr(value), f"a number of at least {least}")
+
+
+def _totals_tensor(totals: Totals | None, device: torch.device, dtype: torch.dtype) -> Tensor | None:
+    if totals is None:
+        return None
+    counts = (totals.sequences, totals.tokens, totals.chosen_tokens)
+    if any(isinstance(count, Tensor) for count in counts):
+        return torch.stack([
+            count.to(device, dtype) if isinstance(count, Tensor) else torch.full((), count, dtype=dtype, device=device)
+            for count in counts
+        ])
+    return on_device(tuple(int(count) for count in counts), device).to(dtype)

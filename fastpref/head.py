@@ -16,19 +16,8 @@ import torch
 from torch import Tensor
 
 from . import losses, rows, sharded
-from .arguments import (
-    check_accumulate_into,
-    check_kto,
-    check_layout,
-    check_reference,
-    check_totals,
-    check_vector,
-    extras_of,
-    loss_name,
-    options_of,
-    require,
-)
-from .engine import Options, on_device, segment_sum, totals_of
+from .arguments import check_accumulate_into, extras_of, inputs_of, loss_of, options_of, require
+from .engine import Inputs, Options, on_device, segment_sum, totals_of
 from .losses import Loss, LossFunction, SequenceLogps, Totals
 from .ops import PreferenceLossFunction, TokenStatsFunction
 
@@ -85,7 +74,12 @@ def linear_logps(
     Args:
         hidden: [..., H] hidden states; fp32, bf16, fp16 or fp64.
         weight: [V, H] the head; the dtype of `hidden` (under autocast any: both are then used in the autocast dtype).
-            Or a DTensor of it, Shard(0) over ranks that bring rows of their own: see `linear_preference_loss`.
+            Or a DTensor of it (and of `bias`), Shard(0) over ranks of which each calls this with rows of its own:
+            hidden rows travel, the shards and their gradients do not. The gradient is that of the sum of the ranks'
+            losses.
+            Three GEMMs if the residuals of all ranks' rows fit the budget (in all, 1 / ranks of a row each), else four.
+            Over further mesh dimensions Replicate(). Each rank also holds all ranks' rows, N * H, and the gradient of
+            them in fp32.
         targets: [...] int64, already shifted: targets[i] is the token that hidden[i] predicts.
         bias: [V].
         ignore_index: targets of this value are not scored: they cost nothing and get 0.
@@ -208,11 +202,8 @@ def linear_preference_loss(
     Args:
         hidden: padded [S, T, H], or packed [N, H] with `cu_seqlens`. For pairwise losses the first half of the
             sequences is chosen, the second rejected, pair by pair. Rows that predict nothing may be left out.
-        weight: [V, H]; bias: [V]. Or DTensors of them, Shard(0) over ranks of which each calls this with sequences of
-            its own (and gives `totals` of all): hidden rows travel, the shards and their gradients do not. The gradient
-            is that of the sum of the ranks' losses. Three GEMMs if the residuals of all ranks' rows fit the budget
-            (in all, 1 / ranks of a row each), else four. No extras, no accumulate_into; over further mesh dimensions
-            Replicate(). Each rank also holds all ranks' rows, N * H, and the gradient of them in fp32.
+        weight: [V, H]; bias: [V]. Or DTensors of them, as in `linear_logps`, over ranks of which each has sequences of
+            its own: `totals` are of all of them; no extras, no accumulate_into.
         targets: [S, T] or [N] int64, already shifted; `ignore_index` where nothing is scored.
         loss: a name ("dpo", "rpo", ...), an object of `fastpref.losses`, or any callable `SequenceLogps -> scalar`.
         cu_seqlens: [S + 1] row offsets of the sequences of a packed input, on the host (list or CPU tensor): nothing
@@ -239,35 +230,25 @@ def linear_preference_loss(
 
     Gradients are computed in forward if autograd is recording. Not differentiable twice.
     """
-    if isinstance(loss, str):
-        loss = losses.get_loss(loss)
-    if isinstance(loss, type):
-        raise TypeError(f"loss is the class {loss.__name__}; it takes an object of it: {loss.__name__}(...)")
-    if not callable(loss):
-        raise TypeError(f"loss is a {type(loss).__name__}; it takes a name, an object of fastpref.losses or a callable")
+    loss = loss_of(loss)
     options = options_of(
         hidden, weight, targets, bias, ignore_index, softcap, logit_scale, temperature, memory_budget, backend,
         logits_dtype, tail, tail_eps,
     )
     needed = tuple(getattr(loss, "needs_extras", ()))
     options = options._replace(extras=extras_of("extras", (*extras_of("extras", extras).split(), *needed)))
-    if isinstance(cu_seqlens, Tensor):
-        require(cu_seqlens.device.type == "cpu", "cu_seqlens", f"on {cu_seqlens.device}", "a list or a CPU tensor")
-        require(not cu_seqlens.is_floating_point(), "cu_seqlens", cu_seqlens.dtype, "integers", TypeError)
-        cu_seqlens = cu_seqlens.tolist()
-    sequences = check_layout(hidden, targets, cu_seqlens)
-    pairwise = getattr(loss, "pairwise", False)
-    require(not pairwise or sequences % 2 == 0, "targets", f"of {sequences} sequences",
-             f"an even number: {loss_name(loss)} compares the first half (chosen) with the second")
-    check_vector("token_weights", token_weights, targets.shape, hidden)
-    check_reference(loss, sequences, hidden, targets, ref_logps, ref_hidden, ref_weight, ref_bias)
-    kl = check_kto(loss, sequences, hidden, desirable, kl_logps, ref_kl_logps)
-    check_totals(totals)
+    inputs = inputs_of(
+        loss, hidden, targets, cu_seqlens, ref_logps, ref_hidden, ref_weight, ref_bias, desirable, kl_logps,
+        ref_kl_logps, token_weights, totals, rows.stats_dtype(options.compute_dtype),
+    )
+    return _preference_loss(loss, hidden, weight, bias, inputs, totals, options, accumulate_into)
 
-    detached = [x.detach() if x is not None else None for x in (ref_logps, ref_hidden, ref_weight, ref_bias)]
-    ref_logps, ref_hidden, ref_weight, ref_bias = detached
-    stats = rows.stats_dtype(options.compute_dtype)
-    ref_logps = None if ref_logps is None else ref_logps.to(stats)
+
+def _preference_loss(
+    loss: Loss | LossFunction, hidden: Tensor, weight: Tensor, bias: Tensor | None, inputs: Inputs,
+    totals: Totals | None, options: Options, accumulate_into: Tensor | None,
+) -> PreferenceOutput:
+    """Of arguments that have been checked."""
     declared = isinstance(loss, Loss) and (loss.spec is not None or not torch.compiler.is_compiling())
     if sharded.is_sharded(weight):
         require(accumulate_into is None, "accumulate_into", "given", "None where weight is sharded over ranks")
@@ -276,21 +257,14 @@ def linear_preference_loss(
     if declared:
         if accumulate_into is not None:
             options = options._replace(needs=(options.needs[0], torch.is_grad_enabled(), options.needs[2]))
-        inputs = (
-            targets, cu_seqlens, ref_logps, ref_hidden, ref_weight, ref_bias, desirable, kl,
-            None if token_weights is None else token_weights.detach(), _totals_tensor(totals, hidden.device, stats),
-        )
         value, logps, computed_ref, lengths, sums, tail_sums = PreferenceLossFunction.apply(
             hidden, weight, bias, loss, options, accumulate_into, *inputs
         )
-        ref_logps = computed_ref if ref_hidden is not None else ref_logps
-        seq = SequenceLogps(logps, lengths, Totals(1, 1, 1), ref_logps, desirable, kl)
+        ref_logps = computed_ref if inputs.ref_hidden is not None else inputs.ref_logps
+        seq = SequenceLogps(logps, lengths, Totals(1, 1, 1), ref_logps, inputs.desirable, inputs.kl)
         found = dict(zip(options.extras.split(), sums))
     else:
-        seq, value, found = _free_loss(
-            loss, hidden, weight, bias, targets, cu_seqlens, ref_logps, (ref_hidden, ref_weight, ref_bias), desirable,
-            kl, token_weights, totals, options,
-        )
+        seq, value, found = _free_loss(loss, hidden, weight, bias, inputs, totals, options)
     metrics = losses.metrics(loss, seq)
     if declared and options.tail_eps is not None:
         left_out, squares, active = tail_sums.unbind()
@@ -300,23 +274,13 @@ def linear_preference_loss(
 
 
 def _free_loss(
-    loss: LossFunction,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    cu_seqlens: Sequence[int] | None,
-    ref_logps: Tensor | None,
-    reference: tuple[Tensor | None, Tensor | None, Tensor | None],
-    desirable: Tensor | None,
-    kl: Tensor | None,
-    token_weights: Tensor | None,
-    totals: Totals | None,
+    loss: LossFunction, hidden: Tensor, weight: Tensor, bias: Tensor | None, inputs: Inputs, totals: Totals | None,
     options: Options,
 ) -> tuple[SequenceLogps, Tensor, dict[str, Tensor]]:
     """A callable that says nothing of itself: ordinary autograd over the whole batch, between the log-prob ops."""
-    stats = rows.stats_dtype(options.compute_dtype)
-    sizes = None if cu_seqlens is None else tuple(b - a for a, b in zip(cu_seqlens, cu_seqlens[1:]))
+    stats, targets, token_weights = rows.stats_dtype(options.compute_dtype), inputs.targets, inputs.token_weights
+    offsets, ref_logps = inputs.cu_seqlens, inputs.ref_logps
+    sizes = None if offsets is None else tuple(b - a for a, b in zip(offsets, offsets[1:]))
 
     def per_sequence(values: Tensor) -> Tensor:
         if sizes is None:
@@ -327,19 +291,18 @@ def _free_loss(
         hidden: Tensor, weight: Tensor, bias: Tensor | None, options: Options
     ) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
         found = _token_stats(hidden, weight, bias, targets, options, pick=sizes is None)
-        logps = found.logps if token_weights is None else found.logps * token_weights.detach()
+        logps = found.logps if token_weights is None else found.logps * token_weights
         extras = {name: getattr(found, name).detach() for name in options.extras.split()}
         unweighted = per_sequence(found.logps.detach()).to(stats) if extras and token_weights is not None else None
         return per_sequence(logps).to(stats), {k: per_sequence(x).to(stats) for k, x in extras.items()}, unweighted
 
-    ref_hidden, ref_weight, ref_bias = reference
-    if ref_hidden is not None and ref_weight is not None:
+    if inputs.ref_hidden is not None and inputs.ref_weight is not None:
         ref_options = options._replace(needs=(False, False, False), extras="")
-        ref_logps, *_ = sequence_logps(ref_hidden, ref_weight, ref_bias, ref_options)
+        ref_logps, *_ = sequence_logps(inputs.ref_hidden, inputs.ref_weight, inputs.ref_bias, ref_options)
     lengths = per_sequence(targets != options.ignore_index).to(stats)
     logps, extras, unweighted = sequence_logps(hidden, weight, bias, options)
     totals = totals_of(lengths) if totals is None else totals
-    seq = SequenceLogps(logps, lengths, totals, ref_logps, desirable, kl, extras, unweighted)
+    seq = SequenceLogps(logps, lengths, totals, ref_logps, inputs.desirable, inputs.kl, extras, unweighted)
     value = losses.evaluate(loss, seq)
     return replace(seq, logps=logps.detach()), value, extras
 
@@ -369,15 +332,3 @@ def _token_stats(
     logps, *others = TokenStatsFunction.apply(flat_hidden, weight, bias, flat, index, options)
     asked = options.extras.split()
     return TokenStats(placed(logps), **{name: placed(x) for name, x in zip(rows.EXTRAS, others) if name in asked})
-
-
-def _totals_tensor(totals: Totals | None, device: torch.device, dtype: torch.dtype) -> Tensor | None:
-    if totals is None:
-        return None
-    counts = (totals.sequences, totals.tokens, totals.chosen_tokens)
-    if any(isinstance(count, Tensor) for count in counts):
-        return torch.stack([
-            count.to(device, dtype) if isinstance(count, Tensor) else torch.full((), count, dtype=dtype, device=device)
-            for count in counts
-        ])
-    return on_device(tuple(int(count) for count in counts), device).to(dtype)

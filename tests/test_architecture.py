@@ -1,5 +1,6 @@
 """The house's arrows: a module imports what lies below it or beside it, and no imports lead in a circle."""
 
+import ast
 import importlib.util
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -18,6 +19,17 @@ def test_arrows_run_down_and_in_no_circle():
     assert not [(a, b) for a, b in arrows if LEVEL[room[a]] < LEVEL[room[b]]]
     assert not [(a, b) for a, b in arrows if room[b] == "integrations" != room[a]]  # for users alone
     TopologicalSorter(graph).prepare()  # raises CycleError, which names them
+
+
+def test_no_function_is_longer_than_100_lines():
+    """Signature and docstring and all; but for Triton's kernels, which cannot call on Python."""
+    long = []
+    for module, path in FILES.items():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno - node.lineno >= 100:
+                if not any("triton" in ast.unparse(decorator) for decorator in node.decorator_list):
+                    long.append(f"{module}.{node.name}: {node.end_lineno - node.lineno + 1}")
+    assert not long
 
 
 def test_the_picture_is_of_these_imports():
