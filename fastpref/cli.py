@@ -122,7 +122,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"fastpref {__version__}")
     parser.set_defaults(light=False)
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Command)
+    _add_runs(commands)
+    _add_tools(commands)
+    return parser
 
+
+def _add_runs(commands: Any) -> None:
+    """What makes runs, and what is done with them."""
     command = commands.add_parser("train", help="train as a configuration file says")
     _takes_config(command, "YAML file, of the keys below")
     how = command.add_mutually_exclusive_group()
@@ -188,6 +194,8 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--push", metavar="REPO", help="to this repository of the hub")
     command.set_defaults(run=_export)
 
+
+def _add_tools(commands: Any) -> None:
     command = commands.add_parser("keys", help="the keys of a configuration file: default, meaning, what each takes")
     command.add_argument("word", nargs="?", metavar="WORD", help="those that speak of it, or are called so elsewhere")
     command.set_defaults(run=_keys, light=True)
@@ -217,7 +225,6 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("bench", help="microbenchmarks, and comparing two of their results")
     command.add_argument("arguments", nargs=argparse.REMAINDER, metavar="COMMAND ...", help="none: lists them")
     command.set_defaults(run=_bench, light=True, more=_bench_commands)
-    return parser
 
 
 def _takes_config(command: argparse.ArgumentParser, what: str) -> None:
