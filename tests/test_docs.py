@@ -177,7 +177,7 @@ def check_command(words: list[str]) -> None:
     elif program.startswith("python"):
         check_python(words[1:])
     else:
-        known = ("pip", "apt-get", "git", "cd", "docker", "pre-commit", "export")
+        known = ("pip", "apt-get", "git", "cd", "docker", "pre-commit", "export", "transformers")
         assert program in known, f"unknown command {program}"
 
 
