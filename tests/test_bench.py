@@ -433,9 +433,10 @@ def test_an_interrupted_run_keeps_what_it_has_and_goes_on(tmp_path, capsys, monk
 
 def test_what_was_skipped_for_time_is_made_up_for(tmp_path, capsys, undrawn):
     arguments = [*QUICK, "--dtype", "fp32", "--impl", "fastpref", "--prompt-share", "0", "--output", str(tmp_path)]
-    assert head.main([*arguments, "--seconds", "0"]) == 0
+    with pytest.raises(ValueError, match="--seconds 0 were over before anything was measured: allow more"):
+        head.main([*arguments, "--seconds", "0"])
     assert [row["status"] for row in checked(only_json(tmp_path))] == ["skipped"]
-    assert "skipped for time" in capsys.readouterr().out
+    assert "skipped: time budget" in capsys.readouterr().out
     assert head.main(arguments) == 0
     assert [row["status"] for row in checked(only_json(tmp_path))] == ["ok"]
 

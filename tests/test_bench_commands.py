@@ -183,7 +183,8 @@ def test_memory_stays_flat_as_a_pair_grows(tmp_path, capsys, drawn):
     memory = {name: [row["peak_extra_mib"] for row in found if row["impl"] == name] for name in ("fastpref", "naive")}
     assert len(memory["fastpref"]) == 3
     assert max(memory["fastpref"]) < 1.05 * memory["fastpref"][0] and memory["naive"][-1] > 4 * memory["naive"][0]
-    assert "memory at 256 rows / at 128" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "memory at" not in shown and "--quick is a smoke test" in shown  # no gates there
     assert sorted(name.split("-length-")[1] for name in drawn) == ["memory", "share", "time"]
 
 

@@ -168,13 +168,13 @@ def test_losses(capsys, monkeypatch, columns):
 
 
 def test_cached_reference_log_probs(world, tmp_path, capsys):
-    config = write(world, tmp_path / "run.yaml", max_steps=1)
+    config = write(world, tmp_path / "run.yaml", max_steps=1)  # of 4 examples: no others are needed
     assert cli.main(["cache-ref", config, "seed=7"]) == 0
-    assert "dpo: reference log-probs of 16 train examples in " in capsys.readouterr().out
+    assert "dpo: reference log-probs of 4 train examples in " in capsys.readouterr().out
     assert cli.main(["train", config, "seed=7"]) == 0
-    assert f"16 train examples from {tmp_path / 'run' / 'reference'}" in capsys.readouterr().out
+    assert f"4 train examples from {tmp_path / 'run' / 'reference'}" in capsys.readouterr().out
     line = failed(capsys, ["cache-ref", config, "max_length=50"])
-    assert "00-dpo-train.safetensors: holds reference log-probs of something else: weights (" in line
+    assert "00-dpo-train-part.safetensors: holds reference log-probs of something else: weights (" in line
     assert "there is nothing to cache" in failed(capsys, ["cache-ref", config, "loss=sft"])
 
 

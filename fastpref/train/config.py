@@ -62,7 +62,7 @@ class TrainConfig:
     peft: Mapping[str, Any] = key(
         {}, "more of peft's LoraConfig, by its names: use_dora, use_rslora, modules_to_save, target_modules, ...", RUN)
     load_in_4bit: bool = key(False, "under use_peft: linear layers but the LM head have 4 bits a weight (bitsandbytes)",
-                             RUN, COMMON)
+                             RUN)
     load_in_8bit: bool = key(False, "the same with 8 bits", RUN)
     bnb_4bit_quant_type: Literal["nf4", "fp4"] = key("nf4", "the 16 values that 4 bits stand for", RUN)
     use_bnb_nested_quant: bool = key(False, "the scales of 4-bit weights in 8 bits: 4.13 bits a weight, not 4.5", RUN)
