@@ -41,6 +41,7 @@ from .losses import (
     tail_weights,
 )
 from .plan import Plan, Problem, plan
+from .workspace import release_workspaces
 
 if TYPE_CHECKING:
     from .head import PreferenceOutput, TokenStats, linear_logps, linear_preference_loss, linear_token_stats
@@ -87,7 +88,7 @@ __all__ = [
     "RDPO", "RDPOLoss", "RPO", "RPOLoss", "RobustDPO", "RobustDPOLoss", "SFT", "SFTLoss", "SLiC", "SLiCLoss", "SPPO",
     "SPPOLoss", "SequenceLogps", "SimPO", "SimPOLoss", "TokenStats", "Totals", "WPO", "WPOLoss", "WeightedSum",
     "WeightedSumLoss", "get_loss", "linear_logps", "linear_preference_loss", "linear_token_stats", "losses", "plan",
-    "tail_weights",
+    "release_workspaces", "tail_weights",
 ]
 
 

@@ -24,11 +24,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import losses, rows, tail
+from . import losses, rows, tail, workspace
 from .losses import Loss, SequenceLogps, Totals
 from .plan import MIB, Group, Plan, Problem, add_rows
 from .plan import plan as plan_of
-from .rows import native
 
 # ---------------------------------------------------------------------------------------------------------------------
 # One call, laid out: which rows are scored, and the head they are multiplied with
@@ -251,13 +250,6 @@ def fp32_gemms(device: torch.device) -> bool:
     return device.type in ("cuda", "meta")
 
 
-def _fresh(tensor: Tensor) -> Tensor:
-    """A buffer just allocated. On the CPU its pages, 4 KiB each, cost more than writing them: asks for huge ones."""
-    if tensor.device.type == "cpu" and tensor.nbytes >= 4 * MIB:
-        native.advise_huge(tensor)
-    return tensor
-
-
 class _FullSums:
     """In it cuBLAS adds up the parts of a split K in fp32, as it does not by default. The setting is the process's: the
     first thread in changes it, the last one out puts back what it was."""
@@ -383,14 +375,12 @@ class WeightGrad(_Sum):
 
     def __init__(self, weight: Tensor, compute_dtype: torch.dtype, plan: Plan, into: Tensor | None) -> None:
         self.into = into is not None
-        self.grad = (
-            into if into is not None else _fresh(torch.empty_like(weight, memory_format=torch.contiguous_format))
-        )
+        self.grad = workspace.empty_like(weight) if into is None else into
         self.wide = torch.promote_types(self.grad.dtype, torch.float32)
         several = len(plan.groups) > 1 or any(group.long for group in plan.groups)
         several = several or (plan.problem.tail and plan.scheme == "groups")
         apart = several and self.wide != self.grad.dtype
-        total = _fresh(torch.empty_like(self.grad, dtype=self.wide)) if apart else self.grad
+        total = workspace.empty_like(self.grad, self.wide) if apart else self.grad
         super().__init__(total, compute_dtype, plan.weight_slice, begun=self.into)
 
     def begin_slice(self, start: int, end: int, *, several: bool, zeros: bool) -> Tensor:
@@ -424,8 +414,9 @@ class HiddenGrad:
         self, scored: Scored, compute: torch.dtype, buffer: Tensor | None = None, dtype: torch.dtype | None = None
     ) -> None:
         covered = scored.index is None or scored.index.shape[0] == scored.hidden.shape[0]
-        empty = torch.empty_like if covered else torch.zeros_like
-        self.grad = empty(scored.hidden, memory_format=torch.contiguous_format, dtype=dtype)
+        self.grad = workspace.empty_like(scored.hidden, dtype)
+        if not covered:
+            self.grad.zero_()
         self.scored, self.index, self.buffer = scored, scored.index, buffer
         self.wide = fp32_gemms(self.grad.device) and compute.itemsize < 4
         self.product = torch.float32 if self.wide else compute
@@ -442,7 +433,7 @@ class HiddenGrad:
         step = -(-count // 2) if self.wide else count
         product = self.buffer
         if product is None or product.dtype != self.product:
-            product = _fresh(residuals_CV.new_empty(step, weight.shape[1], dtype=self.product))
+            product = workspace.empty((step, weight.shape[1]), self.product, weight.device)
         for first in range(0, count, max(step, 1)):
             last = min(first + step, count)
             part = _mm(residuals_CV[first:last], weight, product[: last - first])
@@ -555,7 +546,8 @@ class Pass:
         return Gradients(dx, dw, db)
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        return _fresh(self.projection.weight.new_empty(shape, dtype=dtype))
+        weight = self.projection.weight
+        return workspace.empty(shape, dtype or weight.dtype, weight.device)
 
     def tile(self, count: int, dtype: torch.dtype | None = None) -> Tensor:
         """[count, V] for logits or residuals; on a GPU every row begins at 16 bytes, for loads of that width."""
@@ -940,7 +932,7 @@ class _Scratches:
         weight = run.projection.weight
         long = any(group.long for group in run.plan.groups)
         wanted = count if long and grads.weight is not None else 0
-        totals = (_fresh(torch.empty_like(weight, dtype=run.logps.dtype)) for _ in range(wanted))
+        totals = (workspace.empty_like(weight, run.logps.dtype) for _ in range(wanted))
         self.weight = [_Sum(total, weight.dtype, run.plan.weight_slice) for total in totals]
         self.bias = [torch.zeros_like(grads.bias) for _ in range(count)] if long and grads.bias is not None else []
 

@@ -31,6 +31,7 @@ from itertools import accumulate
 
 MIB, GIB = 2**20, 2**30
 H200 = (790e12, 4.3e12)  # bf16 GEMM FLOP/s and bytes/s that were measured on one
+KEPT = GIB  # CPU: bytes of buffers that workspace.py keeps for the next call, at most
 DEFAULT_BUDGET = {"cpu": 256 * MIB, "cuda": 2048 * MIB}
 
 # Rows of logits made at a time. CUDA: fewer than ~1024 rows leave the GEMM without enough 128 x 256 tiles to fill 132
@@ -143,6 +144,13 @@ class Plan:
         return self.tile_bytes + self.accumulator_bytes
 
     @property
+    def kept_bytes(self) -> int:
+        """CPU: what stays with the process between calls, at most: `bytes`, and dW's once nobody holds it."""
+        p = self.problem
+        gradients = p.needs_weight_grad * p.vocab * p.hidden * p.grad_itemsize
+        return min(KEPT, self.bytes + gradients) if p.device == "cpu" else 0
+
+    @property
     def gemms(self) -> float:
         """GEMMs over all scored rows: 1, 2, 3, or 4 minus the stashed fraction; 4 where an entropy gradient arrives."""
         if self.scheme == "recompute":
@@ -208,6 +216,8 @@ class Plan:
         if p.tail:
             counts = (f"{self.gemms_at(share):.2f} at {share:.0%}" for share in (0.1, 0.2, TAIL_MOST))
             lines.append(f"  tail         GEMMs by active columns: {', '.join(counts)}, {self.gemms:.2f} beyond")
+        if self.kept_bytes:
+            lines.append(f"  kept         up to {self.kept_bytes / MIB:.1f} MiB between calls")
         if p.device == "cuda":
             larger = {f"{found.budget / GIB:.3g} GiB": found.over_gemms() for found in (self, *self.larger())}
             lines.append("  GEMM times   " + "; ".join(f"{budget}: {ratio:.2f} x" for budget, ratio in larger.items())

@@ -211,6 +211,7 @@ GEMMS = {"aten::mm", "aten::addmm", "aten::mm_", "aten::addmm_"}
 
 def profiled(step):
     """(GEMM FLOPs, peak bytes above the start) of everything torch runs in `step`, custom ops included."""
+    fp.release_workspaces()
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True, profile_memory=True
     ) as prof:
