@@ -34,6 +34,7 @@ EXAMPLES = """examples:
   fastpref rounds examples/rounds.yaml rounds.number=5
   fastpref plan --pairs 8 --length 512 --hidden 4096 --vocab 128256
   fastpref plan --model meta-llama/Llama-3.1-8B --gpu-gib 48
+  fastpref plan --model meta-llama/Llama-3.1-8B --gpus 8 --nodes 4
 """
 EXTRAS = {
     "peft": "LoRA (use_peft)",
@@ -210,10 +211,12 @@ def _add_tools(commands: Any) -> None:
     command.add_argument("--model", help="hub id, or a folder with a config.json: the memory of all ways to train it")
     command.add_argument("--gpu-gib", type=float, help="--model: memory of the GPU")
     command.add_argument("--host-gib", type=float, help="--model: host memory; default: this machine's")
+    command.add_argument("--gpus", type=int, help="--model: H100s of a node; time of a step by roofline")
+    command.add_argument("--nodes", type=int, help="--model, --gpus: default 1")
     command.add_argument("--max-tokens", type=int, help="--model: tokens a micro-batch; default 16384")
     command.add_argument("--lora-r", type=int, help="--model: rank of LoRA; default 16")
     command.add_argument("--pairs", type=int, help="pairs in a micro-batch; default 1")
-    command.add_argument("--length", type=int, help="scored tokens of a response")
+    command.add_argument("--length", type=int, help="scored tokens of a response; --gpus: of a sequence (2048)")
     command.add_argument("--hidden", type=int)
     command.add_argument("--vocab", type=int)
     command.add_argument("--dtype", choices=("bf16", "fp32"), help="default bf16")
@@ -462,8 +465,9 @@ def _flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-# Options of `plan`, with their defaults (None: required): of --model, and of a head alone
+# Options of `plan`, with their defaults (None: required; inf: left out): of a model in memory, in time, of a head alone
 OF_MODEL: dict[str, Any] = {"gpu_gib": None, "max_tokens": 16384, "lora_r": 16, "host_gib": math.inf}
+OF_TIME = OF_MODEL | {"gpu_gib": math.inf, "gpus": None, "nodes": 1, "length": math.inf}
 OF_HEAD: dict[str, Any] = {"length": None, "hidden": None, "vocab": None, "pairs": 1, "dtype": "bf16",
                            "frozen_head": False}
 
@@ -471,25 +475,21 @@ OF_HEAD: dict[str, Any] = {"length": None, "hidden": None, "vocab": None, "pairs
 def _plan(options: argparse.Namespace) -> None:
     from .plan import MIB, Problem, plan
 
-    own, other = (OF_HEAD, OF_MODEL) if options.model is None else (OF_MODEL, OF_HEAD)
-    for name in other:
-        if getattr(options, name) not in (None, False):
+    timed = options.gpus is not None or options.nodes is not None
+    own = OF_HEAD if options.model is None else OF_TIME if timed else OF_MODEL
+    for name in OF_TIME | OF_HEAD:
+        if name not in own and getattr(options, name) not in (None, False):
             raise ValueError(f"{_flag(name)}: {'is for --model' if own is OF_HEAD else '--model tells it'}")
     given = {name: default if getattr(options, name) is None else getattr(options, name)
              for name, default in own.items()} | {"budget_mib": options.budget_mib}
     for name, value in given.items():
         if value is None:
-            takes = "--model and --gpu-gib, or --length, --hidden, --vocab"
+            takes = "--model and --gpu-gib or --gpus, or --length, --hidden, --vocab"
             raise ValueError(f"{_flag(name)} is missing; plan takes {takes}")
         if not isinstance(value, (str, bool)) and not value >= 1:
             raise ValueError(f"{_flag(name)} is {value}; it takes at least 1")
     if options.model is not None:
-        _quiet_models()
-        from .train.memory_estimate import host_memory_gib, load_sizes, plan_text
-
-        host = given["host_gib"] if options.host_gib else host_memory_gib()
-        found = load_sizes(options.model, given["max_tokens"], given["lora_r"])
-        print(plan_text(options.model, found, options.gpu_gib, options.budget_mib * MIB, host))
+        _plan_model(options, given)
         return
     size = 2 if given["dtype"] == "bf16" else 4
     problem = Problem(
@@ -507,6 +507,22 @@ def _plan(options: argparse.Namespace) -> None:
 
 def _bench_commands() -> str:
     return "\n" + _benchmarks().USAGE
+
+
+def _plan_model(options: argparse.Namespace, given: dict[str, Any]) -> None:
+    from .plan import MIB
+    from .train.memory_estimate import config_of, host_memory_gib, measure, plan_text
+    from .train.roofline import Model, roofline_text
+
+    _quiet_models()
+    config, tokens = config_of(options.model), given["max_tokens"]
+    if options.gpu_gib:
+        host = given["host_gib"] if options.host_gib else host_memory_gib()
+        found = measure(config, tokens, given["lora_r"])
+        print(plan_text(options.model, found, options.gpu_gib, options.budget_mib * MIB, host))
+    if options.gpus:
+        length = options.length or min(2048, tokens)
+        print(roofline_text(options.model, Model.of(config), tokens, length, options.gpus, given["nodes"]))
 
 
 def _bench(options: argparse.Namespace) -> int:

@@ -17,7 +17,7 @@ from fastpref.files import write_text
 
 from .config import FULL_RATE, LORA_RATE, TrainConfig, config_from_dict
 from .display import Display
-from .memory_estimate import GIB, Sizes, Terms, choose, host_memory_gib, load_sizes
+from .memory_estimate import GIB, Sizes, Terms, choose, config_of, host_memory_gib, measure
 from .model import load_tokenizer
 from .rendering import rendering_of
 from .yaml_file import read_values
@@ -84,7 +84,7 @@ def _plan(model: str, max_length: int, gpu_gib: float, task: str) -> tuple[Sizes
     for tokens in TOKENS:
         if tokens < 2 * max_length and tokens != TOKENS[0]:
             break
-        sizes = load_sizes(model, tokens)
+        sizes = measure(config_of(model), tokens)
         if best := choose(sizes, int(gpu_gib * GIB), host_bytes=host_memory_gib() * GIB)[1]:
             return sizes, best
     return None, None

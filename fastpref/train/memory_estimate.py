@@ -289,16 +289,15 @@ def host_memory_gib() -> float:
 # ---- sizes of a model ------------------------------------------------------------------------------------------------
 
 
-def load_sizes(model: str, tokens: int, lora_r: int = 16, revision: str = "main") -> Sizes:
+def config_of(model: str, revision: str = "main") -> Any:
     """From a hub id (its config.json alone is read) or a local folder; of an adapter, its model's. Raises UserError for
     one that cannot be."""
     source = source_of(model, revision)
     try:
-        config = AutoConfig.from_pretrained(source.model, revision=source.revision)
+        return AutoConfig.from_pretrained(source.model, revision=source.revision)
     except Exception as error:  # no file, no network, no permission, an unknown model type: each its own kind
         where = "no usable config.json" if Path(model).is_dir() else "no folder, and not to be had from the hub"
         raise UserError(f"--model {model}: {where} ({first_line(error)})") from None
-    return measure(config, tokens, lora_r)
 
 
 def measure(config: Any, tokens: int, lora_r: int = 16, only: tuple[str, Recipe] | None = None) -> Sizes:
