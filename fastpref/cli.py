@@ -510,11 +510,11 @@ def _bench_commands() -> str:
 
 
 def _plan_model(options: argparse.Namespace, given: dict[str, Any]) -> None:
+    _quiet_models()
     from .plan import MIB
     from .train.memory_estimate import config_of, host_memory_gib, measure, plan_text
     from .train.roofline import Model, roofline_text
 
-    _quiet_models()
     config, tokens = config_of(options.model), given["max_tokens"]
     if options.gpu_gib:
         host = given["host_gib"] if options.host_gib else host_memory_gib()
