@@ -43,8 +43,12 @@ def weights_of_run(path: Path, stages: int) -> tuple[Path, int]:
     the place of the stage that these come from."""
     if (path / "state.json").is_file():
         return path, checkpoint.read_state(path)[0].stage
-    if (path / "model").is_dir() or not (path / "config.yaml").is_file():
-        return path / "model" if (path / "model").is_dir() else path, stages - 1
+    if (path / "model").is_dir():
+        return path / "model", stages - 1
+    if not (path / "config.yaml").is_file():
+        if not any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
+            raise UserError(f"{path}: not a checkpoint that can be read (it has no model)")
+        return path, stages - 1
     saved = checkpoint.checkpoints(path)
     if not saved:
         raise UserError(f"{path}: has neither a model nor a checkpoint yet")
@@ -100,7 +104,7 @@ def recorded_reference(config: TrainConfig, index: int, run_dir: Path, weights: 
         summary = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
         if found := summary["stages"][stage.name].get("reference"):
             return str(found)
-    for split in ("train", "eval"):  # a run from before this was recorded
+    for split in ("train", "train-part", "eval"):  # a run from before this was recorded
         try:
             with safe_open(file_of(config, run_dir, index, stage, split), framework="pt") as file:
                 return str(json.loads(file.metadata()["header"])["weights"])

@@ -471,7 +471,7 @@ def test_what_is_refused_before_anything_is_written(world, tmp_path, quiet, monk
     refused("none of the 1 records is usable", train_dataset=str(same), **again)
     long = write_rows(tmp_path / "long.jsonl", [{"prompt": "a", "chosen": "b" * 80, "rejected": "c"}])
     refused("long.jsonl:1: field 'chosen' has 81 tokens with EOS, which leaves", train_dataset=str(long), **again)
-    refused("no tokenizer that loads", model_name_or_path=str(tmp_path / "nothing"), **again)
+    refused("nothing: no such folder", model_name_or_path=str(tmp_path / "nothing"), **again)
     refused("eval_generate needs an eval_dataset with answers", eval_generate=True, eval_dataset=None, **again)
     refused("report_to has wandb, which is not installed", report_to=["wandb"], **again)
     other = write_rows(tmp_path / "other.jsonl", make_pairs(22, seed=8))

@@ -81,7 +81,7 @@ def test_tokens_are_told_as_read_scored_and_saved(world, tmp_path):
     train(config, display=Display(Console(file=shown, width=200)))
     text = shown.getvalue()
     assert "packed batches with shared prompts" in text
-    assert "| tok/s " in text and "| scored " in text and "| saved " in text
+    assert "| tok/s " in text and "| scored " in text and "| shared " in text
     row = next(row for row in read_metrics(tmp_path / "run") if row["split"] == "train")
     examples, _ = tokenize_records(load_records(data), make_tokenizer(), "pair", max_length=64)
     schedule = BatchOrder(config.stage_configs()[0], examples, config.seed)

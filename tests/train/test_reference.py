@@ -244,7 +244,8 @@ def cached(folder):
 def test_two_runs_killed_again_and_again_share_one_right_file(world, tmp_path, quiet):
     """Every one of its log-probs is what is computed alone: none is a hole, or another's."""
     write_rows(tmp_path / "many.jsonl", make_pairs(250, seed=3))
-    changes = {"train_dataset": str(tmp_path / "many.jsonl"), "eval_dataset": None, "per_device_eval_batch_size": 2}
+    changes = {"train_dataset": str(tmp_path / "many.jsonl"), "eval_dataset": None, "per_device_eval_batch_size": 2,
+               "max_steps": 63}
     cache_reference(make(world, tmp_path / "alone", **changes), quiet)
     shared = tmp_path / "shared"
     values = settings(world, tmp_path, reference_dir=str(shared), **changes)
