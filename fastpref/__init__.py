@@ -41,7 +41,6 @@ from .losses import (
     tail_weights,
 )
 from .plan import Plan, Problem, plan
-from .workspace import release_workspaces
 
 if TYPE_CHECKING:
     from .head import PreferenceOutput, TokenStats, linear_logps, linear_preference_loss, linear_token_stats
@@ -76,6 +75,7 @@ if TYPE_CHECKING:
         WeightedSumLoss,
         WPOLoss,
     )
+    from .workspace import release_workspaces
 
 __version__ = "0.1.0"
 
@@ -96,7 +96,8 @@ def __getattr__(name: str) -> Any:
     """What computes is imported when it is asked for: it needs torch, which takes a second or two to import."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    home = importlib.import_module(".modules" if name.endswith("Loss") else ".head", __name__)
+    room = ".modules" if name.endswith("Loss") else ".workspace" if name == "release_workspaces" else ".head"
+    home = importlib.import_module(room, __name__)
     return globals().setdefault(name, getattr(home, name))
 
 
