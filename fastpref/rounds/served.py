@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from fastpref.files import write_text
 from fastpref.train import checkpoint
@@ -42,11 +42,18 @@ class Served:
     def _hand_over(self, policy: Policy, prompts: Sequence[list[int]], mark: str) -> Server:
         weights, settings, known = self.folder / mark, self.settings, self.folder / "probe.json"
         before = Probe(*json.loads(known.read_text(encoding="utf-8"))) if known.is_file() else None
+        own = InMemory(policy, self.tokenizer)
+
+        def write(part: Path) -> None:
+            save_model(policy, self.tokenizer, part)
+            # Servers take from it what a request leaves out: `transformers serve` whether to sample at all, vLLM top_k
+            # and penalties.
+            GenerationConfig(do_sample=True, top_k=0, eos_token_id=sorted(own.stops)).save_pretrained(part)
+
         if not weights.is_dir():
-            checkpoint.save(weights, lambda part: save_model(policy, self.tokenizer, part))
+            checkpoint.save(weights, write)
         if settings.sampler_reload:
             reload(settings.sampler_reload, weights)
-        own = InMemory(policy, self.tokenizer)
         server = Server(self.url, settings.sampler_model or str(weights.resolve()), self.tokenizer, own.stops,
                         own.positions, timeout=settings.sampler_timeout, concurrency=settings.generation_batch_size)
         probe = Probe.take(own, server, prompts)

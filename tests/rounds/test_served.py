@@ -74,6 +74,8 @@ def test_rounds_over_a_server(letters, tmp_path, quiet):
     (last,) = (path for path in folder.iterdir() if path.is_dir())
     assert names[-1] == str(last) and len(set(names)) == len(weights.models) >= 2  # one a round
     assert json.loads((folder / "probe.json").read_text())[1]
+    said = json.loads((last / "generation_config.json").read_text())  # `transformers serve` is greedy without
+    assert said["do_sample"] is True and said["top_k"] == 0 and said["eos_token_id"] == [2]
     responses = [path for path in (tmp_path / "run").rglob("responses.jsonl")]
     assert responses and all(lines(path) for path in responses)
 
