@@ -27,8 +27,6 @@ def quiet_imports() -> None:
     warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
     for name in ("torchao", "torch.utils._pytree", "bitsandbytes"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    # peft asks transformers by a name that is to be another one
-    warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.* is deprecated", FutureWarning)
 
 
 # in the progress line
