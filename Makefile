@@ -37,8 +37,9 @@ smollm2: $(VENV)/installed-smollm2
 	$(BIN)/fastpref rounds examples/smollm2/rounds.yaml overwrite_output_dir=true
 	$(BIN)/python -m examples.smollm2.report
 
+# Two processes of one thread each, whole files: 2 cores, and 4 GiB. `pytest FILE` alone runs as ever.
 test: $(VENV)/installed-tests lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: $(VENV)/installed-tests
 	$(BIN)/python -m pytest -m slow

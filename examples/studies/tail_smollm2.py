@@ -1,4 +1,4 @@
-"""As tail.py, of SmolLM2-135M-Instruct: 300 steps of RPO from the pairs of `make smollm2`.
+"""As tail.py, of SmolLM2-135M-Instruct: 300 steps of RPO from the pairs of `make smollm2`, four a step.
 
     make smollm2                                 # its first round makes the pairs
     python examples/studies/tail_smollm2.py      # three seeds, hours on two cores
@@ -23,7 +23,8 @@ summarize, table, draw = of_the_quickstart.summarize, of_the_quickstart.table, o
 def settings(quick: bool) -> dict[str, Any]:
     smollm2.settings(quick)  # refuses where there are no pairs
     steps = 2 if quick else 300
-    pairs = {"train_dataset": str(smollm2.PAIRS), "eval_dataset": str(smollm2.PAIRS), "save_steps": 0}
+    pairs = {"train_dataset": str(smollm2.PAIRS), "eval_dataset": str(smollm2.PAIRS), "save_steps": 0,
+             "per_device_train_batch_size": 4}
     return {"example": "smollm2/rounds", "held_out": 64, "methods": ["exact", "rank1", "dropped, 2^-9"],
             "preferences": pairs | {"max_steps": steps, "eval_steps": min(steps, 100)}}
 
