@@ -224,6 +224,7 @@ def test_copies_saving_and_accelerate(tmp_path):
     model.save_pretrained(tmp_path)
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
+    accelerate.state.AcceleratorState._reset_state()  # what a trainer's test left in this process
     accelerator = accelerate.Accelerator(cpu=True, mixed_precision="bf16")
     prepared = accelerator.prepare(model)
     low = preference_step(prepared, batch, fp.DPO(), ref=REF.float())
