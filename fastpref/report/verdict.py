@@ -15,7 +15,7 @@ import functools
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -327,7 +327,10 @@ def verdict_of_rounds(rows: Sequence[Mapping[str, Any]], golds: Sequence[Gold]) 
         row = last["next"].rpartition("#")[2].rstrip(")")
         return Verdict(last["kind"], tuple(last["because"]), row if row in ROWS else "worked")
     kl = as_row(rows[-1].get("after")).get("watch/kl") if rows else None
-    return judge(Evidence(golds=golds, kl=kl, damage=damage))
+    found = judge(Evidence(golds=golds, kl=kl, damage=damage))
+    last_kl = [f"last round: {fact}" for fact in (judged[-1]["because"] if judged and kl is None else ())
+               if fact.startswith("KL")]
+    return replace(found, because=(*found.because, *last_kl)[:3])
 
 
 def link_of(verdict: Verdict, folder: Path) -> str:

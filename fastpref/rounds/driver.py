@@ -30,7 +30,7 @@ from collections.abc import Collection, Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import yaml
@@ -135,7 +135,7 @@ def rounds(config: Config, *, resume: bool = False, display: Display | None = No
     check_report_to(config.train)
     for stage in config.train.stage_configs():
         check_optimizer(stage, pick_device())
-    vllm = _takes_vllm(config)
+    vllm = takes_vllm(config)
     stop = StopFlag()
     with ExitStack() as held, stop.listening(display):
         held.enter_context(checkpoint.lock(run_dir))
@@ -208,7 +208,7 @@ def _prepare(session: Session, goes_on: bool) -> None:
     write_text(run_dir / "config.yaml", yaml.safe_dump(session.config.to_dict(), sort_keys=False))
 
 
-def _takes_vllm(config: Config) -> bool:
+def takes_vllm(config: Config) -> bool:
     """Not where rotary factors are one choice a run (traits.fix_rope): vLLM makes its own."""
     if config.train.use_peft or config.rounds.sampler or not uses_vllm(config.rounds.engine):
         return False
@@ -221,15 +221,22 @@ def _takes_vllm(config: Config) -> bool:
     return False
 
 
-def _open(run_dir: Path, config: Config, display: Display, stop: StopFlag, scorer: Scorer, vllm: bool,
-          goes_on: bool) -> Session:
-    """Reads the data, loads the policy once, with the newest weights there are."""
-    checkpoint.seed_everything(config.train.seed)  # as train does: random weights are the same there and here
+class Given(NamedTuple):
+    """What rounds begin with, read and checked."""
+
+    config: Config  # with the chat template's date
+    tokenizer: PreTrainedTokenizerBase
+    prompts: Prompts
+    held_out: Prompts | None  # for best-of-n; None: no such evaluation
+    data: StageData
+
+
+def read(config: Config, display: Display) -> Given:
+    """Raises UserError for all that can be known before there is a policy."""
     tokenizer = load_tokenizer(config.train)
     check_weights(config.train)
     check_saves(config.train, tokenizer)
     config = replace(config, train=dated(config.train, tokenizer))
-    keep_date(config.train)
     settings, stage = config.rounds, config.stage
     room = stage.max_length - settings.max_new_tokens
     room = min(room, stage.max_prompt_length or room)
@@ -244,15 +251,24 @@ def _open(run_dir: Path, config: Config, display: Display, stop: StopFlag, score
         held_out = held_out.take(range(len(held_out.ids))[: settings.eval_prompts])
     check_ids(config.train, tokenizer, [*prompts.ids, *(held_out.ids if held_out else ())])
     (data,) = load_data([stage], tokenizer, display, held_out_only=not settings.offline_ratio)
-    invalid = Invalid() if stage.invalid_records == "drop" else None
-    records = load_records(stage.train_dataset, invalid=invalid) if settings.offline_ratio else []
-    offline = [record.prompt for record in records]
     _check_budget(config, prompts)
     asked = f"the longest prompt with rounds.max_new_tokens={settings.max_new_tokens}"
     most = max(len(ids) for part in (prompts, held_out) if part is not None for ids in part.ids)
     sampled = SequenceLength(asked, most + settings.max_new_tokens, "lower it (together at most {})")
     check_positions([stage], [sampled, *longest_sequences([stage], [data])], display)
+    return Given(config, tokenizer, prompts, held_out, data)
 
+
+def _open(run_dir: Path, config: Config, display: Display, stop: StopFlag, scorer: Scorer, vllm: bool,
+          goes_on: bool) -> Session:
+    """Reads the data, loads the policy once, with the newest weights there are."""
+    checkpoint.seed_everything(config.train.seed)  # as train does: random weights are the same there and here
+    config, tokenizer, prompts, held_out, data = read(config, display)
+    keep_date(config.train)
+    settings, stage = config.rounds, config.stage
+    invalid = Invalid() if stage.invalid_records == "drop" else None
+    records = load_records(stage.train_dataset, invalid=invalid) if settings.offline_ratio else []
+    offline = [record.prompt for record in records]
     folders = [run_dir / "start" / "model"]
     folders += [run_dir / f"round-{number:03d}" / "train" / "model" for number in range(1, settings.number + 1)]
     there = [i for i, folder in enumerate(folders) if goes_on and _is_trained(folder.parent, i, config)]
@@ -385,10 +401,11 @@ def run_round(session: Session, number: int) -> None:
     failures = Counter(session.scorer.failures)
 
     responses, pairs, dropped = _responses_and_pairs(session, number, prompts, seconds)
-    counts = count(responses)
+    counts, rewards = count(responses), [scores(own(of_prompt)) for of_prompt in responses]
     values: dict[str, Any] = {
         "round": number, "counts": counts, "pairs": sum(map(len, pairs)), "dropped": dict(sorted(dropped.items())),
-        "reward": _mean([score for of_prompt in responses for score in scores(own(of_prompt)) if score is not None]),
+        "reward": _mean([score for of_prompt in rewards for score in of_prompt if score is not None]),
+        "reward_error": next((best.error for best in best_of_n(rewards) if math.isfinite(best.error)), None),
     }
     failed = session.scorer.failures - failures
     if failed:

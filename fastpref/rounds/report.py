@@ -119,7 +119,17 @@ def judged(rows: Sequence[Values]) -> Verdict:
             least = POINTS if label == "exact match" else 0.0
             golds.append(Gold(f"held-out {label}", [(at, held.value, held.error) for at, held in found],
                               found[0][1].show, least, "round"))
+    sampled = _sampled(rows)
+    if sampled and not _series(rows, "reward"):
+        points = [(at, held.value, held.error) for at, held in sampled]
+        golds.append(Gold("sampled reward", points, at="the start of round"))
     return verdict_of_rounds(rows, golds)
+
+
+def _sampled(rows: Sequence[Values]) -> list[tuple[int, Value]]:
+    """Rewards of the samples that the rounds trained on, by the weights with which each began."""
+    return [(row["round"], Value("sampled reward", row["reward"], number, row["reward_error"])) for row in rows[1:]
+            if row["reward"] is not None and row.get("reward_error") is not None]
 
 
 def _total_seconds(rows: Sequence[Values]) -> dict[str, float]:
@@ -141,7 +151,7 @@ def write_page(run_dir: Path) -> Path:
         "rounds.html", title=f"{name} · fastpref rounds", name=name, device=summary.get("device", ""),
         verdict=verdict, link=link_of(verdict, run_dir), cards=_headlines(rows),
         findings=_findings(rows), charts=_charts(rows), labels=_labels(rows), rounds=rounds,
-        rows=[_row(run_dir, row) for row in rows],
+        rows=[_row(run_dir, row) for row in rows if row["round"] or _values(row)],
         parts_of_time=[part for part in PARTS if any(row["seconds"].get(part) for row in rounds)],
         pairs=_pairs(run_dir / f"round-{rounds[-1]['round']:03d}" / "pairs.jsonl"), config=config.rstrip(),
     ))
@@ -170,12 +180,14 @@ def _series(rows: Sequence[Values], label: str) -> list[tuple[int, Value]]:
 
 def _headlines(rows: Sequence[Values]) -> list[dict[str, Any]]:
     cards = []
-    for label in _goals(rows):
-        points = _series(rows, label)
+    goals = _goals(rows)
+    series = [(f"Held-out {label}", "before round 1", _series(rows, label)) for label in goals]
+    series += [("Sampled reward", "in round 1", _sampled(rows))] * ("reward" not in goals)
+    for label, when, points in series:
         if len(points) >= 2:
             (_, first), (_, last) = points[0], points[-1]
-            cards.append(change_card(f"Held-out {label}", first.value, last.value, last.show, "higher",
-                                     "before round 1", math.hypot(first.error, last.error)))
+            cards.append(change_card(label, first.value, last.value, last.show, "higher", when,
+                                     math.hypot(first.error, last.error)))
     time, _, split = time_split(_total_seconds(rows[1:])).partition(" | ")
     return [*cards, {"label": "Wall time", "value": time, "was": split}]
 
@@ -209,7 +221,8 @@ def _charts(rows: Sequence[Values]) -> list[Markup]:
 
     rewards = [line("reward", "held-out sample")]
     rewards += [line(label, f"held-out {label}", "rejected") for label in _goals(rows) if label.startswith("best of")]
-    rewards.append(Line("sampled, as the round began", of_rounds(lambda row: row["reward"]), "train", "marked"))
+    rewards.append(Line("sampled, as the round began", of_rounds(lambda row: row["reward"]), "train", "marked",
+                        [row.get("reward_error") or 0.0 for row in rows[1:] if row["reward"] is not None]))
     pairs = [Line("kept", of_rounds(lambda row: row["pairs"]), "chosen", "marked"),
              Line("dropped", of_rounds(lambda row: sum(row["dropped"].values())), "rejected", "marked")]
     chart = partial(line_chart, x_label="round", x_name="round")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import statistics
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from fastpref.errors import UserError
 from fastpref.rounds import driver
 from fastpref.rounds.config import config_from
 from fastpref.rounds.driver import rounds
-from fastpref.rounds.report import PARTS, write_page
+from fastpref.rounds.report import PARTS, judged, write_page
 from fastpref.train import loop, stage
 from fastpref.train.config import config_from_dict
 from fastpref.train.model import fingerprint, weights_of
@@ -87,6 +88,9 @@ def test_scores_are_the_scorers_and_counts_add_up(whole):
         # the mean of all samples, those that repeat another included
         assert row["reward"] == pytest.approx(sum(smooth(r["text"]) for r in every if r["text"])
                                               / sum(bool(r["text"]) for r in every))
+        said = [[smooth(r["text"]) for r in responses if r["text"]] for responses in of_prompts]
+        means = [statistics.mean(values) for values in said if values]
+        assert row["reward_error"] == pytest.approx(statistics.stdev(means) / len(means) ** 0.5)
         assert row["pairs"] + sum(row["dropped"].values()) == 6
         for responses in of_prompts:
             texts = [r["text"] for r in responses]
@@ -182,6 +186,24 @@ def test_the_page_says_what_the_errors_allow(tmp_path, last, mood):
     assert [text for side, text in ticks if side == "middle"] == ["1", "2"]  # no round 1.5
     assert html.count('class="error"') == 3
     assert "2 all equal" in page.text
+
+
+@pytest.mark.parametrize(("last", "kind", "mood"), [(0.9, "worked", "better"), (0.55, "nothing", ""),
+                                                    (0.1, "over-optimised", "worse")])
+def test_without_held_out_records_the_sampled_rewards_are_judged(tmp_path, last, kind, mood):
+    """Changes of 0.4, 0.05, -0.4 with a standard error of sqrt(2) 0.05; the last round's training knows the KL."""
+    kl = "KL to the reference 3 nats a response (training responses)"
+    rounds = [made_up(i, 0, 0, 0) | {"reward": reward, "reward_error": 0.05, "best_of_n": [], "after": {}, "training": {
+        "verdict": {"kind": "worked", "because": ["training loss 1 → 0.5", kl], "next": "(docs/watch.md#worked)"}}}
+        for i, reward in ((1, 0.5), (2, last))]
+    summary = {"start": {"round": 0, "best_of_n": [], "seconds": {}}, "rounds": rounds}
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    (tmp_path / "config.yaml").write_text("seed: 1\n")
+    verdict = judged([summary["start"], *rounds])
+    assert verdict.kind == kind and verdict.because[-1] == f"last round: {kl}"
+    html = write_page(tmp_path).read_text(encoding="utf-8")
+    assert f'<div class="card number {mood}"><dt>Sampled reward</dt><dd><strong>{last}</strong>' in html
+    assert html.count('class="error"') == 2 and ">start</td>" not in html and "in round 1: 0.5" in html
 
 
 # ---- weights ---------------------------------------------------------------------------------------------------------
@@ -566,10 +588,10 @@ def test_rotary_factors_that_vllm_would_choose_for_itself(world, tmp_path, monke
     rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}
     source = a_model(tmp_path / "dynamic", rope_parameters=rope)
     monkeypatch.setattr(driver, "uses_vllm", lambda name: True)
-    assert driver._takes_vllm(make(world, tmp_path / "run"))
-    assert not driver._takes_vllm(make(world, tmp_path / "run", model_name_or_path=source))
+    assert driver.takes_vllm(make(world, tmp_path / "run"))
+    assert not driver.takes_vllm(make(world, tmp_path / "run", model_name_or_path=source))
     with pytest.raises(UserError, match="rounds.engine is 'vllm', which chooses LongRoPE and dynamic NTK factors by"):
-        driver._takes_vllm(make(world, tmp_path / "run", model_name_or_path=source, engine="vllm"))
+        driver.takes_vllm(make(world, tmp_path / "run", model_name_or_path=source, engine="vllm"))
 
 
 def test_prompts_with_their_responses_beyond_the_models_positions(world, tmp_path, quiet):

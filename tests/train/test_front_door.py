@@ -6,6 +6,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from unittest.mock import Mock, create_autospec
 
 import pytest
 import torch
@@ -108,6 +109,26 @@ def test_gguf_through_the_converter(runs, tmp_path, monkeypatch):
         export(runs / "whole", tmp_path / "out2", gguf=True)
 
 
+def test_push(runs, tmp_path, monkeypatch, capsys):
+    """To a stand-in with the hub's own signatures."""
+    import huggingface_hub
+
+    given = ["export", str(runs / "adapter"), "--push", "me/mine", "--output"]
+    monkeypatch.setattr(huggingface_hub, "whoami", Mock(side_effect=OSError("no token")))
+    assert cli.main([*given, str(tmp_path / "out")]) == 2 and not (tmp_path / "out").exists()
+    assert "--push me/mine: not logged in to the hub, `hf auth login` does (no token)" in capsys.readouterr().err
+    hub = create_autospec(huggingface_hub.HfApi, instance=True)
+    monkeypatch.setattr(huggingface_hub, "whoami", Mock())
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: hub)
+    assert cli.main([*given, str(tmp_path / "out")]) == 0
+    assert "https://huggingface.co/me/mine" in capsys.readouterr().out
+    hub.create_repo.assert_called_once_with("me/mine", exist_ok=True)
+    hub.upload_folder.assert_called_once_with(repo_id="me/mine", folder_path=str(tmp_path / "out"))
+    hub.upload_folder.side_effect = OSError("connection lost")
+    assert cli.main([*given, str(tmp_path / "out2")]) == 2 and (tmp_path / "out2" / "README.md").is_file()
+    assert "connection lost; " in capsys.readouterr().err
+
+
 def greedy(model, tokenizer, prompt, tokens=5):
     ids = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True,
                                         return_tensors="pt", return_dict=True)["input_ids"]
@@ -171,12 +192,18 @@ def test_rounds_dry_run(runs, tmp_path, monkeypatch, capsys):
     path.write_text(yaml.safe_dump(values))
     assert cli.main(["rounds", str(path), "--dry-run"]) == 0
     out = capsys.readouterr().out
+    assert "held-out prompts: 6 records -> 6 prompts" in out
     assert "2 rounds of 15 prompts x 3 responses of up to 8 tokens: 45 a round" in out  # two are equal
     assert not (tmp_path / "out").exists()
     assert cli.main(["rounds", str(path), "--dry-run", "rounds.prompts_per_round=17"]) == 2
     assert "rounds.prompts_per_round is 17, but there are 15" in capsys.readouterr().err
     assert cli.main(["rounds", str(path), "--dry-run", "rounds.scorer=my_scorer:none"]) == 2
     assert "my_scorer:none" in capsys.readouterr().err
+    server = ["rounds.sampler=openai:http://localhost:1/v1", "rounds.sampler_reload=start {folder}"]  # not there yet
+    assert cli.main(["rounds", str(path), "--dry-run", *server]) == 0
+    assert "45 a round, sampled by openai:http://localhost:1/v1, scored by my" in capsys.readouterr().out
+    assert cli.main(["rounds", str(path), "--dry-run", *server, "rounds.engine=vllm"]) == 2
+    assert "rounds.sampler and rounds.engine vllm name two engines" in capsys.readouterr().err
 
 
 def test_a_run_that_has_ended_goes_on_to_more_steps(runs, tmp_path, quiet):
