@@ -343,7 +343,9 @@ def _finish(run: Run, stages: Sequence[StageInput], state: State, save: bool = T
         if save:
             checkpoint.save(run.dir / "model", lambda folder: save_model(run.policy, run.tokenizer, folder, weights))
         run.log.size()
-        summary = summarize([stage.config for stage in stages], stages[-1].data, state, run.policy.device)
+        configs = [stage.config for stage in stages]
+        scorer = run.scorers.get(configs[-1].scorer or "")
+        summary = summarize(configs, stages[-1].data, state, run.policy.device, scorer)
         write_summary(run.dir, summary)
         return summary, write_report(run.dir)
 

@@ -53,6 +53,7 @@ class Question:
     prompt_ids: list[int]
     answer: str | None
     task: str | None  # the record's `task`, to group by
+    asked: Prompt = ""  # as the record has it, for the scorer
 
 
 def questions(records: Sequence[Record], examples: Sequence[Example], limit: int | None) -> list[Question]:
@@ -71,5 +72,5 @@ def questions(records: Sequence[Record], examples: Sequence[Example], limit: int
             task = record.extra.get("task")
             found[example.record_id] = Question(
                 text_of(record.prompt), example.prompt_ids, None if answer is None else str(answer).strip(),
-                None if task is None else str(task))
+                None if task is None else str(task), record.prompt)
     return list(found.values())[:limit]

@@ -18,12 +18,14 @@ from .config import TrainConfig
 from .display import Display, duration, evaluation_table
 from .evaluate import is_right
 from .machine import device_name, peak_memory_mib, versions
+from .scorer import Scorer
 from .stage_data import StageData
 
 
-def summarize(stages: Sequence[TrainConfig], data: StageData, state: State, device: torch.device) -> dict[str, Any]:
+def summarize(stages: Sequence[TrainConfig], data: StageData, state: State, device: torch.device,
+              scorer: Scorer | None = None) -> dict[str, Any]:
     """What summary.json holds. data: of the last stage, whose held-out metrics at its start and end are `before` and
-    `after`; state: at the run's end.
+    `after`; state: at the run's end; scorer: gives what was generated its `rewards`, before and after.
     """
     history = {stage.name or "": state.history[stage.name or ""] for stage in stages}
     last = history[stages[-1].name or ""]
@@ -38,6 +40,10 @@ def summarize(stages: Sequence[TrainConfig], data: StageData, state: State, devi
         | ({} if question.answer is None else {"right": [is_right(text, question.answer) for text in (before, after)]})
         for question, before, after in zip(data.questions, last.get("generated", []), state.generated, strict=False)
     ]
+    if scorer and samples:
+        asked = [question.asked for question, _ in zip(data.questions, samples)]
+        of_each = (scorer.score(asked, [sample[when] for sample in samples]) for when in ("before", "after"))
+        samples = [sample | {"rewards": rewards} for sample, *rewards in zip(samples, *of_each)]
     return {
         "before": last.get("before", {}),
         "after": last.get("after", {}),

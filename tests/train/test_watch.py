@@ -346,18 +346,25 @@ def test_rewards_of_fresh_samples_and_the_best_checkpoint(world, tmp_path, quiet
         return own(name, values)
 
     monkeypatch.setattr(fresh_samples, "mean_and_error", mean_and_error)
-    config = make(world, tmp_path / "run", max_steps=8, save_steps=2, save_total_limit=1, scorer=scorer, **SAMPLED)
+    config = make(world, tmp_path / "run", max_steps=8, save_steps=2, save_total_limit=1, scorer=scorer,
+                  eval_generate=True, eval_max_new_tokens=3, **SAMPLED)
     summary = train(config, display=quiet)
     rows = [row for row in read_metrics(tmp_path / "run") if row["split"] == "sample"]
     assert [row["reward"] for row in rows] == [5.0, 9.0, 8.0, 7.0, 6.0]
     assert all(row["not_scored"] == 1 for row in rows)
-    logged = {key.removesuffix("_error") for row in read_metrics(tmp_path / "run") for key in row}
+    logged = {key.removesuffix("_error") for row in read_metrics(tmp_path / "run") for key in row
+              if not key.startswith("exact_match/")}
     assert logged - {"stage", "split", "step"} <= set(METRICS)
     assert summary["stages"]["dpo"]["best"]["step"] == 2
     assert [path.name for path in checkpoint.checkpoints(tmp_path / "run")] == ["00-dpo-00000002", "00-dpo-00000006"]
     html = write_report(tmp_path / "run").read_text()
     assert "Best held-out reward 9 ± 0.1 at step 2" in html and "(checkpoints/00-dpo-00000002)" in html
     assert "5 points cannot tell" in html or "different distances" in html
+    first, *others = summary["samples"]  # greedy, before and after: scored too
+    assert first["prompt"] == prompts[0] and first["rewards"] == [None, None] and others
+    for one in others:
+        assert one["rewards"] == [len(one[when].encode()) + len(one["prompt"]) for when in ("before", "after")]
+    assert f"reward {others[0]['rewards'][1]:g}</span>" in html
 
 
 def test_time_share(world, tmp_path, quiet, monkeypatch):
