@@ -10,6 +10,7 @@ What a key means and takes stands in its declaration in fastpref/train/config.py
 from __future__ import annotations
 
 import dataclasses
+import functools
 import io
 import itertools
 import re
@@ -21,6 +22,10 @@ from typing import Any
 from rich.console import Console
 from transformers import AutoTokenizer
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import page_tables  # noqa: E402
+
 from fastpref.data import records_from_rows
 from fastpref.report.metrics import METRICS, SAMPLES
 from fastpref.report.verdict import ROWS
@@ -28,6 +33,7 @@ from fastpref.rounds.config import RoundsConfig
 from fastpref.train import config, preview
 from fastpref.train.keys import keys_of
 
+_with_tables = functools.partial(page_tables.with_tables, "config_tables.py")
 PAGE, ROUNDS, WATCH = (Path(__file__).with_name(name) for name in ("training.md", "rounds.md", "watch.md"))
 
 
@@ -133,21 +139,5 @@ def written_watch(page: str) -> str:
                                "rows": row_table()})
 
 
-def _with_tables(page: str, tables: dict[str, str]) -> str:
-    for name, table in tables.items():
-        begin, end = f"<!-- {name}: made by docs/config_tables.py -->\n", f"<!-- end of {name} -->\n"
-        if page.count(begin) != 1 or page.count(end) != 1:
-            raise SystemExit(f"takes exactly one {begin.strip()} and one {end.strip()}")
-        head, _, rest = page.partition(begin)
-        page = head + begin + "\n" + table + "\n" + end + rest.partition(end)[2]
-    return page
-
-
 if __name__ == "__main__":
-    for path, write in ((PAGE, written), (ROUNDS, written_rounds), (WATCH, written_watch)):
-        before = path.read_text(encoding="utf-8")
-        after = write(before)
-        if "--check" not in sys.argv:
-            path.write_text(after, encoding="utf-8")
-        elif before != after:
-            sys.exit(f"{path} differs from the code: python docs/config_tables.py")
+    page_tables.rewrite("config_tables.py", {PAGE: written, ROUNDS: written_rounds, WATCH: written_watch})

@@ -26,6 +26,10 @@ import trl
 from datasets import Dataset
 from peft import PromptTuningConfig
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import page_tables  # noqa: E402
+
 from fastpref.integrations import liger
 from fastpref.integrations.trl import options
 
@@ -120,17 +124,8 @@ def table(lines: list[str], seen: Callable[[BaseException], None] = lambda error
 
 def written(page: str) -> str:
     """The page with the tables as the code answers now."""
-    for name, lines in (("trl", TRL), ("liger", LIGER + CALLS)):
-        begin, end = f"<!-- {name}: made by docs/refusals.py -->\n", f"<!-- end of {name} -->\n"
-        head, _, rest = page.partition(begin)
-        page = head + begin + "\n" + table(lines) + "\n" + end + rest.partition(end)[2]
-    return page
+    return page_tables.with_tables("refusals.py", page, {"trl": table(TRL), "liger": table(LIGER + CALLS)})
 
 
 if __name__ == "__main__":
-    before = PAGE.read_text(encoding="utf-8")
-    after = written(before)
-    if "--check" not in sys.argv:
-        PAGE.write_text(after, encoding="utf-8")
-    elif before != after:
-        sys.exit(f"{PAGE} differs from the code: python docs/refusals.py")
+    page_tables.rewrite("refusals.py", {PAGE: written})

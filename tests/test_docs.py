@@ -198,7 +198,8 @@ def check_python(words: list[str]) -> None:
 def check_flags(script: Path, words: list[str]) -> None:
     """Options that are in the script, or in what the scripts beside it share."""
     assert script.is_file(), f"no such script: {named(script)}"
-    source = "".join(path.read_text() for path in {script, script.with_name("study.py")} if path.is_file())
+    shared = (script.with_name(name) for name in ("study.py", "page_tables.py"))
+    source = "".join(path.read_text() for path in {script, *shared} if path.is_file())
     for flag in re.findall(r"(?<!\S)--[\w-]+", " ".join(words)):
         assert flag == "--help" or f'"{flag}"' in source, f"{named(script)} has no option {flag}"
 

@@ -14,23 +14,17 @@ greedy held-out answers at the start and at the end.
 
 from __future__ import annotations
 
-import io
 import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
-from rich.console import Console
 from transformers.utils import logging
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import study  # noqa: E402
-
-from fastpref.train.config import config_from_dict  # noqa: E402
-from fastpref.train.display import Display  # noqa: E402
-from fastpref.train.loop import train  # noqa: E402
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -76,10 +70,8 @@ def one_seed(seed: int, settings: dict[str, Any], folder: Path, say: study.Say) 
         quickstart = yaml.safe_load((DATA.parent / "quickstart.yaml").read_text(encoding="utf-8"))
         values = {key: value for key, value in quickstart.items() if key not in ("stages", "overwrite_output_dir")}
         values |= {"output_dir": str(folder / name), "seed": seed, "eval_dataset": str(folder / "heldout.jsonl")}
-        config = config_from_dict(values | {"per_device_eval_batch_size": 128} | changes, NAME)
-        train(config, resume=True, display=Display(Console(file=io.StringIO())))
-        lines = (folder / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        return [line for line in map(json.loads, lines) if line["split"] == "eval"]
+        lines = study.trained(values | {"per_device_eval_batch_size": 128} | changes, NAME)
+        return [line for line in lines if line["split"] == "eval"]
 
     warm = run("warm start", loss="sft", model_name_or_path=str(MODEL), train_dataset=str(folder / "sft.jsonl"),
                **settings["warm_start"])

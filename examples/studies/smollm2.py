@@ -13,7 +13,6 @@ prompts (of kinds and topics that were trained, and of others); KL is that of it
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import sys
 from dataclasses import replace
@@ -21,7 +20,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
-from rich.console import Console
 from transformers.utils import logging
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -32,8 +30,6 @@ from examples.smollm2 import report  # noqa: E402
 from fastpref.errors import UserError  # noqa: E402
 from fastpref.rounds.config import Config, config_from  # noqa: E402
 from fastpref.train.config import config_from_dict  # noqa: E402
-from fastpref.train.display import Display  # noqa: E402
-from fastpref.train.loop import train  # noqa: E402
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -89,13 +85,11 @@ def one_method(eta: float, seed: int, settings: dict[str, Any], folder: Path, sa
         "eval_steps": settings["eval_steps"], "num_train_epochs": settings["num_train_epochs"],
         "reference_dir": str(folder / "reference"), "save_steps": 0, "loss": "rpo" if eta else "dpo",
     } | ({"eta": eta} if eta else {})
-    config = config_from_dict(values, NAME)
-    train(config, resume=True, display=Display(Console(file=io.StringIO())))
-    lines = (folder / method_name(eta) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    curve = [line for line in map(json.loads, lines) if line["split"] == "eval"]
+    curve = [line for line in study.trained(values, NAME) if line["split"] == "eval"]
     say(f"{method_name(eta)}: answers")
-    most, model = settings["prompts_a_kind"], Path(config.output_dir) / "model"
-    made = report.measure(replace(base, train=config), model, most, 2 * most, seed=report.SEED + seed)
+    most, model = settings["prompts_a_kind"], Path(values["output_dir"]) / "model"
+    config = replace(base, train=config_from_dict(values, NAME))
+    made = report.measure(config, model, most, 2 * most, seed=report.SEED + seed)
     return {
         "step": [line["step"] for line in curve],
         "chosen": [study.significant(line["logps/chosen"] - curve[0]["logps/chosen"]) for line in curve],

@@ -9,6 +9,7 @@ by side. A finished seed is kept in OUTPUT/NAME.part/ until all are there: the s
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import math
 import multiprocessing
@@ -271,6 +272,20 @@ def write_section(readme: Path, name: str, text: str) -> None:
 
 def _short(path: Path) -> str:
     return os.path.relpath(path)
+
+
+def trained(values: dict[str, Any], name: str) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl of a run of `fastpref train` with this configuration; one that is there goes on, or is
+    complete. name: whose configuration it is, in messages."""
+    from rich.console import Console
+
+    from fastpref.train.config import config_from_dict
+    from fastpref.train.display import Display
+    from fastpref.train.loop import train
+
+    train(config_from_dict(values, name), resume=True, display=Display(Console(file=io.StringIO())))
+    lines = (Path(values["output_dir"]) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
 
 
 # ---- numbers ---------------------------------------------------------------------------------------------------------

@@ -11,8 +11,6 @@ trains 300 steps on the same pairs in the same order, with the exact gradient of
 
 from __future__ import annotations
 
-import io
-import json
 import statistics
 import sys
 from contextlib import contextmanager
@@ -22,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import yaml
-from rich.console import Console
 from transformers.utils import logging
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -30,9 +27,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import study  # noqa: E402
 
 from fastpref import arguments, tail  # noqa: E402
-from fastpref.train.config import config_from_dict  # noqa: E402
-from fastpref.train.display import Display  # noqa: E402
-from fastpref.train.loop import train  # noqa: E402
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -103,9 +97,7 @@ def one_seed(seed: int, settings: dict[str, Any], folder: Path, say: study.Say) 
         for key in ("train_dataset", "model_name_or_path"):
             values[key] = str(study.ROOT / values[key])
         values["eval_dataset"] = str(held_out)
-        config = config_from_dict(values, NAME)
-        train(config, resume=True, display=Display(Console(file=io.StringIO())))
-        return [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        return study.trained(values, NAME)
 
     if warm is not None:
         run("warm start", warm)
