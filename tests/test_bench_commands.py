@@ -175,7 +175,7 @@ def test_what_is_not_finite_is_wrong_even_there(tmp_path, monkeypatch):
 # ---------------------------------------------------------------------------------------------- sweep
 
 
-def test_memory_stays_flat_as_a_pair_grows(tmp_path, capsys, drawn):
+def test_memory_stays_flat_as_a_pair_grows(tmp_path, capsys, monkeypatch, drawn):
     arguments = ["--dtype", "fp32", "--impl", "fastpref", "naive", "--budget-mib", "1", "--output", str(tmp_path)]
     assert sweep.main(["length", *QUICK, *arguments]) == 0
     found = results(tmp_path)
@@ -186,6 +186,9 @@ def test_memory_stays_flat_as_a_pair_grows(tmp_path, capsys, drawn):
     shown = capsys.readouterr().out
     assert "memory at" not in shown and "--quick is a smoke test" in shown  # no gates there
     assert sorted(name.split("-length-")[1] for name in drawn) == ["memory", "share", "time"]
+    monkeypatch.setattr(sweep, "split_by_memory", lambda *_: ([], []))  # nothing more is measured
+    assert sweep.main(["length", *(word for word in QUICK if word != "--quick"), *arguments]) == 0
+    assert "memory at" in (shown := capsys.readouterr().out) and "1 of 1 gates pass" in shown
 
 
 def test_one_pair_grows(tmp_path):

@@ -99,6 +99,13 @@ def test_quick(tmp_path, capsys, monkeypatch, limits, apart):
     assert "pairs/s / naive's" not in shown and "--quick is a smoke test" in shown  # no gates there
     monkeypatch.setattr(train, "process", lambda *_: pytest.fail("measured twice"))
     assert train.main(arguments) == 0
+    if apart:
+        return
+    monkeypatch.setattr(train, "settings", lambda cell: ())  # without --quick the gates are judged, of what is there
+    capsys.readouterr()
+    assert train.main([word for word in arguments if word != "--quick"]) == 0
+    shown = capsys.readouterr().out
+    assert "pairs/s / naive's" in shown and "gates pass" in shown and "smoke test" not in shown
 
 
 @pytest.mark.parametrize("keys", [{}, {"gradient_checkpointing": "none"}, {"gradient_checkpointing": "full"}])
