@@ -14,7 +14,7 @@ COMMANDS = {
     "rows": "the row kernels against copying as many bytes",
     "attention": "shared prompts against repeated ones",
     "step": "a whole training step of a model",
-    "train": "preference training as the trainer does it, within a card's memory, beside TRL",
+    "train": "training as the trainer does it, within a card's memory, beside TRL",
     "data": "reading and tokenising a data set, and starting on it again",
     "loss": "accuracy: errors against fp64",
     "sweep": "the head as rows, vocabulary, pair length, pairs or ranks grow",

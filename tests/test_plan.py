@@ -21,7 +21,7 @@ from tests import oracle
 SIZES = [(4, 4, 4), (8, 8, 8), (2, 2, 2), (2, 4, 2), (2, 2, 4), (2, 4, 4)]
 
 
-quickly = settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+quickly = settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
 
 @st.composite

@@ -49,11 +49,12 @@ def test_values_and_defaults(tmp_path):
 
 
 def test_lora_has_a_learning_rate_of_its_own(tmp_path):
-    assert load(tmp_path, BASE).learning_rate == 1e-6
-    lora = load(tmp_path, BASE + "use_peft: true\nstages: [{loss: sft, learning_rate: 2e-5}, {loss: dpo}]\n")
+    base = BASE.replace(": m\n", f": {tmp_path}\n")  # a folder: no hub is asked
+    assert load(tmp_path, base).learning_rate == 1e-6
+    lora = load(tmp_path, base + "use_peft: true\nstages: [{loss: sft, learning_rate: 2e-5}, {loss: dpo}]\n")
     assert [stage.learning_rate for stage in lora.stage_configs()] == [2e-5, 1e-5]
     assert adapter_lines(lora) == []
-    set_low = load(tmp_path, BASE + "use_peft: true\nlearning_rate: 5e-7\n")
+    set_low = load(tmp_path, base + "use_peft: true\nlearning_rate: 5e-7\n")
     assert set_low.learning_rate == 5e-7 and adapter_lines(set_low) == [
         "learning_rate 5e-07 is one of full weights; LoRA takes about ten times as much (1e-05 where none is set)"]
 
