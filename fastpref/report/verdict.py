@@ -327,10 +327,10 @@ def verdict_of_rounds(rows: Sequence[Mapping[str, Any]], golds: Sequence[Gold]) 
         row = last["next"].rpartition("#")[2].rstrip(")")
         return Verdict(last["kind"], tuple(last["because"]), row if row in ROWS else "worked")
     kl = as_row(rows[-1].get("after")).get("watch/kl") if rows else None
-    found = judge(Evidence(golds=golds, kl=kl, damage=damage))
+    verdict = judge(Evidence(golds=golds, kl=kl, damage=damage))
     last_kl = [f"last round: {fact}" for fact in (judged[-1]["because"] if judged and kl is None else ())
                if fact.startswith("KL")]
-    return replace(found, because=(*found.because, *last_kl)[:3])
+    return replace(verdict, because=(*verdict.because, *last_kl)[:3])
 
 
 def link_of(verdict: Verdict, folder: Path) -> str:
