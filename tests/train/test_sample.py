@@ -15,8 +15,9 @@ from itertools import combinations
 import numpy
 import pytest
 import torch
-from tiny import make
+from tiny import make, make_tokenizer
 from transformers import GenerationConfig
+from vllm_signatures import fields, published
 
 from fastpref.errors import UserError
 from fastpref.train import ranks, vllm_engine
@@ -248,39 +249,40 @@ def test_a_policy_that_diverged(world, tmp_path):
 # ---- vLLM ------------------------------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass
 class SamplingParams:
-    """Fields of vLLM's, with its defaults."""
+    """Takes what vLLM's takes, and has its defaults."""
 
-    n: int = 1
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    repetition_penalty: float = 1.0
-    seed: int | None = None
-    stop_token_ids: list[int] | None = None
-    ignore_eos: bool = False
-    max_tokens: int | None = 16
-    detokenize: bool = True
+    def __init__(self, *args, **kwargs):
+        given = published("SamplingParams", "__init__").bind(self, *args, **kwargs)
+        given.apply_defaults()
+        vars(self).update({name: value for name, value in given.arguments.items() if name != "self"})
+
+    def __eq__(self, other):
+        return vars(self) == vars(other)
 
 
 class LLM:
-    """Its interface: answers the seed's digits, then a stop token if the prompt is even in length."""
+    """Takes what vLLM's takes: answers the seed's digits, then a stop token if the prompt is even in length."""
 
     leaves_out_the_stop = False
 
-    def __init__(self, model, *, dtype="auto", generation_config="auto", gpu_memory_utilization=0.9):
-        if gpu_memory_utilization > 1:
+    def __init__(self, *args, **kwargs):
+        self.given = published("LLM", "__init__").bind(self, *args, **kwargs).arguments
+        assert set(self.given.get("kwargs", ())) <= fields("EngineArgs")
+        if self.given.get("gpu_memory_utilization", 0) > 1:
             raise ValueError("Free memory is less than desired\nmore")
-        self.given = model, dtype, generation_config, gpu_memory_utilization
         self.down = False
         self.llm_engine = types.SimpleNamespace(engine_core=types.SimpleNamespace(shutdown=self._shutdown))
 
-    def _shutdown(self):
+    def _shutdown(self, *args, **kwargs):
+        published("EngineCoreClient", "shutdown").bind(self, *args, **kwargs)
         self.down = True
 
-    def generate(self, prompts, sampling_params=None, *, use_tqdm=True):
-        self.asked = prompts, sampling_params, use_tqdm
+    def generate(self, *args, **kwargs):
+        given = published("LLM", "generate").bind(self, *args, **kwargs)
+        given.apply_defaults()
+        prompts, sampling_params, use_tqdm = self.asked = given.args[1:3] + (given.kwargs["use_tqdm"],)
+        assert all(prompt.keys() <= fields("TokensPrompt") for prompt in prompts)
         return [self._answer(p["prompt_token_ids"], s) for p, s in zip(prompts, sampling_params, strict=True)]
 
     def _answer(self, prompt, params):
@@ -291,6 +293,7 @@ class LLM:
             finish_reason="stop" if stops else "length",
             stop_reason=end[0] if stops else None,
         )
+        assert vars(out).keys() <= fields("CompletionOutput")
         return types.SimpleNamespace(outputs=[out])
 
 
@@ -311,7 +314,9 @@ def test_vllm_is_asked_for_what_was_set(setup, world, fake_vllm, monkeypatch, le
     with VLLM(world / "pretrained", tokenizer, dtype="bfloat16", gpu_memory_utilization=0.4) as engine:
         llm = engine.llm
         found = dict(sample(None, tokenizer, prompts, settings, engine=engine))
-    assert llm.given == (str(world / "pretrained"), "bfloat16", "vllm", 0.4) and llm.down and engine.llm is None
+    assert llm.given == {"self": llm, "model": str(world / "pretrained"), "dtype": "bfloat16",
+                         "gpu_memory_utilization": 0.4, "kwargs": {"generation_config": "vllm"}}
+    assert llm.down and engine.llm is None
     requests, params, use_tqdm = llm.asked
     assert requests == [{"prompt_token_ids": prompts[1]}] * 2 and use_tqdm is False  # the shortest comes last
     wanted = dict(temperature=0.7, top_p=0.9, max_tokens=4, stop_token_ids=[EOS], ignore_eos=True, detokenize=False)
@@ -326,6 +331,13 @@ def test_vllm_is_asked_for_what_was_set(setup, world, fake_vllm, monkeypatch, le
     assert [p.max_tokens for p in engine.llm.asked[1]] == [4, 2]  # the model has 128 positions
     with pytest.raises(UserError, match=r"vLLM does not load it \(Free memory is less than desired\)"):
         VLLM(world / "pretrained", tokenizer, gpu_memory_utilization=2)
+
+
+def test_a_call_that_vllm_does_not_take_is_found_out(world, fake_vllm):
+    with pytest.raises(TypeError, match="unexpected keyword argument 'best_of'"):
+        SamplingParams(best_of=2)
+    with pytest.raises(AssertionError):
+        VLLM(world / "pretrained", make_tokenizer(), no_such_option=1)
 
 
 def test_when_vllm_is_used(monkeypatch, fake_vllm):
