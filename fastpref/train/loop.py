@@ -110,12 +110,10 @@ def _train(config: TrainConfig, resume: bool, display: Display) -> dict[str, Any
     if resume and ranks.on_first(lambda: _has_ended(run_dir, config, display)):
         return _already_complete(run_dir, config, display)
     with _opened(config, resume, display) as place:
-        tokenizer = load_tokenizer(config)
-        check_weights(config)
-        check_saves(config, tokenizer)
+        tokenizer = ranks.everywhere(lambda: _checked_tokenizer(config))
         config = ranks.on_first(lambda: dated(config, tokenizer))
         ranks.on_first(lambda: keep_date(config))
-        stages = stage_inputs(config, tokenizer, display)
+        stages = ranks.everywhere(lambda: stage_inputs(config, tokenizer, display))
         _check_same_data(place, stages)
         configs = [stage.config for stage in stages]
         check_positions(configs, longest_sequences(configs, [stage.data for stage in stages]), display)
@@ -195,8 +193,22 @@ def _begins(run_dir: Path, config: TrainConfig, resume: bool) -> tuple[Path | No
     return None, State()
 
 
+def _checked_tokenizer(config: TrainConfig) -> PreTrainedTokenizerBase:
+    """And what is known of the model from its files, before they are loaded."""
+    tokenizer = load_tokenizer(config)
+    check_weights(config)
+    check_saves(config, tokenizer)
+    return tokenizer
+
+
 def _check_same_data(place: Place, stages: Sequence[StageInput]) -> None:
     state = place.state
+    if ranks.size() > 1:
+        of_ranks = ranks.told([(identity_of(s.data.train), identity_of(s.data.eval)) for s in stages])
+        for other, found in enumerate(of_ranks):
+            if found != of_ranks[0]:
+                raise UserError(f"rank {other} reads other examples than rank 0: train_dataset and eval_dataset must "
+                                "be the same on all nodes")
     if place.resumed and state.step and state.data != identity_of(stages[state.stage].data.train):
         raise UserError(f"{place.resumed}: train_dataset has other examples now than when it was saved")
 

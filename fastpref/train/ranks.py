@@ -7,6 +7,7 @@ an error of the first rank) goes over gloo between the hosts; a GPU never waits 
 from __future__ import annotations
 
 import os
+import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -170,6 +171,25 @@ def on_first(work: Callable[[], T]) -> T:
     if box[1] is not None:
         raise box[1]
     return box[0]  # type: ignore[no-any-return]
+
+
+def everywhere(work: Callable[[], T]) -> T:
+    """What `work` returns here; what one rank cannot do (its node has no such file) is raised on all, with its name."""
+    if size() == 1:
+        return work()
+    box, error = list[T](), None
+    try:
+        box.append(work())
+    except (ValueError, TypeError, OSError, ImportError) as caught:  # raised below: the others are told
+        error = caught
+    said = told((socket.gethostname(), None if error is None else " ".join(str(error).split())))
+    failed = [(other, host, text) for other, (host, text) in enumerate(said) if text is not None]
+    if not failed:
+        return box[0]
+    other, host, text = failed[0]
+    if error is not None and len({text for _, _, text in failed}) == 1 and len(failed) == size():
+        raise error
+    raise UserError(f"rank {other} on {host}: {text}") from error
 
 
 def told(mine: T) -> list[T]:

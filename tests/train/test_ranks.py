@@ -89,8 +89,30 @@ def work(rank, size, world, folder, names, resume=False):
             train(config_of(world, folder, "stopped"), display=quiet())
         with pytest.raises(UserError, match="--resume goes on with it"):  # of the first rank, on both
             train(config_of(world, folder, "stopped"), display=quiet())
+        nodes_that_differ(rank, world, folder)
     dist.barrier()
     dist.destroy_process_group()
+
+
+def nodes_that_differ(rank, world, folder):
+    """The second has no data, no model, or other data: one error, the same on both, that names it."""
+    where, node = f"^rank 1 on {socket.gethostname()}: ", folder / "node"
+    if rank == 1:
+        node.mkdir()
+        shutil.copy(world / "heldout.jsonl", node / "many.jsonl")
+        os.chdir(node)
+    else:
+        os.chdir(world)
+        shutil.copy("train.jsonl", "many.jsonl")
+    for changes, message in (({"train_dataset": "train.jsonl"}, f"{where}train.jsonl: no such file$"),
+                             ({"eval_dataset": "heldout.jsonl"}, f"{where}heldout.jsonl: no such file$"),
+                             ({"model_name_or_path": "./pretrained"}, f"{where}.*./pretrained"),
+                             ({"train_dataset": "many.jsonl"}, "^rank 1 reads other examples than rank 0: train_data"),
+                             ({"train_dataset": "none.jsonl"}, "^none.jsonl: no such file$")):
+        with pytest.raises(ValueError, match=message):
+            train(config_from_dict(settings(world, folder / "differ", gradient_accumulation_steps=2) | changes),
+                  display=quiet())
+    assert not (folder / "differ" / "config.yaml").exists()
 
 
 def weights(run):
