@@ -1,4 +1,4 @@
-"""A stand-in for a server with the OpenAI completions API, that fails in every way it is told to."""
+"""A stand-in for a server with the OpenAI API (text and chat completions), that fails in every way it is told to."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Completions:
             self.requests.append(body)
             how = self.failing.pop(0) if self.failing else ""
             number = len(self.requests)
-        if not self.takes_tokens and not isinstance(body["prompt"], str):
+        if not self.takes_tokens and not isinstance(body.get("prompt", ""), str):
             return 400, {"error": {"message": "prompt must be a string."}}
         if how in ("500", "429", "404"):
             return int(how), {"error": {"message": "not now"}}
@@ -33,6 +33,10 @@ class Completions:
         text, reason = self.answer(body)
         found = {"id": f"cmpl-{number}", "object": "text_completion", "created": 1, "model": body["model"],
                  "choices": [{"index": 0, "text": text, "finish_reason": reason, "logprobs": None}]}
+        if "messages" in body:
+            found["object"] = "chat.completion"
+            del found["choices"][0]["text"]
+            found["choices"][0]["message"] = {"role": "assistant", "content": text}
         if how == "two":
             found["choices"] *= 2
         if how == "none":
@@ -53,6 +57,9 @@ def serving(answer: Callable[[dict[str, Any]], tuple[str, str]]) -> Iterator[Com
     completions = Completions(answer)
 
     class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.answer(200, {"object": "list", "data": []})
+
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             with completions.lock:
@@ -61,6 +68,9 @@ def serving(answer: Callable[[dict[str, Any]], tuple[str, str]]) -> Iterator[Com
             status, found = completions.reply(body)
             with completions.lock:
                 completions.at_once -= 1
+            self.answer(status, found)
+
+        def answer(self, status: int, found: Any) -> None:
             data = json.dumps(found).encode()
             self.send_response(abs(status) if status > 0 else 200)
             self.send_header("Content-Type", "application/json")

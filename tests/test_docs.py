@@ -9,8 +9,11 @@ import importlib
 import importlib.util
 import io
 import json
+import os
 import re
 import shlex
+import socket
+import subprocess
 import sys
 from collections.abc import Iterator
 from itertools import chain
@@ -25,10 +28,12 @@ import fastpref
 from bench.__main__ import COMMANDS
 from fastpref import losses
 from fastpref.cli import _parser, parse
+from fastpref.errors import UserError
 from fastpref.rounds.config import RoundsConfig
 from fastpref.rounds.config import config_from as rounds_config_from
 from fastpref.rounds.config import load_config as load_rounds_config
 from fastpref.train.config import TrainConfig, config_from_dict, load_config
+from fastpref.train.ranks import _check
 
 ROOT = Path(__file__).resolve().parents[1]
 SITE = sorted((ROOT / "docs").rglob("*.md"))
@@ -270,13 +275,85 @@ def test_a_wrong_command_is_noticed():
 def test_configurations_are_valid(page):
     """Whole ones are checked as `fastpref train` checks them; parts are completed first."""
     for fence in fences(page):
-        if fence.language == "yaml":
+        if fence.language == "yaml" and not fence.text.startswith("apiVersion:"):  # Kubernetes' is below
             values = yaml.safe_load(fence.text)
             missing = {"model_name_or_path": "m", "train_dataset": "d", "output_dir": "o"}
             if all("train_dataset" in stage for stage in values.get("stages") or [{}]):
                 missing.pop("train_dataset")
             check = rounds_config_from if "rounds" in values else config_from_dict
             check({**missing, **values}, f"{named(page)}:{fence.line}")
+
+
+def job_and_script() -> tuple[list[str], dict[str, str], str]:
+    """Of docs/multi-gpu.md: the Kubernetes Job's command and environment, and the script for SLURM."""
+    blocks = [fence.text for fence in fences(ROOT / "docs" / "multi-gpu.md")]
+    service, job = yaml.safe_load_all(next(text for text in blocks if text.startswith("apiVersion:")))
+    spec, pod = job["spec"], job["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    its = torchrun_parser().parse_args(container["args"])
+    assert (service["kind"], job["kind"], spec["completionMode"]) == ("Service", "Job", "Indexed")
+    name, subdomain = job["metadata"]["name"], service["metadata"]["name"]
+    assert service["spec"] == {"clusterIP": "None", "publishNotReadyAddresses": True, "selector": {"job-name": name}}
+    assert pod["subdomain"] == subdomain and its.rdzv_endpoint == f"{name}-0.{subdomain}:29500"
+    assert its.nnodes == str(spec["completions"]) == str(spec["parallelism"])
+    assert its.nproc_per_node == str(container["resources"]["limits"]["nvidia.com/gpu"])
+    assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+    environment = {variable["name"]: variable["value"] for variable in container["env"]}
+    return container["command"] + container["args"], environment, next(t for t in blocks if t.startswith("#!/bin/bash"))
+
+
+def test_the_kubernetes_job_and_the_slurm_script_start_the_same_run(tmp_path, monkeypatch):
+    """srun and scontrol are stand-ins: one prints what it would run."""
+    for name, does in (("scontrol", "printf 'n1\\nn2\\n'"), ("srun", 'env; printf "%s\\n" "$@"')):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{does}\n")
+        (tmp_path / name).chmod(0o755)
+    words, environment, script = job_and_script()
+    nodes = re.search(r"--nodes=(\d+)", script)[1]
+    given = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_NNODES": nodes,
+             "SLURM_JOB_ID": "7"}
+    out = subprocess.run(["bash", "-eu"], input=script, env=given, capture_output=True, text=True, check=True).stdout
+    lines = out.splitlines()
+    assert {f"{key}={value}" for key, value in environment.items()} <= set(lines)
+    run = lines[lines.index("torchrun") :]
+    assert [word for word in words if "--rdzv-" not in word] == [word for word in run if "--rdzv-" not in word]
+    assert {"--rdzv-backend=c10d", "--rdzv-endpoint=n1:29500", "--rdzv-id=7"} <= set(run)
+    for command in (words, run):
+        check_command(command)
+    its = torchrun_parser().parse_args(run[1:])
+    ranks, overrides = int(its.nnodes) * int(its.nproc_per_node), [w for w in its.training_script_args if "=" in w]
+    stage = config_from_dict({"model_name_or_path": "m", "train_dataset": "d", "output_dir": "o"}
+                             | {key: int(value) for key, value in (word.split("=") for word in overrides)})
+    _check(stage.stage_configs()[0], ranks)
+    with pytest.raises(UserError, match="33 ranks"):
+        _check(stage.stage_configs()[0], ranks + 1)
+
+
+@pytest.mark.slow
+def test_the_kubernetes_jobs_command_runs_on_two_nodes(tmp_path):
+    """Both on this machine, of one process each; the service's name is here the loopback's."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words, environment, _ = job_and_script()
+    for before, after in (("--nnodes=4", "--nnodes=2"), ("--nproc-per-node=8", "--nproc-per-node=1"),
+                          ("dpo-0.dpo:29500", f"127.0.0.1:{port}"), ("dp_replicate=4", "dp_replicate=2")):
+        assert sum(before in word for word in words) == 1
+        words = [word.replace(before, after) for word in words]
+    (tmp_path / "dpo.yaml").write_text(f"""
+model_name_or_path: {ROOT}/examples/model
+init_from_config: true
+train_dataset: {ROOT}/examples/data/train.jsonl
+output_dir: run
+loss: dpo
+max_steps: 2
+per_device_train_batch_size: 1
+""")
+    its = os.environ | environment | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "torch.distributed.run", *words[1:]]
+    nodes = [subprocess.Popen(command, cwd=tmp_path, env=its, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [node.communicate(timeout=200)[1] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], said
+    assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
 
 
 # ---- names, files, links ---------------------------------------------------------------------------------------------

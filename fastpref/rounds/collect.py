@@ -30,7 +30,7 @@ from fastpref.train.display import Display
 from fastpref.train.prompts import Prompt
 from fastpref.train.run import spent
 from fastpref.train.sample import Sample
-from fastpref.train.scorer import Scorer
+from fastpref.train.scorer import Scorer, prompt_key
 
 from .pairing import Response, reason_to_skip
 
@@ -133,6 +133,13 @@ def collect(
     except OSError as error:
         raise SaveError(f"could not write {path}: {error.strerror}") from error
     return [found[i] for i in range(len(prompts.ids))]
+
+
+def rivals(path: Path) -> dict[str, list[str]]:
+    """The responses in a file that are not empty, by their prompts' keys: what a judge compares others with."""
+    lines = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    return {prompt_key(line["prompt"]): [r["text"] for r in line["responses"] if r["skipped"] != "empty"]
+            for line in lines}
 
 
 def _responses(samples: Sequence[Sample], prompt: Prompt, of_reference: bool) -> Scored:

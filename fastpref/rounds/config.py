@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 from fastpref.errors import UserError, refuse
 from fastpref.train.config import EngineName, TrainConfig, checked_config, differing_keys, read_values
+from fastpref.train.judge import FORM, SPEC, Judging
 from fastpref.train.keys import FREE, check_bounds, convert, key, keys_of, no_such_key
 
 from .pairing import Pairing
@@ -64,9 +65,16 @@ class RoundsConfig:
     sampler_timeout: float = key(120.0, "seconds that it may take for one response", "above 0", FREE)
 
     scorer: str = key(
-        MISSING, "module:function, the folder of a reward model, or implicit:FOLDER", section="scores and pairs")
+        MISSING, "module:function, the folder of a reward model, implicit:FOLDER, or judge:openai:URL#MODEL",
+        section="scores and pairs")
     scorer_timeout: float | None = key(
-        10.0, "seconds that a function may take for one response; None: no limit", "above 0", FREE)
+        10.0, "seconds that a function may take for one response, or a judge for an answer; None: no limit", "above 0",
+        FREE)
+    judge_prompt: str | None = key(
+        None, "a file: what a judge is asked, with {prompt}, {response0} and {response1}. None: judge.TEMPLATE")
+    judge_comparisons: int | None = key(
+        None, "a judge compares each response with so many that follow it, in a circle, in both orders. None: 2",
+        "at least 1")
     pairing: Pairing = key("best_worst", "of the scored responses to a prompt, what a round trains on")
     min_gap: float = key(0.0, "least difference in score of a pair; equal scores never make one", "at least 0")
     min_score: float | None = key(None, "least score of a chosen response")
@@ -99,6 +107,11 @@ class RoundsConfig:
         return (self.schedule or ("run" if self.start_from == "previous" else "round")) == "run"
 
     @property
+    def judging(self) -> Judging:
+        """How a judge is asked."""
+        return Judging(self.judge_prompt, self.judge_comparisons or Judging.comparisons, self.generation_batch_size)
+
+    @property
     def eval_n(self) -> int:
         return self.eval_num_generations or self.num_generations
 
@@ -117,6 +130,7 @@ class Config:
         stage, rounds = self.stage, self.rounds
         loss, pairs, reference = repr(stage.loss), rounds.pairing != "best_of_n", rounds.reference is not None
         of_reference = rounds.pairing == "policy_reference"
+        judge = rounds.scorer.startswith("judge:openai:")
         what = "rounds.reference" if reference else "rounds.pairing policy_reference"
         refuse(
             (stage.reward_model, f"loss {loss} trains a reward model: rounds have no policy to sample from"),
@@ -135,6 +149,15 @@ class Config:
              f"rounds.sampler and rounds.engine {rounds.engine} name two engines: leave one out"),
             ((rounds.sampler_model or rounds.sampler_reload) and not rounds.sampler,
              "rounds.sampler_model and rounds.sampler_reload are of a server: set rounds.sampler=openai:URL"),
+            (judge and not SPEC.fullmatch(rounds.scorer),
+             f"rounds.scorer is {rounds.scorer!r}; a judge is {FORM}"),
+            ((rounds.judge_prompt or rounds.judge_comparisons) and not judge,
+             f"rounds.judge_prompt and rounds.judge_comparisons are of a judge: set rounds.scorer={FORM}"),
+            (judge and of_reference,
+             "rounds.pairing policy_reference compares the scores of two models, and a judge's are of the responses of "
+             "one: set pairing=best_worst"),
+            (judge and rounds.num_generations == 1,
+             "rounds.num_generations is 1: a judge has nothing to compare the response with; raise it"),
             (rounds.engine == "vllm" and self.train.use_peft,
              "rounds.engine vllm takes whole models, and use_peft trains an adapter: set engine=transformers"),
             (rounds.max_new_tokens >= stage.max_length,
@@ -201,8 +224,8 @@ def _checked(section: Any) -> dict[str, Any]:
         raise UserError("rounds: a section of keys and values is missing" if section is None else
                         f"rounds is {section!r}; it takes keys and values")
     if not section.get("scorer"):
-        raise UserError("rounds.scorer is missing; it takes module:function, the folder of a reward model, or "
-                        "implicit:FOLDER")
+        raise UserError("rounds.scorer is missing; it takes module:function, the folder of a reward model, "
+                        "implicit:FOLDER, or judge:openai:URL#MODEL")
     for name in section:
         if name not in _KEYS:
             raise no_such_key(name, "rounds.", _KEYS)

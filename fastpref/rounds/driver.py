@@ -79,11 +79,11 @@ from fastpref.train.stage_data import StageData, load_data
 from fastpref.train.traits import follows_length
 from fastpref.train.vllm_engine import VLLM, uses_vllm
 
-from .collect import Prompts, Scored, collect, read_prompts
+from .collect import Prompts, Scored, collect, read_prompts, rivals
 from .config import Config, differing
 from .pairing import Pair, block, count, make_pairs, offline_count, scores
 from .report import judged, round_lines, show_table, write_page
-from .served import SERVED, Served
+from .served import SERVED, Served, reach
 
 ASKED = ("eval_dataset", "eval_generate", "eval_generate_samples", "eval_max_new_tokens", "max_length")  # exact match
 # And the rounds: what a run leaves in output_dir
@@ -136,6 +136,7 @@ def rounds(config: Config, *, resume: bool = False, display: Display | None = No
     for stage in config.train.stage_configs():
         check_optimizer(stage, pick_device())
     vllm = takes_vllm(config)
+    reach(config.rounds)
     stop = StopFlag()
     with ExitStack() as held, stop.listening(display):
         held.enter_context(checkpoint.lock(run_dir))
@@ -145,6 +146,7 @@ def rounds(config: Config, *, resume: bool = False, display: Display | None = No
         scorer = load_scorer(
             config.rounds.scorer, timeout=config.rounds.scorer_timeout,
             batch_size=config.stage.per_device_eval_batch_size, trust_remote_code=config.train.trust_remote_code,
+            judging=config.rounds.judging,
         )
         held.enter_context(scorer)
         session = _open(run_dir, config, display, stop, scorer, vllm, goes_on)
@@ -398,7 +400,7 @@ def run_round(session: Session, number: int) -> None:
     prompts = session.prompts.take(chosen)
     display.say(f"round {number}/{settings.number}: {len(chosen):,} prompts x {settings.num_generations} responses"
                 + (" (trained again from saved responses)" if again else ""), "bold")
-    failures = Counter(session.scorer.failures)
+    failures, judged_before = Counter(session.scorer.failures), Counter(session.scorer.counts)
 
     responses, pairs, dropped = _responses_and_pairs(session, number, prompts, seconds)
     counts, rewards = count(responses), [scores(own(of_prompt)) for of_prompt in responses]
@@ -407,6 +409,9 @@ def run_round(session: Session, number: int) -> None:
         "reward": _mean([score for of_prompt in rewards for score in of_prompt if score is not None]),
         "reward_error": next((best.error for best in best_of_n(rewards) if math.isfinite(best.error)), None),
     }
+    if session.scorer.counts:  # win rates, whose mean is a half
+        values["reward"] = values["reward_error"] = None
+        values["judge"] = {name: n - judged_before[name] for name, n in session.scorer.counts.items()}
     failed = session.scorer.failures - failures
     if failed:
         display.say(f"round {number}: scorer so far: {session.scorer.report()}", "yellow")
@@ -645,10 +650,12 @@ def _evaluate(session: Session, number: int, seconds: dict[str, float]) -> list[
     """Best of 1, 2, 4, ... of samples for the held-out prompts."""
     if session.held_out is None:
         return []
+    path = session.folder(number) / "evaluation.jsonl"
+    scorer = session.scorer.against(lambda: rivals(session.folder(0) / path.name)) if number else session.scorer
     with spent(seconds, "evaluation"):
         sampling = _sampling(session, session.config.rounds.eval_n, number, "held-out")
         what = f"{'start' if not number else f'round {number}'}: best of {sampling.n}"
-        found = _collect(session, session.folder(number) / "evaluation.jsonl", session.held_out, sampling, what, {})
+        found = _collect(replace(session, scorer=scorer), path, session.held_out, sampling, what, {})
     best = best_of_n([scores(of_prompt) for of_prompt in found])
     return [vars(b) | {"error": b.error if math.isfinite(b.error) else None} for b in best]
 

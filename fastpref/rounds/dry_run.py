@@ -8,6 +8,7 @@ from typing import Any
 from fastpref.train.config import TrainConfig
 from fastpref.train.display import Display
 from fastpref.train.dry_run import dry_run as dry_run_of_training
+from fastpref.train.judge import SPEC
 from fastpref.train.loop import describe
 from fastpref.train.machine import device_name
 from fastpref.train.metrics_log import check_report_to
@@ -17,6 +18,7 @@ from fastpref.train.scorer import FUNCTION, load_scorer
 
 from .config import Config
 from .driver import read, takes_vllm
+from .served import reach
 
 
 def dry_run(config: Config, display: Display | None = None) -> dict[str, Any]:
@@ -28,11 +30,12 @@ def dry_run(config: Config, display: Display | None = None) -> dict[str, Any]:
     for stage in train.stage_configs():
         check_optimizer(stage, pick_device())
     takes_vllm(config)
+    reach(settings)
     if config.warm_up:
         display.say("before the first round:", "bold")
         dry_run_of_training(replace(train, stages=config.warm_up), display)
-    if FUNCTION.fullmatch(settings.scorer):  # the others are models: weights
-        load_scorer(settings.scorer, timeout=settings.scorer_timeout).close()
+    if FUNCTION.fullmatch(settings.scorer) or SPEC.fullmatch(settings.scorer):  # the others are models: weights
+        load_scorer(settings.scorer, timeout=settings.scorer_timeout, judging=settings.judging).close()
     config, tokenizer, prompts, *_ = read(config, display)
     stage, a_round = config.stage, settings.prompts_per_round or len(prompts.ids)
     policy = policy_on_meta(config.train, tokenizer)

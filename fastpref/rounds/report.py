@@ -41,6 +41,7 @@ def round_lines(values: Values, of: int) -> list[str]:
     aside = f" ({', '.join(skipped)})" if skipped else ""
     parts.append(f"{counts['responses']:,} responses{aside}")
     parts += [f"reward {number(values['reward'])}"] * (values["reward"] is not None)
+    parts += [f"{n:,} {what}" for what, n in values.get("judge", {}).items()]
     name = f"round {values['round']}/{of}"
     if "kl_budget" in values:
         parts.append(f"KL budget of {values['kl_budget']['budget']:g} nats reached")

@@ -12,12 +12,18 @@ from fastpref.files import write_text
 from fastpref.train import checkpoint
 from fastpref.train.model import Policy, fingerprint, save_model
 from fastpref.train.sample import InMemory
-from fastpref.train.server_engine import Probe, Server, reload
+from fastpref.train.server_engine import Probe, Server, client, reload
 
 from .config import RoundsConfig
 
 SERVED = "sampler"  # the folder in a run's
 PROBES = 8  # prompts
+
+
+def reach(settings: RoundsConfig) -> None:
+    """Raises UserError where the server of `rounds.sampler` is not there, unless sampler_reload is to start it."""
+    if settings.sampler and not settings.sampler_reload:
+        client(settings.sampler.removeprefix("openai:"), "", settings.sampler_timeout).reach()
 
 
 class Served:

@@ -432,6 +432,9 @@ def _check_stage(stage: TrainConfig, section: Mapping[str, Any], loss: Any, conf
          f"kl_budget: loss {name} has no reference, so there is no KL to it"),
         (stage.sample_steps and trains_reward,
          "sample_steps: a reward model generates nothing that could be sampled"),
+        ((stage.scorer or "").startswith("judge:openai:"),
+         "scorer: a judge compares responses to one prompt, and of fresh samples there is one a prompt: it scores in "
+         "`fastpref rounds`"),
         (stage.scorer and not stage.sample_steps,
          "scorer is set, but sample_steps is not, and without samples there is nothing to score"),
         (stage.dataset_streaming and loss.needs_kl,

@@ -1,8 +1,9 @@
-"""Scores of responses, from one of three sources, behind one interface.
+"""Scores of responses, from one of four sources, behind one interface.
 
-    module:function   any Python function of (prompt, response) that returns a number: a verifier
-    FOLDER or hub id  a reward model: a sequence classifier with one label
-    implicit:FOLDER   beta (log pi(y|x) - log pi_ref(y|x)) of a run of fastpref, or of a checkpoint of one
+    module:function         any Python function of (prompt, response) that returns a number: a verifier
+    FOLDER or hub id        a reward model: a sequence classifier with one label
+    implicit:FOLDER         beta (log pi(y|x) - log pi_ref(y|x)) of a run of fastpref, or of a checkpoint of one
+    judge:openai:URL#MODEL  win rate against other responses to the prompt, as a judge has it (judge.py)
 
     with load_scorer("checks:exact", timeout=5) as scorer:
         scores = scorer.score(prompts, responses)          # None where it failed
@@ -14,6 +15,8 @@ restart, not the run.
 
 from __future__ import annotations
 
+import copy
+import itertools
 import json
 import math
 import os
@@ -25,7 +28,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -39,6 +42,7 @@ from fastpref.errors import UserError, first_line
 
 from .checkpoint import random_state, restore_random_state, verify
 from .config import load_config_of_run
+from .judge import Judge, Judging, circle
 from .model import Policy, load_policy, load_tokenizer, pad_token, pick_device
 from .prompts import Prompt
 from .rendering import ends_of_generation, rendering_of
@@ -46,7 +50,7 @@ from .run_folder import recorded_reference, reference_again, run_of, weights_of_
 from .source import load_whole, put_adapter, source_of
 
 FUNCTION = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
-FORMS = "module:function, the folder or hub id of a reward model, or implicit:FOLDER"
+FORMS = "module:function, the folder or hub id of a reward model, implicit:FOLDER, or judge:openai:URL#MODEL"
 START_TIMEOUT = 120.0  # seconds that a function's module may take to import
 
 
@@ -54,7 +58,7 @@ class Scorer:
     """A context manager. What fails is counted and never raised; the first message of each kind is kept.
 
     Kinds: "raised", "not a number", "not finite", "timed out", "died" (a function whose process exits or crashes),
-    "empty response" (models: there is nothing to score).
+    "empty response" (models: there is nothing to score), "no verdict" (a judge). A judge's server that fails raises.
     """
 
     def __init__(self, name: str) -> None:
@@ -62,6 +66,12 @@ class Scorer:
         self.scored = 0  # responses asked for so far, failures included
         self.failures: Counter[str] = Counter()
         self.first: dict[str, str] = {}
+        self.counts: Counter[str] = Counter()  # what else there is to tell: a judge's
+
+    def against(self, rivals: Callable[[], Mapping[str, Sequence[str]]]) -> Scorer:
+        """What scores responses by comparison with `rivals`, other responses by `prompt_key`; where a score is one
+        response's own, the same scorer."""
+        return self
 
     def submit(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Future[list[float | None]]:
         """Starts scoring. A function's process works beside the caller, in the order of the calls; a model has scored
@@ -97,9 +107,9 @@ class Scorer:
 
 
 def load_scorer(spec: str, *, timeout: float | None = 10.0, batch_size: int = 8,
-                trust_remote_code: bool = False) -> Scorer:
-    """timeout: seconds that a function may take for one response; None: as long as it likes. batch_size: responses at
-    once, of a model.
+                trust_remote_code: bool = False, judging: Judging | None = None) -> Scorer:
+    """timeout: seconds that a function may take for one response, or a judge for an answer; None: as long as it likes.
+    batch_size: responses at once, of a model.
 
     A reward model reads prompt + response + EOS as in training (messages: through its chat template). The implicit
     reward of a run is that of its model/, or its newest checkpoint; of a checkpoint's folder, that of the checkpoint.
@@ -107,8 +117,8 @@ def load_scorer(spec: str, *, timeout: float | None = 10.0, batch_size: int = 8,
     is 1 and the reference is what the stage started from. trust_remote_code: whether that run may run code that comes
     with its model.
 
-    Raises UserError for a spec that is none of the three, a function that cannot be imported, a model that cannot be
-    loaded or is no reward model, and a folder that is no run.
+    Raises UserError for a spec that is none of the four, a function that cannot be imported, a model that cannot be
+    loaded or is no reward model, a folder that is no run, and a judge that is not there.
     """
     if timeout is not None and not (timeout > 0 and math.isfinite(timeout)):
         raise UserError(f"timeout is {timeout!r}; it takes seconds, above 0, or none")
@@ -117,6 +127,8 @@ def load_scorer(spec: str, *, timeout: float | None = 10.0, batch_size: int = 8,
         return ImplicitReward(spec, Path(folder), batch_size, trust_remote_code)
     if FUNCTION.fullmatch(spec):
         return FunctionScorer(spec, timeout)
+    if kind == "judge":
+        return WinRate(spec, Judge(spec, timeout, judging or Judging()))
     if ":" in spec and not Path(spec).exists():
         raise UserError(f"scorer {spec!r}: it takes {FORMS}")
     return RewardModel(spec, batch_size)
@@ -264,6 +276,66 @@ class _Worker:
 
     def _has_ended(self) -> bool:
         return os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+
+# ---- a judge ---------------------------------------------------------------------------------------------------------
+
+
+def prompt_key(prompt: Prompt) -> str:
+    return json.dumps(prompt, ensure_ascii=False)
+
+
+class WinRate(Scorer):
+    """The share of its comparisons that a response wins, a tie being half a win: with its neighbours in a circle of the
+    responses to its prompt, which stand together, or with rivals. A response that is alone has 0.5."""
+
+    def __init__(self, spec: str, judge: Judge) -> None:
+        super().__init__(spec)
+        self.judge, self.counts = judge, judge.counts
+        self.rivals: Callable[[], Mapping[str, Sequence[str]]] | None = None
+        self.thread = ThreadPoolExecutor(1, "fastpref-judge")
+
+    def against(self, rivals: Callable[[], Mapping[str, Sequence[str]]]) -> Scorer:
+        other = copy.copy(self)  # which counts in the same counters
+        other.rivals = rivals
+        return other
+
+    def submit(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Future[list[float | None]]:
+        return self.thread.submit(self._score, prompts, responses)
+
+    def _score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float | None]:
+        self.scored += len(responses)
+        wanted: list[tuple[int, int | None, str]] = []  # a response, the one it is compared with, and its text
+        n = self.judge.judging.comparisons
+        rivals = self.rivals() if self.rivals else None
+        for key, group in itertools.groupby(range(len(responses)), lambda i: prompt_key(prompts[i])):
+            own = [i for i in group if responses[i].strip()]
+            if rivals is None:
+                wanted += [(own[a], own[b], responses[own[b]]) for a, b in circle(len(own), n)]
+            elif theirs := rivals.get(key, ()):
+                wanted += [(i, None, theirs[(place + step) % len(theirs)])
+                           for place, i in enumerate(own) for step in range(min(n, len(theirs)))]
+        verdicts = self.judge.compare([(prompts[i], responses[i], text) for i, _, text in wanted])
+        found: list[list[float | None]] = [[] for _ in responses]
+        for (i, other, _), value in zip(wanted, verdicts, strict=True):
+            found[i].append(value)
+            if other is not None:
+                found[other].append(None if value is None else 1 - value)
+        return [self._rate(response, values) for response, values in zip(responses, found, strict=True)]
+
+    def _rate(self, response: str, verdicts: list[float | None]) -> float | None:
+        known = [value for value in verdicts if value is not None]
+        if not response.strip():
+            self.failed("empty response", "nothing but white space")
+        elif verdicts and not known:
+            self.failed("no verdict", f"such as {self.judge.unparsed}")
+        else:
+            return sum(known) / len(known) if known else 0.5
+        return None
+
+    def close(self) -> None:
+        self.judge.closed = True
+        self.thread.shutdown(wait=False, cancel_futures=True)
 
 
 # ---- models ----------------------------------------------------------------------------------------------------------

@@ -11,12 +11,10 @@ Which weights answer is the server's matter, so it is looked at: `Probe` compare
 
 from __future__ import annotations
 
-import os
 import shlex
 import subprocess
 import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,9 +22,9 @@ from transformers import PreTrainedTokenizerBase
 
 from fastpref.errors import UserError, first_line
 
+from .openai_client import Answer, Client, Refused, at_once
 from .sample import Engine, Sampling, room
 
-RETRIES = 5  # with the client's exponential back-off: about 15 s in all
 PROBED = Sampling(temperature=0, max_new_tokens=24)
 AGREE = 0.5  # of the probe's tokens: bf16 on another engine parts from us sooner or later, other weights at once
 
@@ -37,14 +35,8 @@ class Server:
     def __init__(self, url: str, model: str, tokenizer: PreTrainedTokenizerBase, stops: frozenset[int],
                  positions: int | None, *, timeout: float, concurrency: int) -> None:
         """model: by which name the server knows it. Raises UserError without the package `openai`."""
-        try:
-            import openai
-        except ImportError:
-            raise UserError(f"sampler openai:{url} takes the package openai: pip install openai") from None
-        self.openai, self.url, self.model, self.tokenizer = openai, url, model, tokenizer
-        self.stops, self.positions, self.concurrency = stops, positions, concurrency
-        self.client = openai.OpenAI(base_url=url, api_key=os.environ.get("OPENAI_API_KEY") or "none", timeout=timeout,
-                                    max_retries=RETRIES)
+        self.client = client(url, model, timeout)
+        self.tokenizer, self.stops, self.positions, self.concurrency = tokenizer, stops, positions, concurrency
         self.takes_tokens = True
         self.seen: set[str] = set()  # ids of completions
         self.lock = threading.Lock()
@@ -54,54 +46,33 @@ class Server:
             first, prompts, seeds = [self._response(prompts[0], seeds[0], settings)], prompts[1:], seeds[1:]
         else:
             first = []
-        with ThreadPoolExecutor(self.concurrency) as pool:
-            jobs = [pool.submit(self._response, *one, settings) for one in zip(prompts, seeds, strict=True)]
-            try:
-                return first + [job.result() for job in jobs]
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+        return first + at_once(self.concurrency, lambda one: self._response(*one, settings),
+                               list(zip(prompts, seeds, strict=True)))
 
     def _response(self, prompt: list[int], seed: int, settings: Sampling) -> list[int]:
         answer = self._ask(prompt, seed, settings)
-        if not isinstance(answer, self.openai.types.Completion):
-            raise self._wrong(f"answers with what is no completion ({str(answer)[:40]!r})")
-        choices = answer.choices or []
-        if len(choices) != 1 or not isinstance(choices[0].text, str):
-            raise self._wrong(f"answered with {len(choices)} responses where one was asked for")
-        if answer.model != self.model and not answer.model.startswith(f"{self.model}@"):  # `transformers serve`: @main
-            raise self._wrong(f"answered as model {answer.model!r}, not {self.model!r}: set rounds.sampler_model")
+        if answer.text is None:
+            raise self.client.wrong("answered without a text")
         with self.lock:
             if answer.id in self.seen:
-                raise self._wrong(f"gave completion {answer.id} twice: a cache between must not answer for it")
+                raise self.client.wrong(f"gave completion {answer.id} twice: a cache between must not answer for it")
             self.seen.add(answer.id)
-        ids: list[int] = self.tokenizer(choices[0].text, add_special_tokens=False)["input_ids"]
-        ended = choices[0].finish_reason == "stop"
+        ids: list[int] = self.tokenizer(answer.text, add_special_tokens=False)["input_ids"]
+        ended = answer.finish_reason == "stop"
         return [*ids, self.tokenizer.eos_token_id] if ended or not ids else ids
 
-    def _ask(self, prompt: list[int], seed: int, settings: Sampling) -> Any:
+    def _ask(self, prompt: list[int], seed: int, settings: Sampling) -> Answer:
         whole: Any = prompt if self.takes_tokens else self._text(prompt)
         try:
-            return self.client.completions.create(
-                model=self.model, prompt=whole, max_tokens=room(settings, len(prompt), self.positions),
+            return self.client.ask(lambda api: api.completions.create(
+                model=self.client.model, prompt=whole, max_tokens=room(settings, len(prompt), self.positions),
                 temperature=settings.temperature, top_p=settings.top_p, seed=seed % 2**31,
-            )
-        except (self.openai.BadRequestError, self.openai.UnprocessableEntityError) as error:
+            ))
+        except Refused:
             if not self.takes_tokens:
-                raise self._wrong(f"refuses a prompt: {first_line(error)}") from error
+                raise
             self.takes_tokens = False
             return self._ask(prompt, seed, settings)
-        except self.openai.APIStatusError as error:
-            raise self._wrong(f"fails after {RETRIES} retries, or refuses: {first_line(error)}") from error
-        except self.openai.APITimeoutError as error:
-            raise self._wrong(f"did not answer in {self.client.timeout:g} s, {RETRIES + 1} times "
-                              "(rounds.sampler_timeout)") from error
-        except self.openai.APIConnectionError as error:
-            why = first_line(error.__cause__ or error)
-            raise self._wrong(f"cannot be reached, or ends in the middle of an answer ({why}): start it, and --resume "
-                              "goes on") from error
-        except (self.openai.OpenAIError, ValueError) as error:
-            raise self._wrong(f"answers with what is no completion ({first_line(error)})") from error
 
     def _text(self, prompt: list[int]) -> str:
         """Without the BOS that a server's own tokenizer puts before it."""
@@ -109,8 +80,10 @@ class Server:
         kept = prompt[len(begins) :] if begins and prompt[: len(begins)] == begins else prompt
         return str(self.tokenizer.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
-    def _wrong(self, what: str) -> UserError:
-        return UserError(f"sampler openai:{self.url} {what}")
+
+def client(url: str, model: str, timeout: float) -> Client:
+    return Client("sampler", url, model, timeout=timeout, timeout_key="rounds.sampler_timeout",
+                  model_key="rounds.sampler_model")
 
 
 def reload(command: str, folder: Path) -> None:

@@ -32,7 +32,7 @@ def settings(world: Path, run_dir: Path, **changes: Any) -> dict[str, Any]:
 _ROUNDS = {
     "number", "start_from", "reference", "schedule", "save_rounds", "prompts", "prompts_per_round", "num_generations",
     "temperature", "top_p", "max_new_tokens", "generation_batch_size", "engine", "sampler", "sampler_reload",
-    "sampler_timeout", "scorer", "scorer_timeout", "pairing",
+    "sampler_timeout", "scorer", "scorer_timeout", "judge_prompt", "judge_comparisons", "pairing",
     "min_gap", "min_score", "offline_ratio", "eval_prompts", "eval_num_generations",
 }
 

@@ -1,7 +1,9 @@
-"""Rounds whose responses a server samples: it is given each round's weights, and found out where it has others."""
+"""Rounds over servers: one that samples is given each round's weights, and found out where it has others; one that
+judges is asked which response is better."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import socket
@@ -16,14 +18,19 @@ import pytest
 import torch
 from completions_server import serving
 from small import lines, make
+from test_judge import longer
 from tiny import make_config
 from tokenizers import Tokenizer, decoders, models, processors
 from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from fastpref.errors import UserError
 from fastpref.rounds.driver import rounds
+from fastpref.rounds.dry_run import dry_run
+from fastpref.train.judge import SWAYED, UNPARSED
+from fastpref.train.scorer import load_scorer
 
 HERE = Path(__file__).parents[2]
+JUDGE = "judge:openai:http://localhost:8000/v1#m"
 
 
 @pytest.fixture(scope="module")
@@ -86,9 +93,60 @@ def test_a_server_that_keeps_its_weights_is_found_out(letters, tmp_path, quiet):
             rounds(make(letters, tmp_path / "run", sampler=f"openai:{server.url}", learning_rate=0.1), display=quiet)
 
 
+def test_rounds_over_a_judge(world, tmp_path, quiet):
+    """It prefers longer responses: scores are shares of the others that are shorter, held out of the start's."""
+    def rate(text, others):
+        return sum((len(text) > len(other)) + (len(text) == len(other)) / 2 for other in others) / len(others)
+
+    run = tmp_path / "run"
+    with serving(longer) as server:
+        rounds(make(world, run, scorer=f"judge:openai:{server.url}#m", eval_dataset=str(world / "heldout.jsonl"),
+                    eval_prompts=3), display=quiet)
+        requests = len(server.requests)
+    asked = 0
+    for number in (1, 2):
+        compared = swayed = 0
+        for line in lines(run / f"round-{number:03d}" / "responses.jsonl"):
+            usable = [r for r in line["responses"] if not r["skipped"]]
+            texts = [r["text"] for r in usable]
+            pairs = list(itertools.combinations(texts, 2))
+            compared, swayed = compared + len(pairs), swayed + sum(len(a) == len(b) for a, b in pairs)
+            for i, r in enumerate(usable):
+                assert r["score"] == (rate(texts[i], texts[:i] + texts[i + 1 :]) if len(texts) > 1 else 0.5)
+        said = json.loads((run / f"round-{number:03d}" / "round.json").read_text())
+        assert said["judge"] == {"pairs": compared, "requests": 2 * compared, SWAYED: swayed, UNPARSED: 0}
+        assert said["reward"] is None and compared > 6
+        assert f"| {compared} pairs | {swayed} {SWAYED} |" in quiet.console.file.getvalue()
+        asked += 2 * compared
+    start = {line["prompt"]: [r["text"] for r in line["responses"] if r["skipped"] != "empty"]
+             for line in lines(run / "start" / "evaluation.jsonl")}
+    for line in lines(run / "round-002" / "evaluation.jsonl"):
+        usable, theirs = [r for r in line["responses"] if not r["skipped"]], start[line["prompt"]]
+        for i, r in enumerate(usable):
+            assert r["score"] == rate(r["text"], [theirs[i % len(theirs)], theirs[(i + 1) % len(theirs)]])
+    assert requests > asked
+    start = json.loads((run / "summary.json").read_text())["start"]
+    assert start["best_of_n"][0]["reward"] == 0.5 and len(start["best_of_n"]) > 1
+
+
+def test_servers_that_are_not_there_are_told_at_once(world, tmp_path):
+    with serving(longer) as server:
+        pass
+    for changes in ({"sampler": f"openai:{server.url}"}, {"scorer": f"judge:openai:{server.url}#m"}):
+        for run in (rounds, dry_run):
+            with pytest.raises(UserError, match=rf"^(sampler|judge) openai:{server.url} cannot be reached .*start it"):
+                run(make(world, tmp_path / "run", **changes))
+    assert not (tmp_path / "run" / "config.yaml").exists()
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"scorer": "judge:openai:localhost#m"}, "rounds.scorer is .*; a judge is judge:openai:URL#MODEL, such as"),
+        ({"judge_comparisons": 3}, "are of a judge: set rounds.scorer=judge:openai:URL#MODEL"),
+        ({"scorer": JUDGE, "pairing": "policy_reference"}, "policy_reference compares the scores of two models"),
+        ({"scorer": JUDGE, "num_generations": 1, "loss": "sft", "pairing": "best_of_n", "min_score": 0.1},
+         "a judge has nothing to compare the response with"),
         ({"sampler": "http://localhost:8000"}, "it takes openai:URL, such as openai:http://localhost:8000/v1"),
         ({"sampler": "openai:http://x/v1", "engine": "transformers"}, "name two engines: leave one out"),
         ({"sampler_reload": "true"}, "are of a server: set rounds.sampler=openai:URL"),
@@ -145,6 +203,9 @@ rounds:
         done = subprocess.run([sys.executable, "-m", "fastpref", "rounds", config], capture_output=True, text=True,
                               env=environment | {"PYTHONPATH": str(HERE)}, timeout=280)
         assert done.returncode == 0, done.stderr[-2000:]
+        with load_scorer(f"judge:openai:http://127.0.0.1:{port}/v1#{source}", timeout=120) as scorer:
+            scores = scorer.score(["What is 2 + 2?"] * 2, ["4", "A banana."])
+        assert scorer.counts["requests"] == 2 and (scores == [None] * 2 if scorer.failures else sum(scores) == 1)
     finally:
         server.terminate()
     ours, theirs = json.loads((tmp_path / "run" / "sampler" / "probe.json").read_text())

@@ -89,7 +89,7 @@ def test_what_passes_is_tried_again(quick, failing):
         (["half"] * 6, "cannot be reached, or ends in the middle of an answer"),
         (["two"], "answered with 2 responses where one was asked for"),
         (["none"], "answered with 0 responses where one was asked for"),
-        (["no text"], "answered with 1 responses where one was asked for"),
+        (["no text"], "answered without a text"),
         (["html"], "answers with what is no completion"),
         (["same id"], "gave completion cmpl-1 twice: a cache between"),
         (["other model"], "answered as model 'gpt-2', not 'tiny': set rounds.sampler_model"),
@@ -108,8 +108,11 @@ def test_what_does_not_pass_is_one_line(quick, failing, message):
 def test_a_server_that_is_not_there(quick):
     with serving(echo) as server:
         pass
+    engine = connect(server, make_tokenizer())
     with pytest.raises(UserError, match=r"cannot be reached, .*refused.*: start it, and --resume goes on"):
-        connect(server, make_tokenizer()).generate(PROMPTS, [1, 2, 3], Sampling())
+        engine.generate(PROMPTS, [1, 2, 3], Sampling())
+    with pytest.raises(UserError, match=rf"^sampler openai:{server.url} cannot be reached \(.*refused.*: start it fi"):
+        engine.client.reach()
 
 
 def test_without_the_package(monkeypatch):
