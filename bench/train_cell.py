@@ -169,7 +169,7 @@ def fastpref(spec: Spec, device: torch.device) -> Seen:
     logps = reference.compute(policy, used, config.kind, config.per_device_eval_batch_size, pad, lambda *_: None)
     referred = {example.record_id: example for example in logps.attach(used)}
     policy.model.train()
-    updater, flops = Updater(policy.trainable().values(), config), model_flops(policy)
+    updater, flops = Updater(policy.trainable(), config), model_flops(policy)
     forget_peak(device)
     for number, step in enumerate(steps):
         with stopwatch(device, seen):

@@ -6,14 +6,18 @@ import io
 import json
 import re
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 from rich.console import Console
+from transformers import Qwen3MoeConfig
 
 from fastpref.train.config import load_config
 from fastpref.train.display import Display
 from fastpref.train.dry_run import dry_run
+from fastpref.train.memory_estimate import GIB, measure, recipe_of, terms
+from fastpref.train.model import with_lora
 
 sys.path.insert(0, str(Path(__file__).parent / "train"))
 from tiny import make_config, make_tokenizer  # noqa: E402
@@ -133,3 +137,49 @@ def test_a_recipe_dry_runs(path, model, tmp_path):
     assert values["held_out"] == (0 if config.eval_dataset is None else 4 * per_pair)
     assert (values["gpu_bytes"] is None) == (loss == "bradley_terry") and found["layout"] == "shared"
     assert not (tmp_path / "run").exists()
+
+
+QWEN3_30B_A3B = Qwen3MoeConfig(  # its config.json
+    vocab_size=151936, hidden_size=2048, intermediate_size=6144, moe_intermediate_size=768, num_hidden_layers=48,
+    num_attention_heads=32, num_key_value_heads=4, head_dim=128, num_experts=128, num_experts_per_tok=8,
+    max_position_embeddings=262144, norm_topk_prob=True, tie_word_embeddings=False,
+)
+
+
+MIXTURE = Path(__file__).parents[1] / "examples" / "qwen3-30b-a3b.yaml"
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+def test_a_mixture_of_30b_is_planned_for_one_card():
+    """And takes what the docs say."""
+    config = load_config(MIXTURE)
+    recipe = recipe_of(config)
+    sizes = measure(QWEN3_30B_A3B, 4096, only=("full", recipe), adapt=partial(with_lora, config))
+    assert sizes.parameters == 30_532_122_624  # as published
+    attention = 16 * (2 * (2048 + 4096) + 2 * (2048 + 512))
+    assert sizes.adapters == 48 * (attention + 128 * 2 * (2048 + 1536 + 768 + 2048))
+    found = terms(sizes, recipe, config.gradient_checkpointing, config.memory_budget)
+    assert 2 * sizes.parameters < found.weights < found.total < 80 * GIB
+    docs = (MIXTURE.parents[1] / "docs" / "training.md").read_text(encoding="utf-8")
+    assert f"{found.total / GIB:.1f} GiB at 4,096 tokens a micro-batch, {found.weights / GIB:.1f} of them" in docs
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+def test_its_file_dry_runs_on_a_small_mixture(tmp_path):
+    config, folder = load_config(MIXTURE), tmp_path / "model"
+    Qwen3MoeConfig(
+        vocab_size=261, hidden_size=32, moe_intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, head_dim=16, num_experts=4, num_experts_per_tok=2, max_position_embeddings=4096,
+    ).save_pretrained(folder)
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder)
+    rows, _ = FORMATS[config.train_dataset["path"]]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(rows(i)) + "\n" for i in range(9)))
+    overrides = {"model_name_or_path": folder, "output_dir": tmp_path / "run", "train_dataset": tmp_path / "data.jsonl",
+                 "eval_dataset": tmp_path / "data.jsonl"}
+    found = dry_run(load_config(MIXTURE, [f"{key}={value}" for key, value in overrides.items()]),
+                    Display(Console(file=io.StringIO())))
+    assert found["trained"] == 16 * 4 * (32 + 32) + 4 * 2 * (32 + 48 + 24 + 32) and found["layout"] == "shared"
+    assert found["stages"]["dpo"]["gpu_bytes"] > GIB / 2  # counted, on the meta device

@@ -59,7 +59,7 @@ def fastpref(model: str, batches: list[list[Example]], checkpointing: bool) -> t
     made = reference.compute(policy, used, config.kind, 8, pad, lambda *_: None).attach(used)
     referred = {pair.record_id: pair for pair in made}
     policy.model.train()
-    updater = Updater(policy.trainable().values(), config)
+    updater = Updater(policy.trainable(), config)
     losses, seconds = [], []
     forget_peak()
     for batch in batches:

@@ -28,7 +28,9 @@ _TABLE = {
     "merge_adapter": "adapter_name_or_path lora_model_dir merge_lora",
     "load_in_4bit": "quantization_bit quantization_method quantization_config bnb_config use_4bit",
     "use_bnb_nested_quant": "bnb_4bit_use_double_quant double_quantization",
-    "peft": "use_rslora use_dora modules_to_save lora_modules_to_save lora_bias loraplus_lr_ratio",
+    "peft": "use_rslora use_dora modules_to_save lora_modules_to_save lora_bias",
+    "4-bit bases are bitsandbytes': load_in_4bit=true, with the model that a quantised one was made from":
+        "torchao torchao_config quant_method quant_type",
     "leave it out: 4-bit weights compute in bf16, or fp16 where that is set": "bnb_4bit_compute_dtype",
     # run
     "overwrite_output_dir": "overwrite_cache",
@@ -64,6 +66,8 @@ _TABLE = {
     "num_train_epochs": "num_epochs epochs n_epochs",
     "max_steps": "max_samples total_steps",
     "learning_rate": "lr peak_lr embedding_lr",
+    "loraplus_lr_ratio": "lorap_lr_ratio",
+    "leave it out: adapters beside embeddings go without loraplus_lr_ratio": "loraplus_lr_embedding",
     "lr_scheduler_type": "lr_scheduler scheduler cosine_min_lr_ratio lr_scheduler_kwargs",
     "optim": "optimizer optimizer_name optim_args",
     "max_grad_norm": "gradient_clipping clip_grad_norm",
@@ -98,6 +102,7 @@ _TABLE = {
     "not here; docs/migrating.md lists what there is instead":
         "neftune_noise_alpha galore use_badam freeze_trainable_layers special_tokens "
         "rope_scaling rope_theta lora_task_type",
+    "leave it out: experts run as grouped matrix products, transformers' default": "experts_implementation",
     "leave it out: matrix products of fp32 weights run in bf16 on a GPU (bf16=false: in fp32)": "tf32",
 }
 ALIASES = {name: text for text, names in _TABLE.items() for name in names.split()}

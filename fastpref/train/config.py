@@ -130,6 +130,7 @@ class TrainConfig:
     max_steps: int = key(-1, "above 0: so many, whatever the epochs", "-1 or at least 1")
     learning_rate: float | None = key(
         None, "after the warm-up; None: 1e-6, with use_peft 1e-5", "at least 0", COMMON)
+    loraplus_lr_ratio: float = key(1.0, "LoRA+: the adapter's B learns so many times as fast as its A", "above 0")
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = key("linear", "after the warm-up")
     warmup_steps: int = key(0, "the learning rate rises over so many", "at least 0")
     warmup_ratio: float = key(0.0, "of the stage's steps; warmup_steps comes first", "0 to 1")
@@ -184,7 +185,7 @@ class TrainConfig:
              "max_tokens_per_batch fills packed batches, and packing is False: set one of them"),
             *((not self.use_peft and getattr(self, name) != _KEYS[name].default,
                f"{name} is of a LoRA adapter, and there is none: set use_peft=true, or leave it out")
-              for name in _KEYS if name.startswith("lora_")),
+              for name in _KEYS if name.startswith("lora")),
         )
         if not self.stages:  # with stages, each is checked as it is made
             self._check_optimizer()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from .loop import describe
 from .machine import device_name
 from .memory_estimate import GIB, Terms
 from .metrics_log import check_report_to
-from .model import check_saves, check_weights, load_tokenizer, pick_device, policy_on_meta
+from .model import check_saves, check_weights, load_tokenizer, pick_device, policy_on_meta, with_lora
 from .optim import check_optimizer, learning_rate
 from .positions import check_positions, longest_sequences
 from .rendering import dated
@@ -136,7 +137,8 @@ def _memory(stage: TrainConfig, positions: int) -> tuple[Terms | None, str]:
             source.model, revision=source.revision, trust_remote_code=stage.trust_remote_code
         )
         recipe = memory_estimate.recipe_of(stage, config)
-        sizes = memory_estimate.measure(config, positions, stage.lora_r, (stage.gradient_checkpointing, recipe))
+        sizes = memory_estimate.measure(config, positions, only=(stage.gradient_checkpointing, recipe),
+                                        adapt=partial(with_lora, stage))
     except UserError as error:
         return None, f"not estimated: {error}"
     if sizes.no_lora:

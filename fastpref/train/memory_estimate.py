@@ -18,11 +18,12 @@ from __future__ import annotations
 import math
 import os
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, library, nn
@@ -34,7 +35,7 @@ from fastpref.errors import UserError, first_line
 from fastpref.plan import Problem, plan
 
 from .config import TrainConfig
-from .model import enable_checkpointing
+from .model import enable_checkpointing, with_lora
 from .optim import SLICE
 from .quantized import found_in, is_packed
 from .source import source_of
@@ -212,7 +213,7 @@ def check_fits(config: TrainConfig, ranks: int, gpu_bytes: int) -> None:
         settings = AutoConfig.from_pretrained(
             config.model_name_or_path, revision=config.model_revision, trust_remote_code=config.trust_remote_code
         )
-        sizes = counted(settings, config.lora_r, adapters=config.use_peft)
+        sizes = counted(settings, partial(with_lora, config) if config.use_peft else None)
         recipes = [recipe_of(stage, settings) for stage in stages]
     except Exception:  # the run itself says what is wrong with its model
         return
@@ -300,25 +301,28 @@ def config_of(model: str, revision: str = "main") -> Any:
         raise UserError(f"--model {model}: {where} ({first_line(error)})") from None
 
 
-def measure(config: Any, tokens: int, lora_r: int = 16, only: tuple[str, Recipe] | None = None) -> Sizes:
+def measure(config: Any, tokens: int, lora_r: int = 16, only: tuple[str, Recipe] | None = None,
+            adapt: Callable[[Any], Any] | None = None) -> Sizes:
     """Sizes of the causal LM that `config` describes; activations of `tokens` tokens in bf16.
 
     only: (kind of checkpointing, recipe): activations of nothing else, which takes a twelfth of the time.
+    adapt: puts a LoRA adapter beside a model; None: of rank `lora_r`, beside all linear layers.
     """
+    adapt = adapt or partial(_all_linear, lora_r)
     kinds = KINDS if only is None else (only[0],)
-    sizes = counted(config, lora_r, adapters=False)
+    sizes = counted(config)
     full = {} if only and only[1].lora else _by_kind(_on_meta(config), tokens, kinds)
     if only and not only[1].lora:
         return replace(sizes, tokens=tokens, full=full)
     bits = (0, 4, 8) if only is None else (only[1].bits,)
-    adapters, lora, no_lora = _of_lora(config, tokens, lora_r, kinds, bits)
+    adapters, lora, no_lora = _of_lora(config, tokens, adapt, kinds, bits)
     few = {n: found for n, found in lora.items() if n}
     return replace(sizes, adapters=adapters, tokens=tokens, full=full, lora=lora.get(0, {}), few_bits=few,
                    no_lora=no_lora)
 
 
-def counted(config: Any, lora_r: int = 16, *, adapters: bool) -> Sizes:
-    """Sizes without activations. adapters: count LoRA's too."""
+def counted(config: Any, adapt: Callable[[Any], Any] | None = None) -> Sizes:
+    """Sizes without activations. adapt: puts an adapter beside a model, to be counted too."""
     model = _on_meta(config)
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear):
@@ -329,26 +333,31 @@ def counted(config: Any, lora_r: int = 16, *, adapters: bool) -> Sizes:
     return Sizes(
         parameters=sum(counts), matrices=sum(w.numel() for w in linear.values()), largest=max(counts),
         hidden=head.in_features, vocab=head.out_features,
-        adapters=_of_lora(config, 0, lora_r, ())[0] if adapters else 0, tokens=0, full={}, lora={},
+        adapters=_of_lora(config, 0, adapt, ())[0] if adapt else 0, tokens=0, full={}, lora={},
         packed=sum(w.numel() for w in packed), packed_rows=sum(len(w) for w in packed),
     )
 
 
+def _all_linear(lora_r: int, model: Any) -> Any:
+    import peft
+
+    dropout = 0.0 if has_experts(model) else 0.05  # peft has none for 3-D weights
+    lora = peft.LoraConfig(task_type="CAUSAL_LM", r=lora_r, lora_dropout=dropout, target_modules="all-linear")
+    adapted = peft.get_peft_model(model, lora)
+    free_routers(adapted)
+    return adapted
+
+
 def _of_lora(
-    config: Any, tokens: int, lora_r: int, kinds: Sequence[str], bits: Sequence[int] = ()
+    config: Any, tokens: int, adapt: Callable[[Any], Any], kinds: Sequence[str], bits: Sequence[int] = ()
 ) -> tuple[int, Mapping[int, Mapping[str, Activations]], str]:
     """The adapter's parameters, activations with it by the base's bits (0: whole), and why there are none."""
     try:
-        import peft
-
         adapters, found = 0, {}
         for count in bits or (0,):  # each with a model of its own: checkpointing leaves a hook on the embedding
             model = _on_meta(config)
-            dropout = 0.0 if has_experts(model) else 0.05  # peft has none for 3-D weights
-            lora = peft.LoraConfig(task_type="CAUSAL_LM", r=lora_r, lora_dropout=dropout, target_modules="all-linear")
             with torch.device("meta"):
-                adapted = peft.get_peft_model(model, lora)
-            free_routers(adapted)
+                adapted = adapt(model)
             adapters = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
             for layer in (m.base_layer for m in adapted.modules() if hasattr(m, "base_layer") and count):
                 if isinstance(layer, (nn.Linear, Conv1D)):
@@ -475,6 +484,13 @@ def _activations(model: Any, tokens: int, kind: str) -> Activations:
     return count(model, torch.zeros(1, tokens, dtype=torch.int64, device="meta"))
 
 
+class _Autocast(torch.autocast):
+    """torch's own knows no meta device, on which peft switches it off around the weights of experts."""
+
+    def __init__(self, device_type: str, *args: Any, **options: Any) -> None:
+        super().__init__("cpu" if device_type == "meta" else device_type, *args, **options)
+
+
 def count(model: Any, ids: Tensor) -> Activations:
     """Runs the trunk of `model` forward and backward, gradients of weights leaving as they come."""
     hooks = [
@@ -483,7 +499,7 @@ def count(model: Any, ids: Tensor) -> Activations:
         if p.requires_grad
     ]
     try:
-        with _Live() as live:
+        with _Live() as live, patch.object(torch, "autocast", _Autocast):
             hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
             kept = live.now
             live.most = 0

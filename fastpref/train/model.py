@@ -367,7 +367,7 @@ def check_weights(config: TrainConfig) -> None:
             if trained and config.use_peft and (config.merge_adapter or not source.adapter):
                 if config.peft or config.lora_target_modules:  # what matches no layer is told before any is loaded
                     with torch.device("meta"):
-                        _with_lora(config, from_config(config, source))
+                        with_lora(config, from_config(config, source))
             if source.adapter:
                 with torch.device("meta"):
                     model = from_config(config, source)
@@ -395,7 +395,7 @@ def prepared(
             model = _adapted(config, model, source, new_score=config.reward_model and not adapter,
                              dropout=config.lora_dropout if config.adapter_dropout else 0.0)
         else:
-            model = _with_lora(config, model)
+            model = with_lora(config, model)
     return take_apart(model, config, tokenizer)
 
 
@@ -556,7 +556,7 @@ def _adapted(config: TrainConfig, model: Any, source: Source, **options: Any) ->
         raise UserError(f"{source.adapter}: no adapter that loads on {source.model} ({first_line(error)})") from error
 
 
-def _with_lora(config: TrainConfig, model: Any) -> Any:
+def with_lora(config: TrainConfig, model: Any) -> Any:
     """A new adapter. On a merged model it belongs to the folder where `keep_merged` puts that."""
     settings = lora_config(config)
     every = settings.target_modules == "all-linear"
@@ -572,6 +572,11 @@ def _with_lora(config: TrainConfig, model: Any) -> Any:
         raise UserError(f"{what}: {first_line(error)}") from None
     if every:
         free_routers(adapted)
+    if any(stage.loraplus_lr_ratio != 1 for stage in config.stage_configs()):
+        beside = next((name for name, _ in adapted.named_parameters() if "lora_embedding" in name), None)
+        if beside:  # peft gives these a third rate
+            raise UserError(f"loraplus_lr_ratio is of adapters beside linear layers, and {beside} is beside an "
+                            "embedding: leave one of the two out")
     if config.merge_adapter:
         adapted.peft_config["default"].base_model_name_or_path = str(Path(config.output_dir, BASE).absolute())
     return adapted

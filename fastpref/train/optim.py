@@ -13,7 +13,7 @@ that rounding to nearest throws nearly all of them away: bf16 weights with plain
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -175,14 +175,15 @@ def check_optimizer(config: TrainConfig, device: torch.device) -> None:
         raise UserError(f"optim adamw_offload keeps states of a GPU's weights in host memory; the device is {device}")
 
 
-def make_optimizer(parameters: Iterable[nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW (arXiv 1711.05101) as `config.optimizer` says. Matrices decay; biases and norm weights do not."""
-    parameters = list(parameters)
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
+def make_optimizer(parameters: Mapping[str, nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW (arXiv 1711.05101) as `config.optimizer` says. Matrices decay; biases and norm weights do not. LoRA+ (arXiv
+    2402.12354): B learns `loraplus_lr_ratio` times as fast as A; as in peft, so do vectors (DoRA's magnitudes)."""
+    members: dict[tuple[bool, float], list[nn.Parameter]] = {}
+    for name, p in parameters.items():
+        ratio = config.loraplus_lr_ratio if "lora_B" in name or p.ndim < 2 else 1.0
+        members.setdefault((p.ndim < 2, ratio), []).append(p)
+    groups = [{"params": found, "weight_decay": 0.0 if vectors else config.weight_decay, "lr_ratio": ratio}
+              for (vectors, ratio), found in sorted(members.items(), key=lambda item: item[0])]
     options: dict[str, Any] = {
         "lr": config.learning_rate or 0.0,
         "betas": (config.adam_beta1, config.adam_beta2),
@@ -213,9 +214,9 @@ class Updater:
     their update. adamw_offload sends gradients to the host as they come and updates all weights or none.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], config: TrainConfig, *, scaled: bool = False) -> None:
+    def __init__(self, parameters: Mapping[str, nn.Parameter], config: TrainConfig, *, scaled: bool = False) -> None:
         """scaled: losses are multiplied with `scale`, which float16's range needs; gradients are divided by it."""
-        self.parameters = list(parameters)
+        self.parameters = list(parameters.values())
         self.in_backward = config.optim_in_backward
         self.offloads = config.optimizer == "adamw_offload"
         self.streams = self.in_backward or self.offloads
@@ -225,7 +226,7 @@ class Updater:
         self.hooks: list[Any] = []
         if self.streams:  # before the optimiser's own hooks, which free the gradients
             self.hooks = [p.register_post_accumulate_grad_hook(self._arrived) for p in self.parameters]
-        self.optimizer = make_optimizer(self.parameters, config)
+        self.optimizer = make_optimizer(parameters, config)
         if scaled:  # in a group, where it is saved and loaded with the states
             self.optimizer.param_groups[0] |= {"loss_scale": FIRST_SCALE, "steps_at_scale": 0}
 
@@ -236,10 +237,11 @@ class Updater:
     def begin(self, rate: float) -> None:
         self.norms, self.broken = [], False
         for group in self.optimizer.param_groups:
+            its = rate * group.get("lr_ratio", 1.0)
             if isinstance(group["lr"], Tensor):  # torchao compiles its step and would do so again for every number
-                group["lr"].fill_(rate)
+                group["lr"].fill_(its)
             else:
-                group["lr"] = rate
+                group["lr"] = its
 
     def _arrived(self, p: Tensor) -> None:
         assert p.grad is not None

@@ -137,7 +137,7 @@ class Stage:
         self.report_due = 0.0
         self.flops = model_flops(self.policy)
         scaled = self.policy.compute_dtype == torch.float16
-        self.updater = Updater(self.policy.trainable().values(), self.config, scaled=scaled)
+        self.updater = Updater(self.policy.trainable(), self.config, scaled=scaled)
         self.policy.model.train()
         if given.optimizer and not self.state.step:
             self.updater.optimizer.load_state_dict(given.optimizer)

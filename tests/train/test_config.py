@@ -99,6 +99,7 @@ def test_to_dict_gives_the_same_configuration_back(tmp_path):
         (BASE + "push_to_hub: true\n", (), "push_to_hub: no such key; `fastpref export RUN --push REPO` puts"),
         (BASE + "attn_implementation: sdpa\n", (), "attn_implementation: no such key; leave it out: packed batches"),
         (BASE, ("deepspeed=ds.json",), "deepspeed: no such key; here it is fsdp"),
+        (BASE + "quant_type: int4\n", (), "quant_type: no such key; 4-bit bases are bitsandbytes': load_in_4bit=true"),
         (BASE, ("per_device_batch_size=2",), "no such key; the nearest is per_device_eval_batch_size"),
         (BASE + "learning_rate: fast\n", (), "learning_rate is 'fast'; it takes a number"),
         (BASE + "learning_rate: .nan\n", (), "learning_rate is nan; it takes a number"),

@@ -19,6 +19,7 @@ from fastpref.train.loop import train
 from fastpref.train.micro_batches import totals_of
 from fastpref.train.model import load_policy, save_model
 from fastpref.train.traits import has_table, hush, noise_of, positions_of
+from fastpref.trunk import unwrap
 
 SIZES = dict(vocab_size=261, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
              num_key_value_heads=2, bos_token_id=1, eos_token_id=2, pad_token_id=0, max_position_embeddings=128)
@@ -317,6 +318,48 @@ def test_lora_leaves_routers_alone_and_says_its_share(name, world, tmp_path):
     ids = torch.tensor([[1, 20, 21, 30, 31, 2]])
     expected = loaded(input_ids=ids, use_cache=False).logits.log_softmax(-1)[0, 2:5].gather(1, ids[0, 3:, None]).sum()
     assert float(policy.sequence_logps(collate(EXAMPLES[:1], 0))[0]) == pytest.approx(float(expected), abs=1e-4)
+
+
+EXPERT_LORA = {"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}
+
+
+@pytest.mark.parametrize(("family", "options", "checkpointing"), [
+    ("qwen3_moe", {}, "none"), ("qwen2_moe", EXPERT_LORA, "full"),  # peft knows the experts of the one
+])
+def test_adapters_of_experts_where_prompts_are_shared(family, options, checkpointing, world, tmp_path):
+    """In grouped products, over packed rows: loss and gradients of peft's model over padded ones, expert by expert."""
+    kind = transformers.AutoConfig.for_model(
+        family, **SIZES, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24,
+        shared_expert_intermediate_size=24)
+    source = folder_of(kind, tmp_path / "model")
+    config = make(world, tmp_path, model_name_or_path=str(source), packing=True, use_peft=True, peft=options,
+                  gradient_checkpointing=checkpointing)
+    policy = load_policy(config, make_tokenizer())
+    base = transformers.AutoModelForCausalLM.from_pretrained(source, experts_implementation="eager")
+    settings = peft.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM", **options)
+    theirs = peft.get_peft_model(base, settings)  # with adapters beside routers, which stay at B = 0
+    assert policy.layout == "shared" and unwrap(policy.model).config._experts_implementation == "grouped_mm"
+    expected = {name: p for name, p in theirs.named_parameters() if p.requires_grad and "gate." not in name}
+    assert policy.trainable().keys() == expected.keys() and any("experts.lora_A" in name for name in expected)
+    with torch.no_grad():
+        for name, p in policy.trainable().items():
+            p.copy_(0.1 * torch.randn_like(p))
+            expected[name].copy_(p)
+    ref = torch.tensor([-5.0, -4.0, -6.0, -9.0])
+    out = policy.compute_loss(collate(EXAMPLES, 0, layout="shared"), DPO(), ref_logps=ref)
+    out.loss.backward()
+    plain = collate(EXAMPLES, 0)
+    logps = theirs(input_ids=plain.input_ids).logits.log_softmax(-1).flatten(0, 1)[plain.score_rows]
+    sums = logps.gather(1, plain.targets[:, None])[:, 0].split(torch.tensor(plain.cu_seqlens).diff().tolist())
+    chosen, rejected = (torch.stack([part.sum() for part in sums]) - ref).chunk(2)
+    loss = -torch.nn.functional.logsigmoid(0.1 * (chosen - rejected)).mean()
+    loss.backward()
+    assert float(out.loss) == pytest.approx(float(loss), abs=1e-5)
+    save_model(policy, make_tokenizer(), tmp_path / "adapter")
+    again = load_policy(config, make_tokenizer(), tmp_path / "adapter").trainable()
+    for name, p in policy.trainable().items():
+        torch.testing.assert_close(p.grad, expected[name].grad, rtol=1e-4, atol=1e-6, msg=name)
+        assert torch.equal(again[name], p)
 
 
 # ---- no attention ----------------------------------------------------------------------------------------------------

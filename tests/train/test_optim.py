@@ -39,7 +39,7 @@ def test_schedules(world, tmp_path):
 
 def test_matrices_decay_and_vectors_do_not(world, tmp_path):
     matrix, vector = (torch.nn.Parameter(torch.ones(shape)) for shape in ((2, 2), (3,)))
-    optimizer = make_optimizer([vector, matrix], make(world, tmp_path, learning_rate=0.1, weight_decay=0.5))
+    optimizer = make_optimizer({"v": vector, "m": matrix}, make(world, tmp_path, learning_rate=0.1, weight_decay=0.5))
     for p in (matrix, vector):
         p.grad = torch.zeros_like(p)
     optimizer.step()
@@ -107,13 +107,13 @@ def test_small_tensors_keep_fp32_moments(wide, world, tmp_path, eager):
     """torchao's would be bf16: a second moment that cannot decay, because 0.999 of it rounds to it."""
     config = make(world, tmp_path, dtype="bfloat16", adam_beta1=0.0)
     p = torch.nn.Parameter(torch.ones(32, dtype=torch.bfloat16))
-    optimizer = make_optimizer([p], config)
+    optimizer = make_optimizer({"p": p}, config)
     for step in range(300):
         p.grad = torch.full_like(p, 1.0 if step < 50 else 0.0)
         optimizer.step()
     expected = (1 - 0.999**50) * 0.999**250
     assert optimizer.state[p]["exp_avg_sq"][0].item() == pytest.approx(expected, rel=1e-4)
-    fresh = make_optimizer([p], config)
+    fresh = make_optimizer({"p": p}, config)
     fresh.load_state_dict(optimizer.state_dict())
     assert torch.equal(fresh.state[p]["exp_avg_sq"], optimizer.state[p]["exp_avg_sq"])
 
@@ -143,7 +143,7 @@ def test_what_moves_at_a_preference_learning_rate(wide, world, tmp_path, eager):
         torch.manual_seed(0)
         own = make(world, tmp_path, model_name_or_path=wide, learning_rate=5e-7, **changes)
         policy = load_policy(own, tokenizer)
-        updater = Updater(policy.trainable().values(), own)
+        updater = Updater(policy.trainable(), own)
         if round_to_nearest:
             updater.optimizer = torch.optim.AdamW(policy.trainable().values(), weight_decay=0.0, fused=True)
         for _ in range(48):
@@ -234,7 +234,7 @@ def one_step(world, tmp_path, poison=None, **changes):
     held = []
     for p in weights.values():
         p.register_post_accumulate_grad_hook(lambda _: held.append(sum(p.grad is not None for p in weights.values())))
-    updater = Updater(weights.values(), config)
+    updater = Updater(weights, config)
     values = stage.train_step(policy, updater, config, [batch], 1e-3, [])
     updater.close()
     assert all(p.grad is None for p in weights.values())

@@ -41,7 +41,7 @@ def trained(world, wide, tmp_path, steps=5, **changes):
     examples, _ = tokenize_records(load_records(config.train_dataset), tokenizer, "pair", max_length=64)
     batch = collate(examples, 0)
     batch = replace(batch, ref_logps=policy.sequence_logps(batch.to(policy.device)).cpu())
-    updater = Updater(policy.trainable().values(), config)
+    updater = Updater(policy.trainable(), config)
     for _ in range(steps):
         values = stage.train_step(policy, updater, config, [batch], 1e-4, [])
     return policy, updater, values
@@ -58,7 +58,7 @@ def test_states_on_the_host_are_a_fp32_master(world, wide, tmp_path):
         assert torch.allclose(exact, q.float(), rtol=2**-7, atol=3e-4), name
         assert q.grad is None
     offloaded.close()
-    again = Updater(there.trainable().values(), make(world, tmp_path, max_grad_norm=0, dtype="bfloat16",
+    again = Updater(there.trainable(), make(world, tmp_path, max_grad_norm=0, dtype="bfloat16",
                                                      optim="adamw_offload"))
     (there.trunk.embed_tokens.weight.float().sum() * 2).backward()  # only the new optimiser's hooks are left
     assert len(again.norms) == 1 and len(again.optimizer.queue) == 1
@@ -104,7 +104,7 @@ def test_the_plan_against_the_measured_peak(world, tmp_path, label, kind):
     policy = Policy(model, parts.trunk, parts.head, torch.device("cuda"), torch.bfloat16, None)
     keys = {key: value for key, value in recipe.keys.items() if key != "optim_in_backward"}
     settings = make(world, tmp_path, **keys | {"max_grad_norm": 0, "optim_in_backward": "backward" in label})
-    updater = Updater(policy.trainable().values(), settings)
+    updater = Updater(policy.trainable(), settings)
     ids = torch.randint(config.vocab_size, (tokens // length, length), device="cuda")
     for _ in range(2):
         updater.begin(1e-6)

@@ -11,9 +11,10 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from peft.optimizers import create_loraplus_optimizer
 from rich.console import Console
 from safetensors.torch import load_file
-from tiny import make, make_tokenizer, read_metrics
+from tiny import make, make_tokenizer, read_metrics, stopped_after
 from transformers import (
     AutoModelForCausalLM,
     BitsAndBytesConfig,
@@ -30,8 +31,8 @@ from fastpref.train import loop, quantized
 from fastpref.train.display import Display
 from fastpref.train.dry_run import dry_run
 from fastpref.train.export import export
-from fastpref.train.metrics_log import MetricsLog
 from fastpref.train.model import load_merged, load_policy
+from fastpref.train.optim import Updater
 from fastpref.train.stage_data import load_data
 
 pytest.importorskip("bitsandbytes")
@@ -124,8 +125,9 @@ def test_products_are_the_same_in_both_modes_and_whatever_the_batch(bases, world
     """bitsandbytes' own are not: bf16 in evaluation mode (AVX512), activations in 8 bits."""
     for kind in ("nf4", "8"):
         config = make(world, tmp_path, model_name_or_path=str(bases["llama"]), **LORA, **KINDS[kind])
-        model = load_policy(config, make_tokenizer()).model
-        ids = torch.arange(3, 15)[None]
+        policy = load_policy(config, make_tokenizer())
+        assert not policy.head.weight.requires_grad and policy.head.weight.dtype == torch.float32  # two GEMMs, exact
+        model, ids = policy.model, torch.arange(3, 15)[None]
         with torch.no_grad():
             trains, evaluates = model.train()(input_ids=ids).logits, model.eval()(input_ids=ids).logits
             beside = torch.cat([ids, ids.flip(1)])
@@ -156,21 +158,23 @@ def test_a_quantised_folder_is_recognised(bases, world, tmp_path, quiet, capsys)
             with pytest.raises(UserError, match=told):
                 run(wrong)
     settings = json.loads((folder / "config.json").read_text())
-    settings["quantization_config"] = {"quant_method": "gptq", "bits": 4}
-    (folder / "config.json").write_text(json.dumps(settings))
-    with pytest.raises(UserError, match="quantised already, with gptq; of quantised models it takes those of bitsand"):
-        dry_run(make(world, tmp_path / "c", model_name_or_path=str(folder), **LORA))
+    for method in ("gptq", "torchao"):
+        settings["quantization_config"] = {"quant_method": method, "bits": 4}
+        (folder / "config.json").write_text(json.dumps(settings))
+        with pytest.raises(UserError, match=f"quantised already, with {method}; of quantised models it takes those of"):
+            dry_run(make(world, tmp_path / "c", model_name_or_path=str(folder), **LORA))
 
 
 @pytest.mark.parametrize(("changes", "told"), [
     ({"load_in_4bit": True}, "load_in_4bit: weights of so few bits are not trained: set use_peft=true"),
     ({"load_in_4bit": True, "load_in_8bit": True, **LORA}, "load_in_4bit and load_in_8bit: set one of them"),
     ({"load_in_4bit": True, "merge_adapter": True, **LORA}, "merge_adapter adds to whole weights, and load_in_4bit"),
-    ({"load_in_8bit": True, "optim": "adamw_torch_8bit", **LORA}, "optim is 'adamw_torch_8bit', and what is trained"),
+    ({"load_in_4bit": True, "optim": "adamw_torch_8bit", **LORA}, "optim is 'adamw_torch_8bit', and what is trained"),
     ({"use_bnb_nested_quant": True, **LORA}, "use_bnb_nested_quant is of load_in_4bit, which is not set"),
     ({"load_in_4bit": "nf4", **LORA}, "load_in_4bit is 'nf4'; it takes true or false"),
     ({"load_in_4bit": True, "bnb_4bit_quant_type": "nf5", **LORA}, r"'nf5' \(did you mean nf4\?\); it takes nf4, fp4"),
     ({"peft": {"use_dora": True}}, "peft has settings of an adapter, and use_peft is not set"),
+    ({"loraplus_lr_ratio": 16}, "loraplus_lr_ratio is of a LoRA adapter, and there is none: set use_peft=true"),
 ])
 def test_what_a_configuration_refuses(changes, told, world, tmp_path):
     with pytest.raises(UserError, match=told):
@@ -195,18 +199,9 @@ def test_a_stopped_run_goes_on_bitwise_and_is_evaluated_again(bases, world, tmp_
     changes = LORA | KINDS["nf4"] | {"lora_dropout": 0.1, "logging_steps": 1, "save_steps": 2, "packing": True}
     changes |= {"model_name_or_path": str(bases["llama"]), "eval_generate": True, "eval_max_new_tokens": 3}
     loop.train(make(world, tmp_path / "whole", **changes), display=quiet)
-    write = MetricsLog.write
-
-    def stops(self, stage, split, step, *rest):
-        write(self, stage, split, step, *rest)
-        if split == "train" and step == 3:
-            raise KeyboardInterrupt
-
     config = make(world, tmp_path / "stopped", **changes)
-    with monkeypatch.context() as patched:
-        patched.setattr(MetricsLog, "write", stops)
-        with pytest.raises(KeyboardInterrupt):
-            loop.train(config, display=quiet)
+    with stopped_after(3, monkeypatch):
+        loop.train(config, display=quiet)
     loop.train(config, resume=True, display=quiet)
     found = [(tmp_path / run / "model" / "adapter_model.safetensors").read_bytes() for run in ("whole", "stopped")]
     assert found[0] == found[1]
@@ -340,3 +335,24 @@ def test_what_is_refused_of_pefts_settings(options, told, world, tmp_path):
 def test_one_setting_has_one_place(world, tmp_path):
     with pytest.raises(UserError, match="peft.r and lora_r say the same: set one of them"):
         dry_run(make(world, tmp_path, use_peft=True, lora_r=4, peft={"r": 8}))
+
+
+def test_loraplus_rates_are_pefts(bases, world, tmp_path, quiet):
+    """B's is so many times A's; DoRA's magnitudes have B's. AdamW's first step is as long as the rate."""
+    options = {"learning_rate": 2e-4, "loraplus_lr_ratio": 16.0, "lr_scheduler_type": "constant", "max_steps": 1}
+    base = {"model_name_or_path": str(bases["llama"])}
+    config = make(world, tmp_path / "run", **base, **LORA, **options, peft={"use_dora": True})
+    policy = load_policy(config, make_tokenizer())
+    updater = Updater(policy.trainable(), config)
+    updater.begin(2e-4)
+    theirs = create_loraplus_optimizer(policy.model, torch.optim.AdamW, lr=2e-4, loraplus_lr_ratio=16)
+    mine, expected = ({id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+                      for optimizer in (updater.optimizer, theirs))
+    assert mine == pytest.approx(expected) and set(expected.values()) == {2e-4, 16 * 2e-4}
+    loop.train(config, display=quiet)
+    moved = [tensor.abs().max().item() for name, tensor in adapter_of(tmp_path / "run").items() if "lora_B" in name]
+    assert moved == pytest.approx([16 * 2e-4] * len(moved), rel=1e-3)
+    wrong = make(world, tmp_path / "b", **LORA, **options, peft={"target_modules": ["embed_tokens", "q_proj"]})
+    for run in (loop.train, dry_run):
+        with pytest.raises(UserError, match="loraplus_lr_ratio is of adapters beside linear layers, and .*embed_tok"):
+            run(wrong)

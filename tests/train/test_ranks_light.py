@@ -83,7 +83,7 @@ def moments_of_shards(size):
                            learning_rate=1e-3)
     whole = [torch.nn.Parameter(torch.randn(shape, generator=gen)) for shape in ((23, 512), (300,), (8, 96))]
     shards = [torch.nn.Parameter(distribute_tensor(p.detach(), mesh, [Shard(0)])) for p in whole]
-    one, other = make_optimizer(whole, settings), make_optimizer(shards, settings)
+    one, other = (make_optimizer({str(i): p for i, p in enumerate(ps)}, settings) for ps in (whole, shards))
     for _ in range(3):
         for p, q in zip(whole, shards):
             p.grad = torch.randn(p.shape, generator=gen)

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from fastpref.train.config import TrainConfig, config_from_dict
+from fastpref.train.metrics_log import MetricsLog
 
 
 def make_tokenizer(eos: bool = True) -> PreTrainedTokenizerFast:
@@ -72,3 +76,18 @@ def make(world: Path, run_dir: Path, **changes: Any) -> TrainConfig:
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+@contextmanager
+def stopped_after(step: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A run in it ends, as by Ctrl-C, with its line of training step `step`."""
+    write = MetricsLog.write
+
+    def stops(self: MetricsLog, stage: str, split: str, at: int, *rest: Any) -> None:
+        write(self, stage, split, at, *rest)
+        if split == "train" and at == step:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(MetricsLog, "write", stops)
+        yield
