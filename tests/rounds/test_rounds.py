@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from small import lines, make, settings
 from test_report import Page
 from tiny import make_config, make_pairs, make_tokenizer, write_rows
-from transformers import AutoModelForCausalLM, GPT2Config
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2Config
 
 from fastpref.data import load_records
 from fastpref.errors import UserError
@@ -422,6 +422,25 @@ def test_an_adapter(world, tmp_path, quiet):
     start = load_file(tmp_path / "run/start/model/adapter_model.safetensors")
     for name in (name for name in start if "lora_B" in name):
         assert not torch.equal(start[name], first[name]) and not torch.equal(first[name], second[name])
+
+
+def test_an_adapter_on_4_bits(world, tmp_path, quiet):
+    """The rounds of the base that the codes stand for: the same responses, pairs and, to rounding, adapters."""
+    pytest.importorskip("bitsandbytes")
+    codes = AutoModelForCausalLM.from_pretrained(
+        world / "pretrained", quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"))
+    codes.dequantize(torch.float32).save_pretrained(tmp_path / "whole")
+    make_tokenizer().save_pretrained(tmp_path / "whole")
+    changes = {"use_peft": True, "lora_r": 4, "learning_rate": 1e-3}
+    rounds(make(world, tmp_path / "a", model_name_or_path=str(tmp_path / "whole"), **changes), display=quiet)
+    rounds(make(world, tmp_path / "b", load_in_4bit=True, **changes), display=quiet)
+    for i in (1, 2):
+        ours, theirs = (lines(tmp_path / run / f"round-00{i}/pairs.jsonl") for run in "ba")
+        assert [(r["chosen"], r["rejected"]) for r in ours] == [(r["chosen"], r["rejected"]) for r in theirs] != []
+        model = f"round-00{i}/train/model/adapter_model.safetensors"
+        ours, theirs = (load_file(tmp_path / run / model) for run in "ba")
+        for name, tensor in theirs.items():
+            torch.testing.assert_close(ours[name], tensor, rtol=1e-3, atol=1e-5, msg=name)
 
 
 def test_prompts_of_their_own(world, tmp_path, quiet):
