@@ -34,6 +34,7 @@ from fastpref.rounds.config import config_from as rounds_config_from
 from fastpref.rounds.config import load_config as load_rounds_config
 from fastpref.train.config import TrainConfig, config_from_dict, load_config
 from fastpref.train.ranks import _check
+from fastpref.train.server_engine import reload
 
 ROOT = Path(__file__).resolve().parents[1]
 SITE = sorted((ROOT / "docs").rglob("*.md"))
@@ -326,6 +327,23 @@ def test_the_kubernetes_job_and_the_slurm_script_start_the_same_run(tmp_path, mo
     _check(stage.stage_configs()[0], ranks)
     with pytest.raises(UserError, match="33 ranks"):
         _check(stage.stage_configs()[0], ranks + 1)
+
+
+def test_the_reload_commands_of_servers_are_whole(tmp_path, monkeypatch):
+    """curl is a stand-in that keeps what it is given."""
+    (tmp_path / "curl").write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" > {tmp_path}/given\n')
+    (tmp_path / "curl").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    found = {}
+    for span in spans(ROOT / "docs" / "multi-gpu.md"):
+        if span.startswith("sampler_reload: "):
+            reload(yaml.safe_load(span)["sampler_reload"], tmp_path)
+            _, url, _, header, _, body = (tmp_path / "given").read_text().splitlines()
+            assert header == "Content-Type: application/json"
+            found[url.partition("/")[2].rpartition("/")[2]] = json.loads(body)
+    folder = str(tmp_path.resolve())
+    assert found == {"update_weights_from_disk": {"model_path": folder},
+                     "collective_rpc": {"method": "reload_weights", "kwargs": {"weights_path": folder}}}
 
 
 @pytest.mark.slow
