@@ -164,7 +164,7 @@ def judge(seen: Evidence) -> Verdict:
             return said("over-optimised", "chosen-fell", [fell, *facts])
         if far:
             return said("over-optimised", "far", [far, *facts])
-    unmoved = [f"{gold.name} did not change: {_ends(gold)}" for gold in seen.golds] if not won else []
+    unmoved = [f"no clear change of {gold.name}: {_ends(gold)}" for gold in seen.golds] if not won else []
     if not (won or _better(seen)):
         row = "nothing" if seen.loss or seen.golds else "unmeasured"
         return said("nothing", row, [*unmoved, _fact_of_loss(seen), *facts])

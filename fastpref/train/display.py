@@ -106,7 +106,7 @@ class Display:
             yield bar
             return
         # eta before the values: on a narrow terminal it is their end that is cut off
-        bar_width = max(10, min(40, self.console.width - 80))
+        bar_width = max(10, min(40, self.console.width - 95))
         columns = (TextColumn("[bold]{task.description}"), BarColumn(bar_width), _Count(), _Eta(), _Values())
         with Progress(*columns, console=self.console) as self.progress:
             bar.task = self.progress.add_task(escape(name), total=total, completed=done, values={})

@@ -497,10 +497,11 @@ def test_columns_taken_apart(platform, dtype, width, stride):
         active, rest = stash.new_full((37, len(columns)), torch.nan), torch.ones(37, device=platform.device)
         triton_rows.split(stash, columns, active, rest)
         assert torch.equal(active.nan_to_num(7.0), stash[:, columns.long()].nan_to_num(7.0))
-        others = [c for c in range(width) if c not in set(columns.tolist())]
+        others = sorted(set(range(width)) - set(columns.tolist()))
         torch.testing.assert_close(
             rest.double(), 1 + stash[:, others].double().sum(1), rtol=1e-5, atol=1e-4, equal_nan=True
         )
+        columns = columns[:: max(1, len(columns) // 100)]  # a program each
         totals, part = torch.rand(width, 33, device=platform.device), random_logits(platform, len(columns), 33, dtype)
         want = totals.clone()
         want[columns.long()] += part.float()

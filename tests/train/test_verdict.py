@@ -43,7 +43,7 @@ def run_of(folder, name):
     ("over-optimised", "over-optimised", "chosen-fell", "exact match fell: 87.7% → 53.7%"),
     ("broken", "broken", "broken", "4 of 10 steps were skipped for NaN or infinite gradients"),
     ("exploded", "broken", "broken", "held-out loss 0.693 → "),
-    ("nothing", "nothing", "nothing", "exact match did not change: 87.7% → 87.7%"),
+    ("nothing", "nothing", "nothing", "no clear change of exact match: 87.7% → 87.7%"),
 ])
 def test_saved_runs_of_each_kind(tmp_path, name, kind, row, first):
     found = verdict_of(read_run(run_of(tmp_path, name)))
@@ -118,7 +118,7 @@ def test_what_was_measured_decides():
     assert risen.extreme and risen.because[0] == "reward rose: 0.1 ± 0.02 → 0.6 ± 0.02"
     assert at("over-optimised", golds=gold(0.1, 0.1), loss=[*LOSS, (30, 0.9)]).row == "loss-past"
     found = at("nothing", golds=gold(0.1, 0.1), loss=[(0, 0.69), (9, 0.69)])
-    assert found.because[0] == "reward did not change: 0.1 ± 0.02 → 0.1 ± 0.02"
+    assert found.because[0] == "no clear change of reward: 0.1 ± 0.02 → 0.1 ± 0.02"
     exact = [Gold("exact match", [(0.0, 0.8, 0.0), (9.0, 0.76, 0.0)], percent, verdict.POINTS)]
     at("worked", golds=exact, loss=LOSS)  # 4 points
     luck = [0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.75, 0.5, 0.5]  # of twelve one was lucky
