@@ -249,8 +249,8 @@ def lora_config(config: TrainConfig) -> Any:
          "biases: the adapter switched off would be no reference; leave it out"),
         (begins.startswith(_CHANGES_BASE),
          f"peft.init_lora_weights is {begins!r}, which changes the base weights: the adapter switched off would be no "
-         "reference, and the saved adapter would not fit the base; make that model with peft, save both, and start "
-         "from them"),
+         "reference, and the saved adapter would not fit the base; make base and adapter with peft, save the changed "
+         "base, and the adapter with init_lora_weights=True, and go on with that (model_name_or_path)"),
         (begins == "eva", "peft.init_lora_weights is 'eva', which begins from activations that the run does not "
          "give it: initialise the adapter with peft, save it, and go on with it (model_name_or_path)"),
     )

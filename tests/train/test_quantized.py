@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import shutil
 
 import peft
@@ -356,3 +357,24 @@ def test_loraplus_rates_are_pefts(bases, world, tmp_path, quiet):
     for run in (loop.train, dry_run):
         with pytest.raises(UserError, match="loraplus_lr_ratio is of adapters beside linear layers, and .*embed_tok"):
             run(wrong)
+
+
+def test_pissa_begins_with_peft_as_its_refusal_says(bases, world, tmp_path, quiet):
+    """Policy and reference are then the model that peft took apart, and what is trained is still the adapter alone."""
+    settings = peft.LoraConfig(r=4, init_lora_weights="pissa", target_modules=["q_proj", "down_proj"])
+    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(bases["llama"]), settings)
+    saved = model.peft_config["default"]
+    saved.base_model_name_or_path, saved.init_lora_weights = str(tmp_path / "rest"), True
+    model.save_pretrained(tmp_path / "adapter")
+    model.unload().save_pretrained(tmp_path / "rest")
+    for folder in ("adapter", "rest"):
+        make_tokenizer().save_pretrained(tmp_path / folder)
+    whole, name = load_file(bases["llama"] / "model.safetensors"), "model.layers.0.self_attn.q_proj.weight"
+    assert not torch.allclose(load_file(tmp_path / "rest" / "model.safetensors")[name], whole[name], atol=1e-2)
+    options = {"use_peft": True, "max_steps": 2, "logging_steps": 1}
+    loop.train(make(world, tmp_path / "a", model_name_or_path=str(tmp_path / "adapter"), **options), display=quiet)
+    loop.train(make(world, tmp_path / "b", model_name_or_path=str(bases["llama"]), **options), display=quiet)
+    ours, plain = (read_metrics(tmp_path / run)[0] for run in "ab")
+    assert ours["split"] == "eval" and ours["rewards/margins"] == 0 and ours["watch/kl"] == 0
+    assert ours["logps/chosen"] == pytest.approx(plain["logps/chosen"], rel=1e-5)
+    assert steps_of(tmp_path / "a")[1][0] < math.log(2)
