@@ -281,11 +281,13 @@ def _keys(options: argparse.Namespace) -> None:
 def _train(options: argparse.Namespace) -> None:
     from .train.config import load_config
     from .train.loop import train
+    from .train.ranks import heard
 
     if options.dry_run:
         from .train.dry_run import dry_run
 
-        dry_run(load_config(options.config, options.overrides))
+        with heard(None) as display:
+            dry_run(load_config(options.config, options.overrides), display)
         return
     train(load_config(options.config, options.overrides), resume=options.resume)
 
@@ -294,9 +296,11 @@ def _rounds(options: argparse.Namespace) -> None:
     from .rounds.config import load_config
     from .rounds.driver import rounds
     from .rounds.dry_run import dry_run
+    from .train.ranks import heard
 
     if options.dry_run:
-        dry_run(load_config(options.config, options.overrides))
+        with heard(None) as display:
+            dry_run(load_config(options.config, options.overrides), display)
         return
     rounds(load_config(options.config, options.overrides), resume=options.resume)
 

@@ -8,14 +8,14 @@ Scoring runs beside sampling where the scorer can (a function has a process of i
 prompt's responses happens as soon as they are scored. Lines are written in groups of a fixed number of prompts, each of
 which is scored in one call: a run that goes on cuts the file to whole groups and scores the same groups again, so that
 even a model's rounding, which depends on its batches, is that of a run that was never ended.
+
+Under torchrun every rank has a scorer, and the ranks take the groups in turns; the first one writes the file.
 """
 
 from __future__ import annotations
 
 import json
-import os
-from collections import deque
-from collections.abc import Callable, Collection, Generator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import closing
 from dataclasses import dataclass
@@ -26,6 +26,8 @@ from transformers import PreTrainedTokenizerBase
 
 from fastpref.data import Rendering, load_prompts, tokenize_prompts
 from fastpref.errors import SaveError, UserError
+from fastpref.files import to_disk
+from fastpref.train import ranks
 from fastpref.train.display import Display
 from fastpref.train.prompts import Prompt
 from fastpref.train.run import spent
@@ -71,7 +73,7 @@ def collect(
     of_reference: bool = False, each: Callable[[int, Scored], None] = lambda index, responses: None,
 ) -> list[Scored]:
     """The responses of every prompt, in the order of the prompts: from the file as far as it has them, else sampled and
-    scored into it.
+    scored into it. All ranks call it, and have what comes of it.
 
     group: prompts that are scored in one call. seconds: "sampling" and "scoring" are added to it, the latter without
     what runs beside sampling. each: called with every prompt as it is complete.
@@ -79,57 +81,68 @@ def collect(
     Raises UserError for a file of other prompts, and for a scorer that fails on the first ALL_FAILED responses, or on
     all there are.
     """
-    found, size = _read(path, prompts, group, of_reference)
+    found, size = ranks.on_first(lambda: _read(path, prompts, group, of_reference))
     for index, responses in found.items():
         each(index, responses)
     if len(found) == len(prompts.ids):
         return [found[i] for i in range(len(prompts.ids))]
-    waiting: deque[tuple[Future[list[float | None]], list[tuple[int, Scored]]]] = deque()
-    tried = failed = 0
+    groups: dict[int, list[tuple[int, Scored]]] = {}  # that wait for their scores, by number
+    under_way: dict[int, Future[list[float | None]]] = {}  # of this rank's
+    scores: dict[int, list[float | None]] = {}
+    begun = tried = failed = 0
 
-    def submit(batch: list[tuple[int, list[Sample]]]) -> None:
-        unscored = [(index, _responses(samples, prompts.shown[index], of_reference)) for index, samples in batch]
-        asked = [(prompts.shown[index], r.text) for index, responses in unscored for r in responses if not r.skipped]
+    def score(batch: list[tuple[int, list[Sample]]], last: bool) -> None:
+        """A group to each rank; then all hear what is scored by now, or (last) at the end."""
+        nonlocal begun
+        for start in range(0, len(batch), group):
+            part = batch[start : start + group]
+            groups[begun + start // group] = [(i, _responses(of, prompts.shown[i], of_reference)) for i, of in part]
+
+        def mine() -> dict[int, list[float | None]]:
+            if (number := begun + ranks.rank()) in groups:
+                asked = [(prompts.shown[i], r.text) for i, of in groups[number] for r in of if not r.skipped]
+                under_way[number] = scorer.submit([prompt for prompt, _ in asked], [text for _, text in asked])
+            ready = [number for number, future in under_way.items() if last or future.done()]
+            return {number: under_way.pop(number).result() for number in ready}
+
         with spent(seconds, "scoring"):
-            waiting.append((scorer.submit([p for p, _ in asked], [text for _, text in asked]), unscored))
+            for known in ranks.told(ranks.everywhere(mine)):
+                scores.update(known)
+        begun += -(-len(batch) // group)
+        lines: list[str] = []
+        while groups and (number := min(groups)) in scores:
+            lines += finished(groups.pop(number), iter(scores.pop(number)))
+        if lines:
+            ranks.on_first(lambda: _append(path, lines))
 
-    def finish() -> None:
+    def finished(unscored: list[tuple[int, Scored]], values: Iterator[float | None]) -> list[str]:
         nonlocal tried, failed
-        future, unscored = waiting.popleft()
-        with spent(seconds, "scoring"):
-            scores = iter(future.result())
         lines = []
         for index, responses in unscored:
-            scored = [r if r.skipped else _with_score(r, next(scores)) for r in responses]
+            scored = [r if r.skipped else _with_score(r, next(values)) for r in responses]
             tried += sum(not r.skipped for r in scored)
             failed += sum(r.failed for r in scored)
             found[index] = scored
             lines.append(_line(index, prompts.shown[index], scored))
             each(index, scored)
-        file.write("".join(lines).encode())
-        file.flush()
         if tried == failed and (failed >= ALL_FAILED or len(found) == len(prompts.ids) and failed):
-            raise UserError(f"scorer {scorer.name!r} gave no score at all: {scorer.report()}")
+            raise UserError(f"scorer {scorer.name!r} gave no score at all: {scorer.total().report()}")
+        return lines
 
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("ab") as file, closing(source(found.keys())) as samples:
-            file.truncate(size)
-            file.seek(size)
+        ranks.on_first(lambda: _begin(path, size))
+        with closing(source(found.keys())) as samples:
             batch = []
-            while True:
+            item: tuple[int, list[Sample]] | None = (0, [])
+            while item is not None:
                 with spent(seconds, "sampling"):
                     item = next(samples, None)
                 if item is not None:
                     batch.append(item)
-                if batch and (item is None or len(batch) == group):
-                    submit(batch)
+                if item is None or len(batch) == group * ranks.size():
+                    score(batch, item is None)
                     batch = []
-                while waiting and (item is None or waiting[0][0].done()):
-                    finish()
-                if item is None:
-                    break
-            os.fsync(file.fileno())
+        ranks.on_first(lambda: to_disk(path))
     except OSError as error:
         raise SaveError(f"could not write {path}: {error.strerror}") from error
     return [found[i] for i in range(len(prompts.ids))]
@@ -140,6 +153,17 @@ def rivals(path: Path) -> dict[str, list[str]]:
     lines = map(json.loads, path.read_text(encoding="utf-8").splitlines())
     return {prompt_key(line["prompt"]): [r["text"] for r in line["responses"] if r["skipped"] != "empty"]
             for line in lines}
+
+
+def _begin(path: Path, size: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab") as file:
+        file.truncate(size)
+
+
+def _append(path: Path, lines: list[str]) -> None:
+    with path.open("ab") as file:
+        file.write("".join(lines).encode())
 
 
 def _responses(samples: Sequence[Sample], prompt: Prompt, of_reference: bool) -> Scored:

@@ -9,6 +9,9 @@
         counts, rewards, wall time                      round.json: the round is complete
     summary.json, report.html
 
+Under torchrun the ranks go through this together: the policy is sharded, and whole on each while they sample, in turns;
+what lies in the folder, the first one writes, and tells the others what it finds there.
+
 There is one policy in memory from beginning to end. What else is needed of other weights (the reference, a restart from
 the initial ones) is a copy in host memory that changes places with the policy's, tensor by tensor.
 
@@ -22,13 +25,13 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import random
 import time
 from collections import Counter
 from collections.abc import Collection, Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,17 +39,18 @@ import torch
 import yaml
 from transformers import PreTrainedTokenizerBase
 
-from fastpref.data import Example, Examples, Invalid, load_records
+from fastpref.data import Example, Examples, Invalid, identity_of, load_records
 from fastpref.errors import Stopped, UserError
 from fastpref.files import crc32_of, replacing, write_text
 from fastpref.report.page import write_report
-from fastpref.train import checkpoint
+from fastpref.train import checkpoint, ranks, sharding
 from fastpref.train.best_of_n import best_of_n
 from fastpref.train.checkpoint import snapshot
 from fastpref.train.config import TrainConfig
 from fastpref.train.display import Display
-from fastpref.train.loop import Trained, describe, stage_inputs, train_policy
+from fastpref.train.loop import Trained, introduction, stage_inputs, train_policy
 from fastpref.train.machine import device_name, versions
+from fastpref.train.memory_estimate import check_fits
 from fastpref.train.metrics_log import check_report_to
 from fastpref.train.model import (
     BASE,
@@ -56,7 +60,6 @@ from fastpref.train.model import (
     check_weights,
     exchanged,
     keep_merged,
-    load_policy,
     load_tokenizer,
     load_weights,
     pick_device,
@@ -73,7 +76,7 @@ from fastpref.train.run import Interrupted, StopFlag, spent
 from fastpref.train.run_folder import refuse_removed
 from fastpref.train.sample import Engine, Sample, Sampling, sample
 from fastpref.train.scorer import Scorer, load_scorer
-from fastpref.train.source import adapter_lines, source_of_run
+from fastpref.train.source import source_of_run
 from fastpref.train.stage import Answers, StageInput
 from fastpref.train.stage_data import StageData, load_data
 from fastpref.train.traits import follows_length
@@ -127,31 +130,33 @@ def rounds(config: Config, *, resume: bool = False, display: Display | None = No
     Raises UserError for what the user can put right: before anything is sampled, but for a first round without a
     single pair; Stopped after a signal; and what training raises.
     """
-    display = display or Display()
+    own = {f"rounds.{key}": value for key, value in config.rounds.to_dict().items()}
+    with ranks.joined(config.train, own), ranks.heard(display) as its:
+        return _rounds(config, resume, its)
+
+
+def _rounds(config: Config, resume: bool, display: Display) -> dict[str, Any]:
     run_dir = Path(config.train.output_dir)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("rounds run in one process: a model sharded over several does not generate; start it without "
-                        "torchrun")
     check_report_to(config.train)
     for stage in config.train.stage_configs():
         check_optimizer(stage, pick_device())
     vllm = takes_vllm(config)
-    reach(config.rounds)
+    ranks.on_first(lambda: reach(config.rounds))
     stop = StopFlag()
     with ExitStack() as held, stop.listening(display):
-        held.enter_context(checkpoint.lock(run_dir))
-        goes_on = _may_begin(run_dir, config, resume)
-        if goes_on and (summary := _all_there(run_dir, config, display)):
+        ranks.on_first(lambda: held.enter_context(checkpoint.lock(run_dir)))
+        goes_on = ranks.on_first(lambda: _may_begin(run_dir, config, resume))
+        if goes_on and (summary := ranks.on_first(lambda: _all_there(run_dir, config, display))):
             return summary
-        scorer = load_scorer(
-            config.rounds.scorer, timeout=config.rounds.scorer_timeout,
+        scorer = ranks.everywhere(partial(
+            load_scorer, config.rounds.scorer, timeout=config.rounds.scorer_timeout,
             batch_size=config.stage.per_device_eval_batch_size, trust_remote_code=config.train.trust_remote_code,
             judging=config.rounds.judging,
-        )
+        ))
         held.enter_context(scorer)
         session = _open(run_dir, config, display, stop, scorer, vllm, goes_on)
-        _prepare(session, goes_on)
-        keep_merged(config.train, session.tokenizer, run_dir)
+        ranks.on_first(lambda: _prepare(session, goes_on))
+        ranks.on_first(lambda: keep_merged(config.train, session.tokenizer, run_dir))
         try:
             _start(session)
             for number in range(1, config.rounds.number + 1):
@@ -211,7 +216,12 @@ def _prepare(session: Session, goes_on: bool) -> None:
 
 
 def takes_vllm(config: Config) -> bool:
-    """Not where rotary factors are one choice a run (traits.fix_rope): vLLM makes its own."""
+    """Not where rotary factors are one choice a run (traits.fix_rope): vLLM makes its own; nor under torchrun."""
+    if (count := ranks.started()) > 1:
+        if config.rounds.engine == "vllm":
+            raise UserError(f"rounds.engine is 'vllm', which samples in one process, and torchrun started {count}: "
+                            "leave it out, or let vLLM serve (rounds.sampler=openai:URL)")
+        return False
     if config.train.use_peft or config.rounds.sampler or not uses_vllm(config.rounds.engine):
         return False
     settings = settings_of(config.train, source_of_run(config.train))
@@ -245,15 +255,13 @@ def read(config: Config, display: Display) -> Given:
     source = stage.train_dataset if settings.prompts is None else settings.prompts
     how = stage.truncation_mode, rendering_of(stage)
     prompts = read_prompts(source, tokenizer, room, *how, "prompts", display)
-    if settings.prompts_per_round is not None and settings.prompts_per_round > len(prompts.ids):
-        raise UserError(f"rounds.prompts_per_round is {settings.prompts_per_round}, but there are {len(prompts.ids)}")
     held_out = None
     if stage.eval_dataset is not None and settings.eval_prompts != 0:
         held_out = read_prompts(stage.eval_dataset, tokenizer, room, *how, "held-out prompts", display)
         held_out = held_out.take(range(len(held_out.ids))[: settings.eval_prompts])
     check_ids(config.train, tokenizer, [*prompts.ids, *(held_out.ids if held_out else ())])
     (data,) = load_data([stage], tokenizer, display, held_out_only=not settings.offline_ratio)
-    _check_budget(config, prompts)
+    _check_prompts(config, prompts, display)
     asked = f"the longest prompt with rounds.max_new_tokens={settings.max_new_tokens}"
     most = max(len(ids) for part in (prompts, held_out) if part is not None for ids in part.ids)
     sampled = SequenceLength(asked, most + settings.max_new_tokens, "lower it (together at most {})")
@@ -265,20 +273,23 @@ def _open(run_dir: Path, config: Config, display: Display, stop: StopFlag, score
           goes_on: bool) -> Session:
     """Reads the data, loads the policy once, with the newest weights there are."""
     checkpoint.seed_everything(config.train.seed)  # as train does: random weights are the same there and here
-    config, tokenizer, prompts, held_out, data = read(config, display)
-    keep_date(config.train)
+    config, tokenizer, prompts, held_out, data = given = ranks.everywhere(lambda: read(config, display))
+    if ranks.size() > 1:
+        _check_same(given)
+    ranks.on_first(lambda: keep_date(config.train))
     settings, stage = config.rounds, config.stage
     invalid = Invalid() if stage.invalid_records == "drop" else None
     records = load_records(stage.train_dataset, invalid=invalid) if settings.offline_ratio else []
     offline = [record.prompt for record in records]
     folders = [run_dir / "start" / "model"]
     folders += [run_dir / f"round-{number:03d}" / "train" / "model" for number in range(1, settings.number + 1)]
-    there = [i for i, folder in enumerate(folders) if goes_on and _is_trained(folder.parent, i, config)]
+    there = ranks.on_first(lambda: [
+        i for i, folder in enumerate(folders) if goes_on and _is_trained(folder.parent, i, config)
+    ])
     newest = max(there, default=None)
     first = None if newest is None else folders[0] if config.wants_initial else folders[newest]
-    policy = load_policy(config.train, tokenizer, first)
-    for line in (f"{describe(policy)} on {device_name(policy.device)}; run folder {run_dir}",
-                 *adapter_lines(config.train)):
+    policy = sharding.load(config.train, tokenizer, first)
+    for line in introduction(policy, config.train, run_dir):
         display.say(line)
     served = Served(run_dir / SERVED, settings, tokenizer) if settings.sampler else None
     session = Session(run_dir, config, stage, display, stop, scorer, tokenizer, prompts, held_out, data, offline, vllm,
@@ -296,17 +307,54 @@ def _open(run_dir: Path, config: Config, display: Display, stop: StopFlag, score
     return session
 
 
-def _check_budget(config: Config, prompts: Prompts) -> None:
-    """The longest example there may be has to fit into a micro-batch: found out before it is sampled."""
-    stage, settings = config.stage, config.rounds
+def _check_same(given: Given) -> None:
+    """For ranks: that all have read the same, and that what they hold while they sample fits."""
+    data = given.data
+    read = given.prompts, given.held_out, identity_of(data.train), identity_of(data.eval)
+    mine = hashlib.sha256(repr(read).encode()).hexdigest()
+    for other, found in enumerate(every := ranks.told(mine)):
+        if found != every[0]:
+            raise UserError(f"rank {other} reads other prompts than rank 0: they must be the same on all nodes")
+    if (device := pick_device()).type == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory
+        check_fits(given.config.train, ranks.size(), memory, generates=True)
+
+
+def _check_prompts(config: Config, prompts: Prompts, display: Display) -> None:
+    """Enough of them for a round and its ranks; and the longest example there may be has to fit into a micro-batch:
+    found out before it is sampled."""
+    stage, settings, count = config.stage, config.rounds, ranks.started()
+    a_round = settings.prompts_per_round or len(prompts.ids)
+    if a_round > len(prompts.ids):
+        raise UserError(f"rounds.prompts_per_round is {a_round}, but there are {len(prompts.ids)}")
+    if count > a_round:
+        raise UserError(f"{count} ranks, but a round has {a_round} prompt{'s' * (a_round > 1)} "
+                        f"(rounds.prompts_per_round): raise it, or start at most {a_round}")
+    batches = -(-a_round * settings.num_generations // settings.generation_batch_size)
+    if batches < count and not settings.sampler:
+        size = max(1, a_round * settings.num_generations // count)
+        display.say(f"a round's responses are {batches} batch{'es' * (batches > 1)}, so {count - batches} of {count} "
+                    f"ranks have none to sample: lower rounds.generation_batch_size to {size}", "yellow")
     if stage.max_tokens_per_batch:
         responses = 2 if stage.kind == "pair" else 1
         prompt = max(map(len, prompts.ids)) * (1 if stage.prefix_sharing else responses)
         most = prompt + responses * settings.max_new_tokens
         if most > stage.max_tokens_per_batch:
             raise UserError(f"max_tokens_per_batch is {stage.max_tokens_per_batch}, but the longest prompt and "
-                            f"responses of max_new_tokens={settings.max_new_tokens} make up to {most:,} tokens"
-                            )
+                            f"responses of max_new_tokens={settings.max_new_tokens} make up to {most:,} tokens")
+
+
+def _said(path: Path) -> Any:
+    """What a JSON file says, None where it is not there: as the first rank finds it."""
+    return ranks.on_first(lambda: json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None)
+
+
+def _save(session: Session, path: Path) -> None:
+    """The policy."""
+    whole = sharding.to_save(session.policy)
+    ranks.on_first(lambda: checkpoint.save(
+        path, lambda part: save_model(session.policy, session.tokenizer, part, whole)
+    ))
 
 
 def _is_trained(folder: Path, number: int, config: Config) -> bool:
@@ -322,26 +370,27 @@ def _is_trained(folder: Path, number: int, config: Config) -> bool:
 def _start(session: Session) -> None:
     """What comes before the first round: the warm-up stages, or the model as it is; and how good that is."""
     config, folder = session.config, session.folder(0)
-    checkpoint.clean_up(folder)
-    if not _is_trained(folder, 0, config):
+    ranks.on_first(lambda: checkpoint.clean_up(folder))
+    if not ranks.on_first(lambda: _is_trained(folder, 0, config)):
         if config.warm_up:
             warm_up = replace(config.train, stages=config.warm_up, output_dir=str(folder))
-            stages = stage_inputs(warm_up, session.tokenizer, session.display)
+            stages = ranks.everywhere(lambda: stage_inputs(warm_up, session.tokenizer, session.display))
             _train_in(folder, session, warm_up, stages)
         else:
-            checkpoint.save(folder / "model", lambda part: save_model(session.policy, session.tokenizer, part))
+            _save(session, folder / "model")
         _keep_initial(session)
-    if (folder / "summary.json").is_file():
+    warmed_up = _said(folder / "summary.json")
+    if warmed_up:
         last, own = config.train.stage_configs()[-2], session.stage
         if all(getattr(last, key) == getattr(own, key) for key in ASKED):
             _keep_answers(session, 0, folder)
-    if not (folder / "round.json").is_file():
+    if _said(folder / "round.json") is None:
         seconds: dict[str, float] = {}
         values: dict[str, Any] = {"best_of_n": _evaluate(session, 0, seconds)}
-        if (folder / "summary.json").is_file():
-            values["after"] = json.loads((folder / "summary.json").read_text(encoding="utf-8"))["after"]
+        if warmed_up:
+            values["after"] = warmed_up["after"]
         values |= {"round": 0, "seconds": seconds}
-        write_text(folder / "round.json", json.dumps(values, indent=1) + "\n")
+        ranks.on_first(lambda: write_text(folder / "round.json", json.dumps(values, indent=1) + "\n"))
 
 
 def _keep_initial(session: Session) -> None:
@@ -355,17 +404,23 @@ def _went_on(session: Session, number: int) -> None:
     folder = session.folder(number) / "train"
     _keep_answers(session, number, folder)
     if session.config.rounds.one_schedule:
-        path, crc = folder / "optimizer.pt", folder / "optimizer.crc32"
-        if crc.is_file() and crc.read_text(encoding="utf-8").strip() != crc32_of(path):
-            raise UserError(f"{path}: is not what was saved (its checksum differs); delete {folder} to train that "
-                            "round again")
-        session.optimizer = torch.load(path, map_location="cpu", weights_only=True)
+        path = folder / "optimizer.pt"
+        ranks.on_first(lambda: _check_crc(path))
+        # of several ranks each takes its part of what is mapped
+        session.optimizer = torch.load(path, map_location="cpu", weights_only=True, mmap=ranks.size() > 1)
+
+
+def _check_crc(path: Path) -> None:
+    crc = path.with_suffix(".crc32")
+    if crc.is_file() and crc.read_text(encoding="utf-8").strip() != crc32_of(path):
+        raise UserError(f"{path}: is not what was saved (its checksum differs); delete {path.parent} to train that "
+                        "round again")
 
 
 def _keep_answers(session: Session, number: int, folder: Path, when: str = "after") -> None:
     """What a training run says of the weights it ended with, or began with; nothing where it did not ask."""
     if session.stage.eval_generate:
-        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        summary = _said(folder / "summary.json")
         found = {key: value for key, value in summary[when].items() if key.startswith("exact_match")}
         session.answers[number] = Answers(found, [text[when] for text in summary["samples"]])
 
@@ -375,7 +430,7 @@ def _keep_answers(session: Session, number: int, folder: Path, when: str = "afte
 
 def _is_complete(session: Session, number: int) -> bool:
     """Whether there is nothing left to do for a round: its weights are those of the policy, or older."""
-    return (session.folder(number) / "round.json").is_file() and number <= session.trained
+    return number <= session.trained and _said(session.folder(number) / "round.json") is not None
 
 
 def _is_last(session: Session, number: int) -> bool:
@@ -384,7 +439,7 @@ def _is_last(session: Session, number: int) -> bool:
     config = session.config
     if config.rounds.start_from == "initial" or not config.of_initial:
         return False
-    values = json.loads((session.folder(number) / "round.json").read_text(encoding="utf-8"))
+    values = _said(session.folder(number) / "round.json")
     return bool(values.get("kl_budget", {}).get("action") == "stop")
 
 
@@ -393,14 +448,14 @@ def run_round(session: Session, number: int) -> None:
     folder, started = session.folder(number), time.perf_counter()
     seconds: dict[str, float] = {}
     session.at = number
-    checkpoint.clean_up(folder)
-    again = (folder / "round.json").is_file()  # the weights it ended with were not saved: trained again
-    goes_on = again or (folder / "responses.jsonl").is_file()
+    ranks.on_first(lambda: checkpoint.clean_up(folder))
+    again = _said(folder / "round.json") is not None  # the weights it ended with were not saved: trained again
+    goes_on = again or ranks.on_first((folder / "responses.jsonl").is_file)
     chosen = block(len(session.prompts.ids), settings.prompts_per_round, number - 1, session.config.train.seed)
     prompts = session.prompts.take(chosen)
     display.say(f"round {number}/{settings.number}: {len(chosen):,} prompts x {settings.num_generations} responses"
                 + (" (trained again from saved responses)" if again else ""), "bold")
-    failures, judged_before = Counter(session.scorer.failures), Counter(session.scorer.counts)
+    before = session.scorer.total()
 
     responses, pairs, dropped = _responses_and_pairs(session, number, prompts, seconds)
     counts, rewards = count(responses), [scores(own(of_prompt)) for of_prompt in responses]
@@ -409,23 +464,23 @@ def run_round(session: Session, number: int) -> None:
         "reward": _mean([score for of_prompt in rewards for score in of_prompt if score is not None]),
         "reward_error": next((best.error for best in best_of_n(rewards) if math.isfinite(best.error)), None),
     }
-    if session.scorer.counts:  # win rates, whose mean is a half
+    after = session.scorer.total()
+    if after.counts:  # win rates, whose mean is a half
         values["reward"] = values["reward_error"] = None
-        values["judge"] = {name: n - judged_before[name] for name, n in session.scorer.counts.items()}
-    failed = session.scorer.failures - failures
-    if failed:
-        display.say(f"round {number}: scorer so far: {session.scorer.report()}", "yellow")
+        values["judge"] = {name: n - before.counts[name] for name, n in after.counts.items()}
+    if after.failures - before.failures:
+        display.say(f"round {number}: scorer so far: {after.report()}", "yellow")
     with spent(seconds, "pairing"):
         examples, lines = _examples(session, number, prompts, pairs)
     values["offline"] = len(examples) - values["pairs"] * (2 if session.stage.kind == "kto" else 1)
     if values["pairs"]:
         with spent(seconds, "pairing"):
-            write_text(folder / "pairs.jsonl", "".join(lines))
+            ranks.on_first(lambda: write_text(folder / "pairs.jsonl", "".join(lines)))
         if session.trained < number:
             session.stop.check()
             values["training"] = _train(session, number, examples, seconds)
         else:  # ended between its training and its evaluation
-            values["training"] = json.loads((folder / "train" / "summary.json").read_text(encoding="utf-8"))
+            values["training"] = _said(folder / "train" / "summary.json")
         values["training"] = {key: values["training"][key] for key in ("before", "after", "stages", "verdict")}
         values["after"] = values["training"]["after"]
         (of_stage,) = values["training"]["stages"].values()
@@ -446,8 +501,12 @@ def run_round(session: Session, number: int) -> None:
     total = time.perf_counter() - started
     values["seconds"] = seconds | {"between": total - sum(seconds.values()), "total": total}
     values["resumed"] = goes_on
-    _tidy(session, number)
-    write_text(folder / "round.json", json.dumps(values, indent=1) + "\n")
+
+    def complete() -> None:
+        _tidy(session, number)
+        write_text(folder / "round.json", json.dumps(values, indent=1) + "\n")
+
+    ranks.on_first(complete)
     for line in round_lines(values, settings.number):
         display.say(line, "cyan")
 
@@ -620,15 +679,20 @@ def _train(session: Session, number: int, examples: list[Example], seconds: dict
 
 def _train_in(folder: Path, session: Session, config: TrainConfig, stages: Sequence[StageInput],
               save: bool = True) -> Trained:
-    if (folder / "summary.json").is_file():  # trained before, and the weights are not there
-        checkpoint.remove(folder)
+    if _said(folder / "summary.json") is not None:  # trained before, and the weights are not there
+        ranks.on_first(lambda: checkpoint.remove(folder))
     return train_policy(session.policy, session.tokenizer, config, stages, session.display, save=save)
 
 
 def _save_optimizer(path: Path, states: dict[str, Any]) -> None:
-    with replacing(path) as partial:
-        torch.save(states, partial)
-        write_text(path.with_suffix(".crc32"), crc32_of(partial) + "\n")  # first: without optimizer.pt it says nothing
+    whole = sharding.whole_states(states)
+
+    def write() -> None:
+        with replacing(path) as part:
+            torch.save(whole, part)
+            write_text(path.with_suffix(".crc32"), crc32_of(part) + "\n")  # first: without optimizer.pt it says nothing
+
+    ranks.on_first(write)
 
 
 def _tidy(session: Session, number: int) -> None:
@@ -682,26 +746,32 @@ def _why_none(counts: dict[str, int], dropped: Counter[str]) -> str:
 def _finish(session: Session, last: int) -> dict[str, Any]:
     """last: the number of the last round."""
     run_dir, folders = session.dir, [session.folder(0), *(session.folder(i) / "train" for i in range(1, last + 1))]
-    every = [json.loads((session.folder(i) / "round.json").read_text(encoding="utf-8")) for i in range(last + 1)]
+    every = [_said(session.folder(i) / "round.json") for i in range(last + 1)]
     start, found = every[0], every[1:]
     if "after" not in start:
         before = found[0]["training"]["before"]
         start["after"] = {key: value for key, value in before.items() if key.startswith("exact_match")}
-    for folder in folders[1:]:  # killed between a run's summary and its report
-        if (folder / "summary.json").is_file() and not (folder / "report.html").is_file():
-            write_report(folder)
     model = run_dir / "model"
-    if session.saved:
-        model = next(folders[i] for i in range(last, -1, -1) if _is_trained(folders[i], i, session.config)) / "model"
-    else:  # the last rounds trained nothing, and the one before them was not to be saved
-        checkpoint.save(model, lambda folder: save_model(session.policy, session.tokenizer, folder))
+    if not session.saved:  # the last rounds trained nothing, and the one before them was not to be saved
+        _save(session, model)
+    else:
+        model = ranks.on_first(lambda: next(
+            folders[i] for i in range(last, -1, -1) if _is_trained(folders[i], i, session.config)
+        )) / "model"
     summary = {
         "start": start, "rounds": found, "ended_by_kl_budget": _is_last(session, last),
         "model": str(model.relative_to(run_dir)), "device": device_name(session.policy.device), "versions": versions(),
         "verdict": judged(every).content(),
     }
-    write_text(run_dir / "summary.json", json.dumps(summary, indent=1) + "\n")
-    report = write_page(run_dir)
+
+    def write() -> Path:
+        for folder in folders[1:]:  # killed between a run's summary and its report
+            if (folder / "summary.json").is_file() and not (folder / "report.html").is_file():
+                write_report(folder)
+        write_text(run_dir / "summary.json", json.dumps(summary, indent=1) + "\n")
+        return write_page(run_dir)
+
+    report = ranks.on_first(write)
     show_table(session.display, summary)
     session.display.say(f"model   {model}\nreport  {report}")
     return summary

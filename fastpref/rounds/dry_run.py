@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from fastpref.train import ranks
 from fastpref.train.config import TrainConfig
 from fastpref.train.display import Display
 from fastpref.train.dry_run import dry_run as dry_run_of_training
@@ -26,6 +27,7 @@ def dry_run(config: Config, display: Display | None = None) -> dict[str, Any]:
     display = display or Display()
     train: TrainConfig = config.train
     settings = config.rounds
+    ranks.check(train)
     check_report_to(train)
     for stage in train.stage_configs():
         check_optimizer(stage, pick_device())

@@ -19,7 +19,7 @@ from transformers import AutoConfig
 from fastpref.data import Examples, Layout
 from fastpref.errors import UserError
 
-from . import memory_estimate
+from . import memory_estimate, ranks
 from .batch_order import BatchOrder
 from .config import TrainConfig
 from .display import Display
@@ -42,6 +42,7 @@ def dry_run(config: TrainConfig, display: Display | None = None) -> dict[str, An
     """Prints what the run would be, and returns it: parameters, layout, and for each stage examples, schedule, tokens
     and, where it can be told, bytes on one GPU. Raises UserError as `train` does."""
     display = display or Display()
+    ranks.check(config)
     check_report_to(config)
     stages = config.stage_configs()
     for stage in stages:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from fastpref.data import Example, collate, eval_order
 from fastpref.errors import UserError
 
+from . import ranks
 from .checkpoint import State, random_state, restore_random_state
 from .config import TrainConfig
 from .display import Tick
@@ -83,7 +85,7 @@ class FreshSamples:
         if not (state.step // every > before // every or (last and before < state.step)):
             return False
         left = self._left(state)
-        return left > 0 and left >= state.sampling.get("expected", 0.0)
+        return ranks.on_first(lambda: left > 0 and left >= state.sampling.get("expected", 0.0))
 
     def _left(self, state: State) -> float:
         """Seconds that may still be spent."""
@@ -97,7 +99,7 @@ class FreshSamples:
 
         def watch(done: int, of: int) -> None:
             tick(done, of)
-            if done and (time.perf_counter() - started) / done * of > left:
+            if done and ranks.on_first(lambda: (time.perf_counter() - started) / done * of > left):
                 state.sampling["expected"] = (time.perf_counter() - started) / done * of
                 raise OutOfTime
 
@@ -137,7 +139,7 @@ class FreshSamples:
         texts = [sampled.after(prompt) for prompt, sampled in zip(prompts, samples, strict=True)]
         self.shown = [{"prompt": prompt, "response": text} for prompt, text in zip(prompts[:SHOWN], texts)]
         if self.scorer is not None:
-            scores = self.scorer.score(prompts, texts)
+            scores = ranks.on_first(partial(self.scorer.score, prompts, texts))
             there = [score for score in scores if score is not None]
             if there:
                 values |= mean_and_error("reward", torch.tensor(there, dtype=torch.float64))
@@ -157,12 +159,13 @@ def response_logps(policy: Policy, examples: Sequence[Example], batch_size: int,
     was_training = policy.model.training
     policy.model.eval()
     found: dict[int, Tensor] = {}
-    for indices in eval_order(examples, batch_size):
+    for indices, counts in ranks.share(eval_order(examples, batch_size)):
         batch = collate([examples[i] for i in indices], pad, "sft", layout=policy.layout)
         logps = policy.token_logps(batch.to(policy.device)).cpu()
         lengths = [b - a for a, b in zip(batch.cu_seqlens, batch.cu_seqlens[1:])]
-        found |= dict(zip(indices, logps.split(lengths)))
+        found |= dict(zip(indices, logps.split(lengths))) if counts else {}
     policy.model.train(was_training)
+    found = {i: logps for part in ranks.told(found) for i, logps in part.items()}
     return [found[i] for i in range(len(examples))]
 
 

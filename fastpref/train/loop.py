@@ -11,17 +11,16 @@ A run that was ended, by a signal or `kill -9`, goes on from its newest checkpoi
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from fastpref.data import identity_of
@@ -47,7 +46,6 @@ from .model import (
     load_weights,
     pick_device,
     save_model,
-    weights_of,
 )
 from .optim import check_optimizer
 from .positions import check_positions, longest_sequences
@@ -95,11 +93,8 @@ def train(config: TrainConfig, *, resume: bool = False, display: Display | None 
     Raises UserError (ValueError) for what the user can put right, TrainingError and SaveError for a run that
     cannot go on (what was saved stays), Stopped after SIGINT or SIGTERM once a checkpoint is saved.
     """
-    with ranks.joined(config):
-        if not ranks.is_first():
-            with Path(os.devnull).open("w") as nowhere:
-                return _train(config, resume, Display(Console(file=nowhere)))
-        return _train(config, resume, display or Display())
+    with ranks.joined(config), ranks.heard(display) as its:
+        return _train(config, resume, its)
 
 
 def _train(config: TrainConfig, resume: bool, display: Display) -> dict[str, Any]:
@@ -240,9 +235,10 @@ def _scorers(policy: Policy, tokenizer: PreTrainedTokenizerBase, stages: Sequenc
             check_prompts(config, policy, tokenizer, stage.data.prompts)
         if config.scorer and config.scorer not in scorers:
             size = config.per_device_eval_batch_size
-            scorer = load_scorer(config.scorer, timeout=config.scorer_timeout, batch_size=size,
-                                 trust_remote_code=config.trust_remote_code)
-            scorers[config.scorer] = held.enter_context(scorer)
+            load = partial(load_scorer, config.scorer, timeout=config.scorer_timeout, batch_size=size,
+                           trust_remote_code=config.trust_remote_code)
+            one = ranks.everywhere(load if ranks.is_first() else partial(Scorer, config.scorer))  # it alone is asked
+            scorers[config.scorer] = held.enter_context(one)
     checkpoint.restore_random_state(generators)
     return scorers
 
@@ -259,12 +255,15 @@ def _prepare(place: Place, config: TrainConfig) -> None:
 
 
 def _introduce(run: Run) -> None:
-    where = f"{ranks.size()} ranks, each on " if ranks.size() > 1 else ""
-    run.display.say(f"{describe(run.policy)} on {where}{device_name(run.policy.device)}; run folder {run.dir}")
-    for line in adapter_lines(run.config):
+    for line in introduction(run.policy, run.config, run.dir):
         run.display.say(line)
     if model_flops(run.policy) is None:
         run.display.say("mfu: unknown, for experts, or layers other than attention, whose work is not counted")
+
+
+def introduction(policy: Policy, config: TrainConfig, run_dir: Path) -> list[str]:
+    where = f"{ranks.size()} ranks, each on " if ranks.size() > 1 else ""
+    return [f"{describe(policy)} on {where}{device_name(policy.device)}; run folder {run_dir}", *adapter_lines(config)]
 
 
 def _config_of(run_dir: Path) -> dict[str, Any]:
@@ -347,9 +346,7 @@ def _answered(given: StageInput, stages: Sequence[StageInput]) -> StageInput:
 
 def _finish(run: Run, stages: Sequence[StageInput], state: State, save: bool = True) -> tuple[dict[str, Any], Path]:
     """Final weights, summary and report; the summary, and where the report is."""
-    weights = None
-    if ranks.size() > 1:
-        weights = weights_of(run.policy) if run.config.use_peft else sharding.whole_weights(run.policy)
+    weights = sharding.to_save(run.policy)
 
     def write() -> tuple[dict[str, Any], Path]:
         if save:

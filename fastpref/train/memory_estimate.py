@@ -201,10 +201,11 @@ def head_bytes(sizes: Sizes, *, frozen: bool, grad_size: int, memory_budget: int
     return plan(problem, memory_budget).bytes + 2 * 2 * sizes.tokens * sizes.hidden
 
 
-def check_fits(config: TrainConfig, ranks: int, gpu_bytes: int) -> None:
+def check_fits(config: TrainConfig, ranks: int, gpu_bytes: int, generates: bool = False) -> None:
     """Raises UserError where weights, gradients and optimiser states, shared out over `ranks` GPUs of `gpu_bytes` each,
     are more than a GPU has: before the model is loaded. Activations are not in it, so what passes may still be too
-    large; nor are reward models and models that cannot be counted.
+    large; nor are reward models and models that cannot be counted. generates: ranks that sample have all weights
+    beside their shards meanwhile (so do those that `eval_generate` and `sample_steps` ask).
     """
     stages = [stage for stage in config.stage_configs() if not stage.reward_model]
     if not stages:
@@ -222,9 +223,11 @@ def check_fits(config: TrainConfig, ranks: int, gpu_bytes: int) -> None:
     shards = max(1, ranks // config.dp_replicate)
     # each rank loads the model, then shards it
     whole = weight_bytes(sizes, recipes[0]) if recipes[0].bits else (4 - 2 * recipes[0].bf16) * sizes.parameters
-    if max(needed / shards, whole) <= room:
+    generates = ranks > 1 and (generates or any(stage.eval_generate or stage.sample_steps for stage in stages))
+    left = room - whole * generates
+    if needed / shards <= left and whole <= room:
         return
-    enough = f"take at least {-(-needed // room) * config.dp_replicate} GPUs, or " if whole <= room else ""
+    enough = f"take at least {-(-needed // left) * config.dp_replicate} GPUs, or " if left > 0 else ""
     raise UserError(
         f"{config.model_name_or_path}: weights, gradients and optimiser states are {needed / GIB:.1f} GiB"
         f"{f', the weights alone {whole / GIB:.1f}' if whole > room else ''}; there {'is' if ranks == 1 else 'are'} "

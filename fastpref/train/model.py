@@ -43,7 +43,7 @@ from .checkpoint import SHARDED, save, verify
 from .config import TrainConfig
 from .liger_kernels import use_liger_kernels
 from .rendering import set_template
-from .shards import load_sharded_weights
+from .shards import fill, load_sharded_weights
 from .source import (
     Source,
     check_folder,
@@ -705,12 +705,18 @@ def save_model(
 
 
 def weights_of(policy: Policy) -> dict[str, Tensor]:
-    """The tensors that `save_model` writes: all, or with LoRA those that are trained."""
-    found: dict[str, Tensor] = policy.model.state_dict()
+    """The tensors that `save_model` writes: all, or with LoRA those that are trained. Of a sharded policy what this
+    rank has of them."""
+    found = {name: _here(tensor) for name, tensor in policy.model.state_dict().items()}
     if not hasattr(policy.model, "peft_config"):
         return found
     trained = policy.trainable()
     return {name: tensor for name, tensor in found.items() if name in trained}
+
+
+def _here(tensor: Any) -> Tensor:
+    found: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return found
 
 
 @torch.no_grad()
@@ -722,11 +728,15 @@ def set_weights(policy: Policy, weights: dict[str, Tensor]) -> None:
 
 @torch.no_grad()
 def load_weights(policy: Policy, folder: Path) -> None:
-    """Copies what `save_model` wrote into the policy, in place, tensor by tensor: no second model is built.
+    """Copies what `save_model`, or the ranks of a run, wrote into the policy, in place, tensor by tensor: no second
+    model is built.
 
     Raises UserError for the weights of another model, and for damaged ones.
     """
     verify(folder)
+    if (folder / SHARDED).is_dir():
+        load_sharded_weights(policy.model, folder / SHARDED)
+        return
     if hasattr(policy.model, "peft_config"):
         peft = need_peft()
         wanted = peft.get_peft_model_state_dict(policy.model, save_embedding_layers=False)
@@ -740,16 +750,16 @@ def load_weights(policy: Policy, folder: Path) -> None:
         with ExitStack() as held:
             files = [held.enter_context(safe_open(path, framework="pt")) for path in folder.glob("*.safetensors")]
             saved = {name: file for file in files for name in file.keys()}
-            covered = {own[name].data_ptr() for name in saved if name in own}  # of tied weights one is saved
-            if all(name in own for name in saved) and all(t.data_ptr() in covered for t in own.values()):
+            covered = {_here(own[name]).data_ptr() for name in saved if name in own}  # of tied weights one is saved
+            if all(name in own for name in saved) and all(_here(t).data_ptr() in covered for t in own.values()):
                 for name, file in saved.items():
-                    own[name].copy_(file.get_tensor(name))
+                    fill(own[name], file.get_tensor(name))
                 return
         # an architecture whose names on the disk are not those of its modules: transformers knows how to translate
         dtype = policy.head.weight.dtype
         other = load_whole(AutoModelForCausalLM, str(folder), dtype=dtype).state_dict()
         for name, tensor in own.items():
-            tensor.copy_(other[name])
+            fill(tensor, other[name])
     except (OSError, SafetensorError, RuntimeError, ValueError, KeyError) as error:
         raise UserError(f"{folder}: no weights of this model ({first_line(error)})") from error
 

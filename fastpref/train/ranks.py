@@ -9,22 +9,26 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from rich.console import Console
 from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 
 from fastpref.errors import RankLost, UserError, first_line
 
 from .config import TrainConfig
+from .display import Display
 from .machine import versions
 
 T = TypeVar("T")
+R = TypeVar("R")
 LAUNCH = "torchrun --nproc-per-node=GPUS -m fastpref train CONFIG.yaml"
 ROLL_CALL = 5.0  # seconds
 
@@ -41,21 +45,40 @@ def is_first() -> bool:
     return rank() == 0
 
 
+def started() -> int:
+    """How many processes torchrun has started, whether they have joined yet or not."""
+    return size() if size() > 1 else int(os.environ.get("WORLD_SIZE", "1"))
+
+
 @contextmanager
-def joined(config: TrainConfig) -> Iterator[None]:
+def heard(display: Display | None) -> Iterator[Display]:
+    """What shows a run on this rank: of the first one alone a word is heard."""
+    if (rank() if size() > 1 else int(os.environ.get("RANK", "0"))) == 0:
+        yield display or Display()
+        return
+    with Path(os.devnull).open("w") as nowhere:
+        yield Display(Console(file=nowhere))
+
+
+def check(config: TrainConfig) -> None:
+    """Raises UserError for a configuration that the processes which were started cannot share."""
+    for stage in config.stage_configs() if started() > 1 else ():
+        _check(stage, started())
+
+
+@contextmanager
+def joined(config: TrainConfig, more: Mapping[str, Any] | None = None) -> Iterator[None]:
     """Within it the processes that torchrun started are one run. Raises UserError, on every rank and before anything is
-    read, for a configuration that they cannot share."""
-    started = int(os.environ.get("WORLD_SIZE", "1"))
+    read, for a configuration that they cannot share. more: what else must be the same on all of them."""
     here_already = size() > 1
-    if not here_already and started == 1:
+    if started() == 1:
         if config.fsdp and "TORCHELASTIC_RUN_ID" not in os.environ:
             raise UserError(f"fsdp is true, but this is one process alone: {LAUNCH}")
         if config.dp_replicate > 1:
             raise UserError(f"dp_replicate is {config.dp_replicate}, but this is one process alone: {LAUNCH}")
         yield
         return
-    for stage in config.stage_configs():
-        _check(stage, size() if here_already else started)
+    check(config)
     if here_already:
         yield
         return
@@ -70,7 +93,7 @@ def joined(config: TrainConfig) -> Iterator[None]:
     wait = timedelta(seconds=config.ddp_timeout)
     dist.init_process_group(backend, store=store, rank=mine, world_size=count, timeout=wait)
     try:
-        _refuse_differing(told(versions() | config.to_dict()))
+        _refuse_differing(told(versions() | config.to_dict() | dict(more or {})))
         yield
         # Only where all ranks come to the end: after an error on one of them torchrun ends the others.
         dist.barrier()
@@ -148,10 +171,6 @@ def _check(stage: TrainConfig, count: int) -> None:
     if stage.use_peft and stage.reward_model:
         raise UserError(f"use_peft: LoRA of a reward model trains on one GPU, not sharded over {count} ranks; leave it "
                         "out, or torchrun")
-    if stage.sample_steps:
-        raise UserError("sample_steps: a sharded model does not generate; leave it out: the KL of the data is watched")
-    if stage.eval_generate:
-        raise UserError("eval_generate: a sharded model does not generate; `fastpref eval` of the finished run does")
 
 
 # ---- agreement -------------------------------------------------------------------------------------------------------
@@ -174,22 +193,31 @@ def on_first(work: Callable[[], T]) -> T:
 
 
 def everywhere(work: Callable[[], T]) -> T:
-    """What `work` returns here; what one rank cannot do (its node has no such file) is raised on all, with its name."""
+    """What `work` returns here; what it raises on one rank is raised on all, with the rank's name where it is something
+    that its node alone lacks (a file). It must not need the other ranks."""
     if size() == 1:
         return work()
-    box, error = list[T](), None
+    box: list[T] = []
+    wrong: Exception | None = None
     try:
         box.append(work())
-    except (ValueError, TypeError, OSError, ImportError) as caught:  # raised below: the others are told
-        error = caught
-    said = told((socket.gethostname(), None if error is None else " ".join(str(error).split())))
-    failed = [(other, host, text) for other, (host, text) in enumerate(said) if text is not None]
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        wrong = error
+        said: Exception | None = UserError(" ".join(str(error).split()))
+    except Exception as error:  # noqa: BLE001 - raised below: the others are told
+        wrong = said = error
+    else:
+        said = None
+    of_ranks = enumerate(told((socket.gethostname(), said)))
+    failed = [(other, host, found) for other, (host, found) in of_ranks if found is not None]
     if not failed:
         return box[0]
-    other, host, text = failed[0]
-    if error is not None and len({text for _, _, text in failed}) == 1 and len(failed) == size():
-        raise error
-    raise UserError(f"rank {other} on {host}: {text}") from error
+    other, host, first = failed[0]
+    if wrong is not None and len({str(found) for _, _, found in failed}) == 1 and len(failed) == size():
+        raise wrong
+    if not isinstance(first, UserError):
+        raise first
+    raise UserError(f"rank {other} on {host}: {first}") from wrong
 
 
 def told(mine: T) -> list[T]:
@@ -205,16 +233,9 @@ def in_turns(work: Callable[[], T]) -> T:
     for a while (a model on its way to the GPU) is there once. It must not need the other ranks."""
     if size() == 1:
         return work()
-    mine, box, error = int(os.environ.get("LOCAL_RANK", rank())), list[T](), None
+    mine, box = int(os.environ.get("LOCAL_RANK", rank())), list[T]()
     for turn in range(largest(mine) + 1):
-        if turn == mine:
-            try:
-                box.append(work())
-            except Exception as caught:  # noqa: BLE001 - raised below: the others must not wait for this one
-                error = caught
-        largest(turn)  # all ranks wait here
-    if error is not None:
-        raise error
+        everywhere(lambda: box.append(work()) if turn == mine else None)  # noqa: B023 - called at once; all ranks wait here
     return box[0]
 
 
@@ -253,6 +274,15 @@ def share(items: Sequence[T]) -> Iterator[tuple[T, bool]]:
     for start in range(0, len(items), size()):
         mine = start + rank()
         yield (items[mine], True) if mine < len(items) else (items[start], False)
+
+
+def dealt(items: Sequence[T], work: Callable[[T], R]) -> Iterator[tuple[T, R]]:
+    """Every item, and what `work` makes of it on one of the ranks; in their order, on all ranks. What it raises on one
+    rank all raise."""
+    for start in range(0, len(items), size()):
+        part = items[start : start + size()]
+        mine = everywhere(lambda: work(part[rank()]) if rank() < len(part) else None)  # noqa: B023 - called at once
+        yield from zip(part, told(mine))  # type: ignore[arg-type]
 
 
 def gathered(values: Tensor, counts: Sequence[int]) -> list[Tensor]:

@@ -6,7 +6,7 @@ import glob
 import json
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -68,10 +68,13 @@ def reference_at_start(stage: TrainConfig, tokenizer: PreTrainedTokenizerBase, p
 
 
 def reference_again(
-    config: TrainConfig, index: int, run_dir: Path, tokenizer: PreTrainedTokenizerBase, expected: str | None
+    config: TrainConfig, index: int, run_dir: Path, tokenizer: PreTrainedTokenizerBase, expected: str | None,
+    load: Callable[..., Policy] = sharding.load,
 ) -> Policy:
     """The reference of a stage of a run that has moved on since, loaded again; random weights are drawn again.
-    expected: its `fingerprint`. Raises UserError where it is gone, or has other weights than it had."""
+    expected: its `fingerprint`. load: `load_policy`, for one that every rank has whole.
+
+    Raises UserError where it is gone, or has other weights than it had."""
     stage = config.stage_configs()[index]
     if stage.ref_model_name_or_path:
         source = load_reference(stage, tokenizer, stage.ref_model_name_or_path)
@@ -80,10 +83,10 @@ def reference_again(
         if not folder.is_dir():
             raise UserError(f"{run_dir}: stage {stage.name!r} has no reference log-probs for these data, and "
                             f"{folder.name}, its first weights, is gone")
-        source = sharding.load(config, tokenizer, folder)
+        source = load(config, tokenizer, folder)
     else:
         checkpoint.seed_everything(config.seed)
-        source = sharding.load(config, tokenizer)
+        source = load(config, tokenizer)
     if expected is None:
         LOG.warning("%s: there is no record of which weights the reference of stage %r had", run_dir, stage.name)
     elif fingerprint(source.model) != expected:

@@ -16,6 +16,7 @@ import hashlib
 import math
 from collections import defaultdict
 from collections.abc import Collection, Generator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -26,7 +27,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 from fastpref.errors import UserError, refuse
 from fastpref.rows import exact_dtype
 
-from . import ranks
+from . import ranks, sharding
 from .display import Tick
 from .keys import check_bounds, key
 from .model import Policy, pad_token
@@ -85,11 +86,13 @@ def sample(policy: Policy | None, tokenizer: PreTrainedTokenizerBase, prompts: S
     engine: None: the policy itself, through transformers; else for example `vllm_engine.VLLM`, and no policy.
     done: indices of prompts that are left out, for a run that goes on.
 
-    Raises UserError, before anything is sampled, for an empty prompt, for one that fills the positions of the model,
-    and under torchrun; and where the model's probabilities are NaN.
+    Under torchrun the ranks take the batches of a policy in turns, each with all of its weights until the last one, and
+    all ranks get all samples; any other engine is the first rank's alone. So the batches, and what rounding makes of
+    them, are those of one process.
+
+    Raises UserError, before anything is sampled, for an empty prompt, and for one that fills the positions of the
+    model; and where the model's probabilities are NaN.
     """
-    if ranks.size() > 1:
-        raise UserError(f"sampling: a model sharded over {ranks.size()} ranks does not generate; run it in one process")
     if engine is None:
         if policy is None:
             raise ValueError("policy: got None, which takes an engine")
@@ -109,21 +112,32 @@ def _stream(engine: Engine, tokenizer: PreTrainedTokenizerBase, prompts: Sequenc
             tick: Tick | None, done: frozenset[int]) -> Generator[tuple[int, list[Sample]], None, None]:
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # what does not fit in memory fails at once
     rows = [(i, number) for i in order for number in range(settings.n)]
+    batches = [rows[start : start + settings.batch_size] for start in range(0, len(rows), settings.batch_size)]
     found: dict[int, list[Sample]] = defaultdict(list)
-    for start in range(0, len(rows), settings.batch_size):
-        if tick is not None:
-            tick(start, len(rows))
-        batch = rows[start : start + settings.batch_size]
-        if all(i in done for i, _ in batch):
-            continue
+
+    def generated(batch: Sequence[tuple[int, int]]) -> list[list[int]]:
         seeds = [_seed(settings.seed, i, number) for i, number in batch]
-        responses = engine.generate([prompts[i] for i, _ in batch], seeds, settings)
-        for (i, number), ids in zip(batch, responses, strict=True):
-            if i in done:
-                continue
-            found[i].append(_sample(tokenizer, ids, engine.stops))
-            if number == settings.n - 1:
-                yield i, found.pop(i)
+        return engine.generate([prompts[i] for i, _ in batch], seeds, settings)
+
+    left = [batch for batch in batches if not all(i in done for i, _ in batch)]
+    before, own = len(rows) - sum(map(len, left)), isinstance(engine, InMemory)
+    turn = ranks.size() if own else 1
+    with sharding.unsharded(engine.policy) if isinstance(engine, InMemory) else nullcontext():
+        for start in range(0, len(left), turn):
+            if tick is not None:
+                tick(before + start * settings.batch_size, len(rows))
+            now = left[start : start + turn]
+            if own:
+                answers: Any = ranks.dealt(now, generated)
+            else:
+                answers = ranks.on_first(lambda: [(batch, generated(batch)) for batch in now])  # noqa: B023 - at once
+            for batch, responses in answers:
+                for (i, number), ids in zip(batch, responses, strict=True):
+                    if i in done:
+                        continue
+                    found[i].append(_sample(tokenizer, ids, engine.stops))
+                    if number == settings.n - 1:
+                        yield i, found.pop(i)
 
 
 def _sample(tokenizer: PreTrainedTokenizerBase, ids: list[int], stops: frozenset[int]) -> Sample:

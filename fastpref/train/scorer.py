@@ -40,6 +40,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 from fastpref.data import Example, Rendering, collate, eval_order, records_from_rows, tokenize_records
 from fastpref.errors import UserError, first_line
 
+from . import ranks
 from .checkpoint import random_state, restore_random_state, verify
 from .config import load_config_of_run
 from .judge import Judge, Judging, circle
@@ -95,6 +96,16 @@ class Scorer:
         """One line."""
         kinds = [f"{count:,} {kind} (first: {self.first[kind]})" for kind, count in self.failures.most_common()]
         return f"{self.failures.total():,} of {self.scored:,} not scored{': ' * bool(kinds)}{'; '.join(kinds)}"
+
+    def total(self) -> Scorer:
+        """What those of all ranks have come to together: all have to ask."""
+        found = Scorer(self.name)
+        for scored, failures, first, counts in ranks.told((self.scored, self.failures, self.first, self.counts)):
+            found.scored += scored
+            found.failures.update(failures)
+            found.first = first | found.first
+            found.counts.update(counts)
+        return found
 
     def close(self) -> None:
         pass
@@ -469,7 +480,7 @@ class ImplicitReward(_ModelScorer):
         self.vocab = self.policy.model.get_input_embeddings().num_embeddings
         before = random_state()
         expected = recorded_reference(config, index, run_dir, weights)
-        self.reference = reference_again(config, index, run_dir, self.tokenizer, expected)
+        self.reference = reference_again(config, index, run_dir, self.tokenizer, expected, load_policy)
         restore_random_state(before)
         self.policy.model.eval()
         self.reference.model.eval()

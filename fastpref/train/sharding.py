@@ -13,6 +13,7 @@ Gradients are SUMS over ranks: losses are normalised by the counts of the global
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from fastpref.trunk import unwrap
 from . import ranks
 from .checkpoint import SHARDED, verify
 from .config import TrainConfig
-from .model import Policy, load_policy
+from .model import Policy, load_policy, weights_of
 from .optim import check_shards
 from .shards import last_line, read_sharded, sharded_metadata
 
@@ -92,16 +93,51 @@ def _gather_in_forward(embedding: nn.Module) -> None:
     kept: list[Any] = []
 
     def gather(module: nn.Module, args: Any) -> None:
+        if not hasattr(module.weight, "full_tensor"):  # `unsharded`
+            return
         weight: Any = module._parameters.pop("weight")
         kept.append(weight)
         module.weight = weight.full_tensor(grad_placements=[Partial()] * weight.device_mesh.ndim)
 
     def put_back(module: nn.Module, args: Any, output: Any) -> None:
-        del module.weight
-        module._parameters["weight"] = kept.pop()
+        if kept:
+            del module.weight
+            module._parameters["weight"] = kept.pop()
 
     embedding.register_forward_pre_hook(gather)
     embedding.register_forward_hook(put_back, always_call=True)
+
+
+@contextmanager
+def unsharded(policy: Policy) -> Iterator[None]:
+    """Within it every rank has all weights, and a forward pass without gradient waits for no other rank: what a policy
+    generates with. All ranks enter and leave together."""
+    if not policy.head.sharded:
+        yield
+        return
+    from torch.distributed.fsdp import FSDPModule
+
+    head: Any = policy.head.module
+    embedding: Any = unwrap(policy.model).get_input_embeddings()
+    tied, kept = embedding.weight is head.weight, dict(head._parameters)
+    layers = [module for module in policy.trunk.modules() if isinstance(module, FSDPModule)]
+
+    def put(parameters: dict[str, Any]) -> None:
+        head._parameters.update(parameters)
+        if tied:
+            embedding._parameters["weight"] = head._parameters["weight"]
+
+    policy.trunk.set_reshard_after_forward(False)
+    try:
+        for layer in layers:
+            layer.unshard()
+        put({name: p if p is None else nn.Parameter(whole(p.detach()), False) for name, p in kept.items()})
+        yield
+    finally:
+        put(kept)
+        policy.trunk.set_reshard_after_forward(True)
+        for layer in layers:
+            layer.reshard()
 
 
 def whole(x: Any) -> Tensor:
@@ -123,6 +159,26 @@ def whole_weights(policy: Policy) -> dict[str, Tensor]:
             seen[key] = full
         found[name] = full
     return found if ranks.is_first() else {}
+
+
+def to_save(policy: Policy) -> dict[str, Tensor] | None:
+    """The `weights` that `save_model` is given by the first rank, gathered there: all ranks have to ask. None alone."""
+    if ranks.size() == 1:
+        return None
+    return weights_of(policy) if hasattr(policy.model, "peft_config") else whole_weights(policy)
+
+
+def whole_states(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """An optimiser's states as one process has them, in host memory of the first rank: all ranks have to ask."""
+    states = {i: {key: _on_host(value) for key, value in state.items()} for i, state in state_dict["state"].items()}
+    return state_dict | {"state": states}
+
+
+def _on_host(x: Any) -> Any:
+    if not hasattr(x, "full_tensor"):
+        return x
+    full = x.full_tensor()
+    return full.cpu() if ranks.is_first() else None
 
 
 # ---- checkpoints -----------------------------------------------------------------------------------------------------
@@ -147,29 +203,32 @@ def load_optimizer(
 ) -> None:
     """States as a checkpoint has them: sharded, or (`state_dict`) those of a run on one GPU."""
     if (folder / SHARDED).is_dir():
-        states = _read_states(folder / SHARDED, policy, optimizer)
-    elif state_dict is None:
-        return
-    elif ranks.size() == 1 or not any(hasattr(p, "device_mesh") for p in policy.trainable().values()):
+        for p, state in _read_states(folder / SHARDED, policy, optimizer).items():
+            optimizer.state[p].update(state)
+    elif state_dict is not None:
+        set_states(policy, optimizer, state_dict)
+
+
+def set_states(policy: Policy, optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+    """state_dict: of an optimiser like this one, or of one on one GPU (`whole_states`)."""
+    if not any(hasattr(p, "device_mesh") for p in policy.trainable().values()):
         optimizer.load_state_dict(state_dict)
         return
-    else:
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        states = {
-            parameters[i]: dict(_like(parameters[i], found, optimizer)) for i, found in state_dict["state"].items()
-        }
-    for p, state in states.items():
-        optimizer.state[p].update(state)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for i, found in state_dict["state"].items():
+        optimizer.state[parameters[i]].update(_like(parameters[i], found, optimizer))
 
 
 def _like(p: Any, state: dict[str, Any], optimizer: Any) -> Iterator[tuple[str, Any]]:
-    """States of a whole weight, sharded as it now is."""
+    """States of a whole weight, sharded as it now is; those that are stay."""
     from torch.distributed.tensor import distribute_tensor
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     for key, value in state.items():
-        value = value.to(p.device)
-        if hasattr(value, "codes"):  # torchao's 8 bits
+        value = value if hasattr(value, "device_mesh") else value.to(p.device)
+        if hasattr(value, "device_mesh"):
+            pass
+        elif hasattr(value, "codes"):  # torchao's 8 bits
             (rows, *_), (first, *_) = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
             whole, value = value, optimizer._new_buffer(p, value.signed)
             value._local_tensor.copy_(whole[first : first + rows])

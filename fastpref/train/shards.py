@@ -85,8 +85,17 @@ def last_line(error: BaseException) -> str:
     return next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
 
 
+def fill(own: Any, whole: Any) -> None:
+    """Copies a whole tensor into one that may be sharded: of that, into what this rank has of it."""
+    if hasattr(own, "device_mesh"):
+        from torch.distributed.tensor import distribute_tensor
+
+        whole = distribute_tensor(whole.to(own.device), own.device_mesh, own.placements, src_data_rank=None)
+    own.copy_(whole)
+
+
 def load_sharded_weights(model: nn.Module, folder: Path) -> None:
-    """The weights of a sharded checkpoint into a model that is whole on this rank."""
+    """The weights of a sharded checkpoint into a model, which may be sharded over other ranks."""
     saved, wanted = sharded_metadata(folder), {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     for key, tensor in wanted.items():
         there = tuple(saved[key].size) if key in saved else None

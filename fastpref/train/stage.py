@@ -140,7 +140,7 @@ class Stage:
         self.updater = Updater(self.policy.trainable(), self.config, scaled=scaled)
         self.policy.model.train()
         if given.optimizer and not self.state.step:
-            self.updater.optimizer.load_state_dict(given.optimizer)
+            sharding.set_states(self.policy, self.updater.optimizer, given.optimizer)
         if given.resumed:
             tensors = checkpoint.read_tensors(given.resumed)
             if self.state.step:

@@ -1,10 +1,12 @@
 """Run by test_rounds_resume.py in a process of its own: kills rounds again and again, and lets them end at last.
 
     python kill_rounds.py CONFIG.yaml KILLS SEED
+    torchrun --nproc-per-node=2 --max-restarts=KILLS kill_rounds.py CONFIG.yaml KILLS SEED
 
 Forks a child that runs the rounds with resume and SIGKILLs itself at a random one of the calls that write something, in
 the middle of sampling, pairing and training; the first one the parent SIGKILLs at a random moment. After KILLS kills a
-child may finish. Prints how many children died by their own hand.
+child may finish. Prints how many children died by their own hand. Under torchrun one rank of each attempt but the last
+SIGKILLs itself.
 """
 
 from __future__ import annotations
@@ -35,13 +37,16 @@ def die_at(event: int) -> None:
     """SIGKILL before or after the `event`-th of these calls."""
     count = iter(range(1, 10**9))
 
+    def step():
+        if next(count) == event:
+            print("SIGKILL, by its own hand", file=sys.stderr, flush=True)
+            os.kill(os.getpid(), signal.SIGKILL)
+
     def wrap(own):
         def call(*args, **kwargs):
-            if next(count) == event:
-                os.kill(os.getpid(), signal.SIGKILL)
+            step()
             value = own(*args, **kwargs)
-            if next(count) == event:
-                os.kill(os.getpid(), signal.SIGKILL)
+            step()
             return value
 
         return call
@@ -64,8 +69,19 @@ def child(config_path: str, event: int | None) -> int:
         os._exit(1)
 
 
+def rank(config_path: str, kills: int, seed: int) -> None:
+    attempt = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+    rng = random.Random(f"{seed} {attempt}")
+    victim = rng.randrange(int(os.environ["WORLD_SIZE"]))
+    if attempt < kills and victim == int(os.environ["RANK"]):
+        die_at(rng.randint(20, 110) if victim == 0 else rng.randint(2, 40))  # the first does most of the writing
+    driver.rounds(load_config(config_path), resume=True, display=Display(Console(file=io.StringIO())))
+
+
 def main(config_path: str, kills: int, seed: int) -> None:
     torch.set_num_threads(1)
+    if "TORCHELASTIC_RESTART_COUNT" in os.environ:
+        return rank(config_path, kills, seed)
     rng = random.Random(seed)
     inside = 0
     for kill in range(kills):

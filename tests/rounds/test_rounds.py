@@ -555,7 +555,7 @@ def test_an_unknown_key_names_the_nearest(world, tmp_path):
     ],
 )
 def test_a_scorer_that_is_not_there(world, tmp_path, quiet, monkeypatch, scorer, message):
-    monkeypatch.setattr(driver, "load_policy", lambda *a: pytest.fail("loaded"))
+    monkeypatch.setattr(driver.sharding, "load", lambda *a: pytest.fail("loaded"))
     with pytest.raises(UserError, match=message):
         rounds(make(world, tmp_path / "run", scorer=scorer), display=quiet)
     assert not (tmp_path / "run/config.yaml").exists()
@@ -569,12 +569,6 @@ def test_more_prompts_than_there_are(world, tmp_path, quiet):
 def test_examples_that_could_not_fit_a_batch(world, tmp_path, quiet):
     with pytest.raises(UserError, match="max_tokens_per_batch is 15, but the longest prompt"):
         rounds(make(world, tmp_path / "run", max_tokens_per_batch=15), display=quiet)
-
-
-def test_not_under_torchrun(world, tmp_path, quiet, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="rounds run in one process"):
-        rounds(make(world, tmp_path / "run"), display=quiet)
 
 
 @pytest.mark.parametrize("merge", [False, True])

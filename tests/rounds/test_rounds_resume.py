@@ -130,8 +130,8 @@ def test_the_second_round_goes_on_from_the_first_ones_weights_and_moments(world,
 
 def test_what_is_complete_is_not_done_again(world, tmp_path, quiet, monkeypatch):
     first = rounds(make(world, tmp_path / "run", number=1, schedule="round"), display=quiet)
-    for name in ("_train", "_collect", "load_policy"):
-        monkeypatch.setattr(driver, name, lambda *a, **k: pytest.fail("again"))
+    for module, name in ((driver, "_train"), (driver, "_collect"), (driver.sharding, "load")):
+        monkeypatch.setattr(module, name, lambda *a, **k: pytest.fail("again"))
     assert rounds(make(world, tmp_path / "run", number=1, schedule="round"), resume=True, display=quiet) == first
     assert "these rounds are complete" in quiet.console.file.getvalue()
     monkeypatch.undo()

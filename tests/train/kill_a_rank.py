@@ -1,6 +1,7 @@
-"""Run by test_ranks.py under torchrun: trains with --resume, and SIGKILLs the second rank once, after its third step.
+"""Run by test_ranks.py under torchrun: trains with --resume, and SIGKILLs the second rank once, after its third step or
+in its second checkpoint.
 
-    torchrun --nproc-per-node=2 --max-restarts=1 kill_a_rank.py CONFIG.yaml MARKER
+    torchrun --nproc-per-node=2 --max-restarts=1 kill_a_rank.py CONFIG.yaml MARKER step|checkpoint
 """
 
 from __future__ import annotations
@@ -14,25 +15,26 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from fastpref.train import loop, stage
+from fastpref.train import loop, sharding, stage
 from fastpref.train.config import load_config
 from fastpref.train.display import Display
 
 
-def main(config_path: str, marker: Path) -> None:
+def main(config_path: str, marker: Path, where: str) -> None:
     torch.set_num_threads(1)
-    own, steps = stage.train_step, iter(range(1, 99))
+    module, name, last = (stage, "train_step", 3) if where == "step" else (sharding, "crc32_of", 2)
+    own, calls = getattr(module, name), iter(range(1, 99))
 
-    def train_step(*args):
+    def call(*args):
         values = own(*args)
-        if next(steps) == 3 and os.environ["RANK"] == "1" and not marker.exists():
+        if next(calls) == last and os.environ["RANK"] == "1" and not marker.exists():
             marker.touch()
             os.kill(os.getpid(), signal.SIGKILL)
         return values
 
-    stage.train_step = train_step
+    setattr(module, name, call)
     loop.train(load_config(config_path), resume=True, display=Display(Console(file=io.StringIO())))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    main(sys.argv[1], Path(sys.argv[2]), sys.argv[3])

@@ -20,7 +20,7 @@ from transformers import GenerationConfig
 from vllm_signatures import fields, published
 
 from fastpref.errors import UserError
-from fastpref.train import ranks, vllm_engine
+from fastpref.train import vllm_engine
 from fastpref.train.best_of_n import best_of_n, expected_best
 from fastpref.train.model import load_policy, load_tokenizer
 from fastpref.train.sample import InMemory, Sampling, sample
@@ -231,9 +231,6 @@ def test_refused_before_anything_is_sampled(setup, monkeypatch):
         sample(policy, tokenizer, [prompts[0], []], Sampling())
     with pytest.raises(UserError, match="prompt 0 has 128 tokens, and the model 128 positions: none is left"):
         sample(policy, tokenizer, [[5] * 128], Sampling())
-    monkeypatch.setattr(ranks, "size", lambda: 2)
-    with pytest.raises(UserError, match="sharded over 2 ranks does not generate"):
-        sample(policy, tokenizer, prompts, Sampling())
 
 
 def test_a_policy_that_diverged(world, tmp_path):
