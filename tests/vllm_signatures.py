@@ -62,13 +62,15 @@ FIELDS = {
         "stop_reason", "lora_request", "sampling_mask", "spec_decode_metrics", "weight_versions"}),
 }
 INSTALLED = importlib.util.find_spec("vllm") is not None
+# At once: a test may put something else in vllm's place.
+CLASSES = {name: getattr(importlib.import_module(module), name)
+           for name, (module, _) in (STUBS | FIELDS).items()} if INSTALLED else {}
 
 
 def published(name: str, method: str) -> inspect.Signature:
     """Of a class's method, `self` included."""
-    module, stub = STUBS[name]
-    found = getattr(importlib.import_module(module), name) if INSTALLED else stub
-    if method == "__init__" and name == "SamplingParams" and INSTALLED:  # a msgspec.Struct: its class has it
+    found = CLASSES.get(name, STUBS[name][1])
+    if INSTALLED and name == "SamplingParams":  # a msgspec.Struct: its class has the signature
         bare = inspect.signature(found)
         return bare.replace(parameters=[inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY),
                                         *bare.parameters.values()])
@@ -76,10 +78,9 @@ def published(name: str, method: str) -> inspect.Signature:
 
 
 def fields(name: str) -> set[str]:
-    module, stub = FIELDS[name]
     if not INSTALLED:
-        return stub
-    found = getattr(importlib.import_module(module), name)
+        return FIELDS[name][1]
+    found = CLASSES[name]
     if dataclasses.is_dataclass(found):
         return {field.name for field in dataclasses.fields(found)}
     return {key for base in found.__mro__ for key in getattr(base, "__annotations__", ())}

