@@ -227,11 +227,13 @@ def check_fits(config: TrainConfig, ranks: int, gpu_bytes: int, generates: bool 
     left = room - whole * generates
     if needed / shards <= left and whole <= room:
         return
-    enough = f"take at least {-(-needed // left) * config.dp_replicate} GPUs, or " if left > 0 else ""
+    enough = f"take at least {-(-needed // left) * config.dp_replicate} GPUs, or " if whole <= room and left > 0 else ""
+    alone = f", the weights alone {whole / GIB:.1f}" if whole > room else ""
+    beside = f", and ranks that sample have all weights ({whole / GIB:.1f}) beside their part" if generates else ""
     raise UserError(
-        f"{config.model_name_or_path}: weights, gradients and optimiser states are {needed / GIB:.1f} GiB"
-        f"{f', the weights alone {whole / GIB:.1f}' if whole > room else ''}; there {'is' if ranks == 1 else 'are'} "
-        f"{ranks} GPU{'s' * (ranks > 1)} of {gpu_bytes / GIB:.1f} GiB: {enough}what `fastpref plan --model` says fits"
+        f"{config.model_name_or_path}: weights, gradients and optimiser states are {needed / GIB:.1f} GiB{alone}"
+        f"{beside}; there {'is' if ranks == 1 else 'are'} {ranks} GPU{'s' * (ranks > 1)} of {gpu_bytes / GIB:.1f} GiB: "
+        f"{enough}what `fastpref plan --model` says fits"
     )
 
 

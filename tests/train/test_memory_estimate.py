@@ -264,6 +264,15 @@ def test_weights_that_do_not_fit_one_gpu_are_told(llama_8b):
         memory_estimate.check_fits(fitting(llama_8b, dtype="bfloat16", optim="adamw_fp32_master"), 64, 14 * 2**30)
 
 
+def test_ranks_that_sample_have_all_weights_beside_their_part(llama_8b):
+    config, size = fitting(llama_8b, dtype="bfloat16", optim="adamw_fp32_master"), 8_030_261_248
+    each = int(size * 14 / 8 + size * 2 + memory_estimate.CONTEXT) + 2
+    memory_estimate.check_fits(config, 8, each, generates=True)
+    with pytest.raises(UserError, match=r"all weights \(15.0\) beside their part; there are 8 GPUs .* at least 9 GPUs"):
+        memory_estimate.check_fits(config, 8, each - 1000, generates=True)
+    memory_estimate.check_fits(config, 8, each - 1000)
+
+
 def test_lora_needs_room_for_the_base_alone(llama_8b):
     config = fitting(llama_8b, dtype="bfloat16", use_peft=True)
     with pytest.raises(UserError, match="there is 1 GPU of 15.0 GiB"):
