@@ -1,5 +1,5 @@
 """Run by test_ranks.py under torchrun: trains with --resume, and SIGKILLs the second rank once, after its third step or
-in its second checkpoint.
+in its first checkpoint.
 
     torchrun --nproc-per-node=2 --max-restarts=1 kill_a_rank.py CONFIG.yaml MARKER step|checkpoint
 """
@@ -22,7 +22,7 @@ from fastpref.train.display import Display
 
 def main(config_path: str, marker: Path, where: str) -> None:
     torch.set_num_threads(1)
-    module, name, last = (stage, "train_step", 3) if where == "step" else (sharding, "crc32_of", 2)
+    module, name, last = (stage, "train_step", 3) if where == "step" else (sharding, "crc32_of", 1)
     own, calls = getattr(module, name), iter(range(1, 99))
 
     def call(*args):
