@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import resource
 import shutil
 import signal
 import socket
@@ -22,9 +23,9 @@ from safetensors.torch import load_file
 from tiny import make, make_config, make_pairs, make_tokenizer, read_metrics, settings, write_rows
 from transformers import LlamaForCausalLM
 
-from fastpref.errors import UserError
+from fastpref.errors import SaveError, UserError
 from fastpref.files import PARTIAL
-from fastpref.train import checkpoint, ranks, stage
+from fastpref.train import checkpoint, ranks, sharding, stage
 from fastpref.train.config import config_from_dict
 from fastpref.train.display import Display
 from fastpref.train.loop import Stopped, train
@@ -275,6 +276,38 @@ def test_what_all_ranks_meet_is_said_by_the_first(world, tmp_path):
     line = "learning_rate is 0.0001 on rank 0, and 0.5 on rank 1: the ranks need the same versions and the same "
     assert said[0] == f"fastpref: {line}configuration" and said[1].startswith("fastpref: rank 1 on ")
     assert (first.returncode, second.returncode) == (2, 2) and not (tmp_path / "stopped").exists()
+
+
+def full_disk(rank, size, world, folder):
+    """The second rank cannot write its part of the first checkpoint."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store{size}", rank=rank, world_size=size)
+    own, before = sharding.save, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def save(*given):
+        if rank == 1:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+        try:
+            return own(*given)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    sharding.save = save
+    with pytest.raises(SaveError, match=f"^could not save {folder}/stopped/checkpoints: ") as caught:
+        train(config_of(world, folder, "stopped"), display=quiet())
+    assert "\n" not in str(caught.value) and not checkpoint.checkpoints(folder / "stopped")
+    sharding.save = own
+    train(config_of(world, folder, "stopped"), resume=True, display=quiet())
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_a_full_disk_on_one_rank_loses_nothing(world, tmp_path):
+    train(config_of(world, tmp_path / "whole", "stopped"), display=quiet())
+    mp.spawn(full_disk, (2, world, tmp_path), nprocs=2)
+    assert_same_run(tmp_path / "whole" / "stopped", tmp_path / "stopped")
+    assert not list((tmp_path / "stopped").rglob(PARTIAL + "*"))
 
 
 @pytest.mark.slow
