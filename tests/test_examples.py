@@ -50,7 +50,8 @@ def test_two_processes_are_one_training(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["quickstart", "reward"])
 def test_configurations_under_two_processes(name, tmp_path):
-    small = ["max_steps=2", "per_device_train_batch_size=2", "eval_generate=false", "eval_dataset=null"]
+    small = ["max_steps=2", "per_device_train_batch_size=2", "gradient_accumulation_steps=2",
+             "eval_generate=false"]
     given = ["train", EXAMPLES / f"{name}.yaml", f"output_dir={tmp_path / 'run'}", *small]
     done = under_torchrun("-m", "fastpref", *given)
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
