@@ -27,8 +27,8 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import lru_cache
-from itertools import accumulate
+from functools import cached_property, lru_cache
+from itertools import accumulate, chain
 from typing import Any
 
 import torch
@@ -87,6 +87,24 @@ class AttentionPlan:
             torch.tensor([0, *accumulate(q_lengths)], dtype=torch.int32),
             torch.tensor([0, *accumulate(k_lengths)], dtype=torch.int32),
         )
+
+    @classmethod
+    def of_lengths(cls, lengths: Sequence[int]) -> AttentionPlan:
+        """The plan whose `lengths` these are."""
+        groups: list[list[tuple[int, int]]] = []
+        for queries, keys in zip(lengths[::2], lengths[1::2], strict=True):
+            if queries == keys:  # begins with its own prompt
+                groups.append([])
+            groups[-1].append((queries, keys))
+        # a prompt that nobody shares may end anywhere
+        prompts = [(group[-1][1] - group[-1][0]) or group[0][1] - 1 for group in groups]
+        return cls.of([(p, [keys - p for _, keys in group]) for p, group in zip(prompts, groups, strict=True)])
+
+    @cached_property
+    def lengths(self) -> Tensor:
+        """[2G] int64 on the host: q_length and k_length of each segment in turn. What compiled layers take in place of
+        the plan, whose numbers would be constants of their code."""
+        return torch.tensor([*chain.from_iterable(zip(self.q_lengths, self.k_lengths, strict=True))])
 
     @property
     def num_tokens(self) -> int:
@@ -255,6 +273,61 @@ def _run_torch(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: floa
     return torch.cat(found)
 
 
+# ---- compiled layers -------------------------------------------------------------------------------------------------
+
+_plan_of = lru_cache(maxsize=8)(lambda lengths, device: AttentionPlan.of_lengths(lengths).to(device))
+
+
+@torch.library.custom_op("fastpref::packed_attention", mutates_args=())
+def _compiled_attention(
+    query: Tensor, key: Tensor, value: Tensor, lengths: Tensor, scale: float | None, window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    """`packed_attention` as one node of a graph, of any kernel and for any plan of as many rows."""
+    plan = _plan_of(tuple(lengths.tolist()), query.device)
+    return packed_attention(query, key, value, plan, scale=scale, window=window, softcap=softcap).contiguous()
+
+
+@_compiled_attention.register_fake
+def _(query, key, value, lengths, scale, window, softcap):  # type: ignore[no-untyped-def]
+    return value.new_empty(query.shape[0], query.shape[1], value.shape[2])
+
+
+@torch.library.custom_op("fastpref::packed_attention_backward", mutates_args=())
+def _compiled_attention_backward(
+    gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, lengths: Tensor, scale: float | None,
+    window: int | None, softcap: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """By autograd over the forward pass, made once more: what its kernel would keep is of each kernel another kind."""
+    plan = _plan_of(tuple(lengths.tolist()), query.device)
+    # Below autograd, where ops run, nothing is recorded: the keys that the dispatcher leaves out here come back.
+    keys = torch._C._dispatch_tls_local_include_set()
+    all_of_them = torch._C._ForceDispatchKeyGuard(keys, torch._C.DispatchKeySet(torch._C.DispatchKey.Undefined))
+    with all_of_them, torch.enable_grad():
+        inputs = [x.detach().requires_grad_() for x in (query, key, value)]
+        out = packed_attention(*inputs, plan, scale=scale, window=window, softcap=softcap)
+        dq, dk, dv = torch.autograd.grad(out, inputs, gradient)
+    return dq.contiguous(), dk.contiguous(), dv.contiguous()
+
+
+@_compiled_attention_backward.register_fake
+def _(gradient, query, key, value, lengths, scale, window, softcap):  # type: ignore[no-untyped-def]
+    return tuple(x.new_empty(x.shape) for x in (query, key, value))
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:4])
+    ctx.options = inputs[4:]
+
+
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    grads = torch.ops.fastpref.packed_attention_backward(gradient, *ctx.saved_tensors, *ctx.options)
+    return *grads, None, None, None, None
+
+
+_compiled_attention.register_autograd(_backward, setup_context=_keep)
+
+
 # ---- transformers ----------------------------------------------------------------------------------------------------
 
 # Tensors that models hand on to every attention function and that say nothing here: the positions are the plan's.
@@ -272,11 +345,19 @@ def _attention(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    attention_plan: AttentionPlan | None = None,
+    attention_plan: AttentionPlan | Tensor | None = None,
     is_causal: bool | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention function: query [1, Hq, N, D], key and value [1, Hkv, N, D] -> [1, N, Hq, Dv]."""
+    """transformers' attention function: query [1, Hq, N, D], key and value [1, Hkv, N, D] -> [1, N, Hq, Dv].
+    attention_plan: compiled layers take its `lengths`."""
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    if isinstance(attention_plan, Tensor):  # `replace_attention` has tried the checks below on this very model
+        kind = q.device.type  # autocast knows no meta device, where layers are tried
+        if kind != "meta" and torch.is_autocast_enabled(kind) and q.dtype != torch.float64:
+            q, k, v = (x.to(torch.get_autocast_dtype(kind)) for x in (q, k, v))
+        out = torch.ops.fastpref.packed_attention(q, k, v, attention_plan, scaling, sliding_window, softcap)
+        return out[None], None
     what = type(module).__name__
     if attention_plan is None:
         raise ValueError(f"{what}: attention {NAME!r} takes packed batches, but no attention_plan reached it")
@@ -292,7 +373,6 @@ def _attention(
     types, place = getattr(getattr(module, "config", None), "layer_types", None), getattr(module, "layer_idx", None)
     if types and place is not None and types[place] == "sliding_attention" and sliding_window is None:
         raise ValueError(f"{what}: attends within a window that it does not tell its attention function")
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     out = packed_attention(q, k, v, attention_plan, scale=scaling, window=sliding_window, softcap=softcap)
     return out[None], None
 
@@ -311,6 +391,14 @@ def check_replaceable(model: Any) -> None:
         raise ValueError(f"{what}: its attention cannot be replaced, it does not come from AttentionInterface")
 
 
+def attend_packed(model: Any) -> None:
+    """What `replace_attention` does, unproven."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(NAME, _attention)
+    model.set_attn_implementation(NAME)
+
+
 def replace_attention(model: Any, trunk: Any, compute_dtype: torch.dtype = torch.float32) -> str:
     """Lets a transformers model run packed batches: its trunk is then called as
 
@@ -325,12 +413,9 @@ def replace_attention(model: Any, trunk: Any, compute_dtype: torch.dtype = torch
     its attention cannot be replaced: one that is not taken from AttentionInterface, biases, sinks or chunks, layers
     with a state (Mamba, linear attention, convolutions), position embeddings that do not follow position_ids.
     """
-    from transformers import AttentionInterface
-
     check_replaceable(model)
     what = type(model).__name__
     config = model.config.get_text_config()
-    AttentionInterface.register(NAME, _attention)
     own = str(config._attn_implementation)
     training = model.training
     model.eval()
@@ -343,7 +428,7 @@ def replace_attention(model: Any, trunk: Any, compute_dtype: torch.dtype = torch
         for context in contexts:
             with context:
                 expected.append(_few_rows(trunk, packed=False))
-        model.set_attn_implementation(NAME)
+        attend_packed(model)
         if config._attn_implementation != NAME:
             raise ValueError("it does not come from AttentionInterface")
         for context, rows in zip(contexts, expected, strict=True):

@@ -185,6 +185,12 @@ def unwrap(model: Any) -> Any:
             return model
 
 
+def layers_of(inner: Any, trunk: Any) -> list[nn.Module]:
+    """The decoder layers of a trunk, by the classes that the model says are not to be split; [] where it says none."""
+    kinds = set(getattr(inner, "_no_split_modules", None) or ())
+    return [module for module in trunk.modules() if type(module).__name__ in kinds]
+
+
 def lm_head_of(inner: Any) -> nn.Module:
     """The LM head of a transformers model; ValueError if it is nothing that the fused head can compute."""
     what = type(inner).__name__

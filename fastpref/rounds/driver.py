@@ -46,6 +46,7 @@ from fastpref.report.page import write_report
 from fastpref.train import checkpoint, ranks, sharding
 from fastpref.train.best_of_n import best_of_n
 from fastpref.train.checkpoint import snapshot
+from fastpref.train.compiled import check_compiles
 from fastpref.train.config import TrainConfig
 from fastpref.train.display import Display
 from fastpref.train.loop import Trained, introduction, stage_inputs, train_policy
@@ -248,6 +249,7 @@ def read(config: Config, display: Display) -> Given:
     tokenizer = load_tokenizer(config.train)
     check_weights(config.train)
     check_saves(config.train, tokenizer)
+    check_compiles(config.train, tokenizer)
     config = replace(config, train=dated(config.train, tokenizer))
     settings, stage = config.rounds, config.stage
     room = stage.max_length - settings.max_new_tokens

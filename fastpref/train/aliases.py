@@ -17,6 +17,7 @@ _TABLE = {
     "gradient_checkpointing": "activation_offloading disable_gradient_checkpointing "
                               "gradient_checkpointing_kwargs use_gradient_checkpointing use_unsloth",
     "use_liger_kernel": "enable_liger_kernel liger_rms_norm liger_rope liger_glu_activation",
+    "torch_compile": "compile torch_compile_backend torch_compile_mode",
     "packing": "sample_packing neat_packing padding_free eval_sample_packing pad_to_sequence_len group_by_length",
     "fsdp": "deepspeed fsdp_config fsdp_version fsdp_transformer_layer_cls_to_wrap ddp_backend "
             "ddp_find_unused_parameters parallelism_config",
@@ -88,7 +89,7 @@ _TABLE = {
     "leave it out: a stage's reference is fixed; `fastpref rounds` has rounds.reference=previous":
         "sync_ref_model ref_model_mixup_alpha ref_model_sync_steps",
     "leave it out: the fused LM head is what fastpref is": "use_liger_loss liger_fused_linear_cross_entropy "
-        "liger_cross_entropy cut_cross_entropy use_logits_to_keep torch_compile",
+        "liger_cross_entropy cut_cross_entropy use_logits_to_keep",
     "leave it out: data are read and tokenised once, before the first step":
         "dataloader_num_workers dataset_num_proc dataset_processes preprocessing_num_workers dataloader_pin_memory "
         "dataloader_drop_last dataset_prepared_path remove_unused_columns dataset_kwargs tokenized_path",

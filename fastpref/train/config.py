@@ -77,6 +77,7 @@ class TrainConfig:
         "none", "Activations made again in the backward pass. selective: all but the matrix products; full: all (true);"
         " offload: as full, and what a layer starts from waits in host memory", RUN, COMMON)
     use_liger_kernel: bool = key(False, "liger-kernel's RMSNorm, RoPE, SwiGLU; on a GPU, where it knows the model", RUN)
+    torch_compile: bool = key(False, "the trunk's layers compiled, each by itself; costs minutes at the start", RUN)
     packing: bool | None = key(
         None, "Batches without padding, for which the model's attention must be replaced. None: where that is possible",
         RUN)
@@ -181,6 +182,9 @@ class TrainConfig:
             (self.use_peft and self.init_from_config,
              "use_peft adapts pretrained weights; init_from_config makes random ones: set one of them"),
             *self._quantization(),
+            (self.torch_compile and self.gradient_checkpointing == "offload",
+             "torch_compile: compiled layers keep their weights for the backward pass, and gradient_checkpointing="
+             "offload would move those to host memory too: set full, or leave torch_compile out"),
             (self.packing is False and self.max_tokens_per_batch,
              "max_tokens_per_batch fills packed batches, and packing is False: set one of them"),
             *((not self.use_peft and getattr(self, name) != _KEYS[name].default,
@@ -199,6 +203,8 @@ class TrainConfig:
         yield (self.load_in_4bit and self.load_in_8bit, "load_in_4bit and load_in_8bit: set one of them")
         yield (asked and not self.use_peft, f"{asked}: weights of so few bits are not trained: set use_peft=true for "
                "an adapter beside them, or leave it out")
+        yield (asked and self.torch_compile, f"torch_compile and {asked}: layers of so few bits are not compiled: set "
+               "one of them")
         yield (asked and self.merge_adapter, f"merge_adapter adds to whole weights, and {asked} holds codes: merge "
                "the two first, and start from that model")
         yield (asked and self.optim == "adamw_torch_8bit",

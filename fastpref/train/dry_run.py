@@ -21,6 +21,7 @@ from fastpref.errors import UserError
 
 from . import memory_estimate, ranks
 from .batch_order import BatchOrder
+from .compiled import check_compiles
 from .config import TrainConfig
 from .display import Display
 from .fresh_samples import check_prompts
@@ -55,6 +56,7 @@ def dry_run(config: TrainConfig, display: Display | None = None) -> dict[str, An
     tokenizer = load_tokenizer(config)
     check_weights(config)
     check_saves(config, tokenizer)
+    check_compiles(config, tokenizer)
     stages = dated(config, tokenizer).stage_configs()
     data = load_data(stages, tokenizer, display)
     check_positions(stages, longest_sequences(stages, data), display)

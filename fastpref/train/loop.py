@@ -30,6 +30,7 @@ from fastpref.report.page import write_report
 
 from . import checkpoint, ranks, sharding
 from .checkpoint import State, seed_everything
+from .compiled import check_compiles
 from .config import TrainConfig, differing_keys, lengthened
 from .display import Display
 from .fresh_samples import check_prompts
@@ -193,6 +194,7 @@ def _checked_tokenizer(config: TrainConfig) -> PreTrainedTokenizerBase:
     tokenizer = load_tokenizer(config)
     check_weights(config)
     check_saves(config, tokenizer)
+    check_compiles(config, tokenizer)
     return tokenizer
 
 

@@ -77,6 +77,7 @@ class Policy:
     own_attention: str = ""  # the model's own attention, where packed batches have replaced it
     notes: tuple[str, ...] = ()  # what the log says of it
     router: float | None = None  # the weight of its router's loss, which is then a part of every loss
+    compiled: bool = False  # the layers of its trunk are
     offload: bool = False  # what autograd saves outside checkpointed layers waits in host memory: the layers' inputs
 
     def rows(self, batch: Batch) -> Tensor:
@@ -93,7 +94,8 @@ class Policy:
         # without a mask SDPA takes its faster causal kernel.
         packed: dict[str, Any] = {}  # not every trunk takes positions
         if batch.attention_plan is not None:
-            packed = {"position_ids": batch.position_ids, "attention_plan": batch.attention_plan}
+            plan = batch.attention_plan
+            packed = {"position_ids": batch.position_ids, "attention_plan": plan.lengths if self.compiled else plan}
         with self.autocast(), self._saving():
             aux_loss = None
             if self.router is None:
@@ -170,9 +172,14 @@ class Policy:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self.compute_dtype)
 
-    def generating(self) -> AbstractContextManager[None]:
-        """The model with the attention it came with, which knows masks and caches."""
-        return own_attention(unwrap(self.model), self.own_attention) if self.own_attention else nullcontext()
+    @contextmanager
+    def generating(self) -> Iterator[None]:
+        """The model with the attention it came with, which knows masks and caches, and its layers as they came."""
+        with (
+            own_attention(unwrap(self.model), self.own_attention) if self.own_attention else nullcontext(),
+            torch.compiler.set_stance("force_eager") if self.compiled else nullcontext(),
+        ):
+            yield
 
     def _saving(self) -> AbstractContextManager[Any]:
         return torch.autograd.graph.save_on_cpu(pin_memory=True) if self.offload else nullcontext()

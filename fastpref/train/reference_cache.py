@@ -21,6 +21,7 @@ from fastpref.files import FileLock, remove_partials
 
 from . import checkpoint, ranks, reference
 from .batch_order import BatchOrder
+from .compiled import check_compiles, compile_layers
 from .config import TrainConfig
 from .display import Display, Tick, duration
 from .model import Policy, fingerprint, load_policy, load_tokenizer, pad_token
@@ -180,10 +181,11 @@ def cache_reference(config: TrainConfig, display: Display | None = None) -> list
         tokenizer = load_tokenizer(config)
         config = dated(config, tokenizer)
         keep_date(config)
+        check_compiles(config, tokenizer)
         stages = config.stage_configs()
         every = load_data(stages, tokenizer, display)
         check_positions(stages, longest_sequences(stages, every), display)
-        policy = load_policy(config, tokenizer)
+        policy = compile_layers(load_policy(config, tokenizer), config)
         for index in wanted:
             stage, data = stages[index], every[index]
             if index not in known:

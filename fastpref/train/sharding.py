@@ -25,10 +25,11 @@ from transformers import PreTrainedTokenizerBase
 
 from fastpref.errors import SaveError, UserError
 from fastpref.files import crc32_of
-from fastpref.trunk import unwrap
+from fastpref.trunk import layers_of, unwrap
 
 from . import ranks
 from .checkpoint import SHARDED, verify
+from .compiled import compile_layers
 from .config import TrainConfig
 from .model import Policy, load_policy, weights_of
 from .optim import check_shards
@@ -36,10 +37,10 @@ from .shards import last_line, read_sharded, sharded_metadata
 
 
 def load(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, weights: str | Path | None = None) -> Policy:
-    """`load_policy`, sharded. The ranks of a host load one after another: its memory holds one model on its way to the
-    GPUs, not as many as there are."""
+    """`load_policy`, sharded, then compiled. The ranks of a host load one after another: its memory holds one model on
+    its way to the GPUs, not as many as there are."""
     verify(Path(weights or config.model_name_or_path), together=True)
-    return shard(ranks.in_turns(lambda: load_policy(config, tokenizer, weights)), config)
+    return compile_layers(shard(ranks.in_turns(lambda: load_policy(config, tokenizer, weights)), config), config)
 
 
 def shard(policy: Policy, config: TrainConfig) -> Policy:
@@ -67,8 +68,7 @@ def shard(policy: Policy, config: TrainConfig) -> Policy:
     # bf16 gradients are added up in fp32 on their way
     options: dict[str, Any] = {"mesh": mesh, "mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32)}
     ignored = adapters | ({head.weight} if tied else set())
-    layers = set(getattr(inner, "_no_split_modules", None) or ())
-    for module in [module for module in policy.trunk.modules() if type(module).__name__ in layers]:
+    for module in layers_of(inner, policy.trunk):
         fully_shard(module, **options, ignored_params=ignored)
     # Resharded after a forward pass without gradient too: whoever looks at the weights finds their shards.
     fully_shard(policy.trunk, **options, reshard_after_forward=True, ignored_params=ignored)
