@@ -300,10 +300,11 @@ def _compiled_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """By autograd over the forward pass, made once more: what its kernel would keep is of each kernel another kind."""
     plan = _plan_of(tuple(lengths.tolist()), query.device)
-    # Below autograd, where ops run, nothing is recorded: the keys that the dispatcher leaves out here come back.
-    keys = torch._C._dispatch_tls_local_include_set()
-    all_of_them = torch._C._ForceDispatchKeyGuard(keys, torch._C.DispatchKeySet(torch._C.DispatchKey.Undefined))
-    with all_of_them, torch.enable_grad():
+    # Ops run below autograd, where nothing is recorded: its keys, and no others (autocast's), come back.
+    keys, left_out = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+    for name in ("AutogradFunctionality", "AutogradOther", "AutogradNestedTensor", "ADInplaceOrView"):
+        left_out = left_out.remove(getattr(torch._C.DispatchKey, name))
+    with torch._C._ForceDispatchKeyGuard(keys, left_out), torch.enable_grad():
         inputs = [x.detach().requires_grad_() for x in (query, key, value)]
         out = packed_attention(*inputs, plan, scale=scale, window=window, softcap=softcap)
         dq, dk, dv = torch.autograd.grad(out, inputs, gradient)

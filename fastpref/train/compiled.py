@@ -19,6 +19,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
+from torch.fx.experimental import _config as symbols
 from transformers import PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -48,6 +49,7 @@ def compile_layers(policy: Policy, config: TrainConfig) -> Policy:
 def compile_in_place(layers: Iterable[Any], backend: str) -> None:
     limits: Any = torch._dynamo.config
     limits.recompile_limit = max(limits.recompile_limit, MOST_GRAPHS)
+    symbols.use_duck_shape = False  # else a batch of as many tokens as a weight has rows makes code for that number
     for layer in layers:
         layer.forward = torch.compile(layer.forward, backend=backend, fullgraph=True, dynamic=True)
 

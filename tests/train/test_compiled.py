@@ -50,11 +50,12 @@ def test_lengths_stand_for_their_plan(groups):
     assert found.keys(rows).equal(plan.keys(rows))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(("window", "softcap"), [(None, None), (3, None), (None, 2.0)])
-def test_the_op_has_the_attention_and_its_gradients(window, softcap):
+def test_the_op_has_the_attention_and_its_gradients(window, softcap, dtype):
     plan = AttentionPlan.of(GROUPS[2])
-    q, k, v = (torch.randn(plan.num_tokens, heads, 8, dtype=torch.double, requires_grad=True) for heads in (4, 2, 2))
-    w = torch.randn(plan.num_tokens, 4, 8, dtype=torch.double)
+    q, k, v = (torch.randn(plan.num_tokens, heads, 8, dtype=dtype, requires_grad=True) for heads in (4, 2, 2))
+    w = torch.randn(plan.num_tokens, 4, 8, dtype=dtype)
     expected = packed_attention(q, k, v, plan, window=window, softcap=softcap)
     arguments = (plan.lengths, None, window, softcap)
     found = torch.ops.fastpref.packed_attention(q, k, v, *arguments)
@@ -116,9 +117,9 @@ def assert_same(folder):
 
 
 def test_a_compiled_run_is_the_eager_run(world, tmp_path, quiet):
-    """Losses, log-probs, gradient norms, evaluations, generations, weights. Three graphs: on the meta device, where
-    layers are tried, in training, in scoring."""
-    assert run(world, tmp_path, quiet, gradient_checkpointing="selective", eval_generate=True, learning_rate=1e-3) == 3
+    """Losses, log-probs, gradient norms, evaluations, generations, weights. Four graphs: on the meta device, where
+    layers are tried, in training, and two in scoring (checkpointing has the first layer's input require a gradient)."""
+    assert run(world, tmp_path, quiet, gradient_checkpointing="selective", eval_generate=True, learning_rate=1e-3) == 4
     assert_same(tmp_path)
     one, other = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("eager", "compiled"))
     assert one.keys() == other.keys()
@@ -147,7 +148,7 @@ def work(rank, world, folder, values):
     compiled.BACKEND = "aot_eager"
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     train(make(world, folder / "compiled", **values, torch_compile=True))
-    assert not counters["graph_break"] and counters["stats"]["unique_graphs"] == 3
+    assert not counters["graph_break"]
     dist.barrier()
     dist.destroy_process_group()
 
