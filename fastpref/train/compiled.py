@@ -69,6 +69,10 @@ def check_compiles(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> N
     layers = layers_of(model, policy.trunk)
     if not layers:
         raise UserError(f"torch_compile: {type(model).__name__} names no layers (_no_split_modules): leave it out")
+    if policy.router is not None:
+        raise UserError(f"torch_compile: the layers of {type(model).__name__} cannot be compiled in one piece, its "
+                        "router's loss is collected in them: set output_router_logits=false in its config.json, or "
+                        "leave it out")
     if policy.layout != "padded":
         attend_packed(model)
     batch = collate([Example(0, [1, 1, 1], ([1, 1, 1], [1, 1]))], 0, layout=policy.layout).to("meta")
