@@ -305,9 +305,9 @@ def _compiled_attention_backward(
     for name in ("AutogradFunctionality", "AutogradOther", "AutogradNestedTensor", "ADInplaceOrView"):
         left_out = left_out.remove(getattr(torch._C.DispatchKey, name))
     with torch._C._ForceDispatchKeyGuard(keys, left_out), torch.enable_grad():
-        inputs = [x.detach().requires_grad_() for x in (query, key, value)]
-        out = packed_attention(*inputs, plan, scale=scale, window=window, softcap=softcap)
-        dq, dk, dv = torch.autograd.grad(out, inputs, gradient)
+        q, k, v = (x.detach().requires_grad_() for x in (query, key, value))
+        out = packed_attention(q, k, v, plan, scale=scale, window=window, softcap=softcap)
+        dq, dk, dv = torch.autograd.grad(out, (q, k, v), gradient)
     return dq.contiguous(), dk.contiguous(), dv.contiguous()
 
 
