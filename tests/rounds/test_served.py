@@ -159,6 +159,7 @@ def test_what_a_configuration_may_not_say(world, tmp_path, changes, message):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # a server, 66 answers of a real model, a judge
 def test_transformers_serve_on_smollm2(tmp_path):
     """A real server and a real model: two rounds, each answered by its own weights."""
     convert = pytest.importorskip("examples.smollm2.convert")
