@@ -71,7 +71,9 @@ def calls():
 
 
 def test_every_registered_op_is_called(calls):
-    registered = {name.split(".")[0] for name in torch._C._dispatch_get_all_op_names() if name.startswith("fastpref::")}
+    """Of the head; those of compiled attention are checked in tests/train/test_compiled.py."""
+    registered = {name.split(".")[0] for name in torch._C._dispatch_get_all_op_names()
+                  if name.startswith("fastpref::") and not name.startswith("fastpref::packed_attention")}
     assert {func._schema.name for func, _, _ in calls} == registered and registered
 
 

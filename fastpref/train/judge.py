@@ -15,12 +15,15 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fastpref.errors import UserError
 from fastpref.report.reading import text_of
 
 from .openai_client import Client, at_once
-from .prompts import Prompt
+
+if TYPE_CHECKING:
+    from .prompts import Prompt
 
 SPEC = re.compile(r"judge:openai:(https?://[^#]+)#(.+)")
 FORM = "judge:openai:URL#MODEL, such as judge:openai:http://localhost:8000/v1#Qwen/Qwen3-8B"
