@@ -202,7 +202,7 @@ rounds:
   sampler: openai:http://127.0.0.1:{port}/v1
 """)
         done = subprocess.run([sys.executable, "-m", "fastpref", "rounds", config], capture_output=True, text=True,
-                              env=environment | {"PYTHONPATH": str(HERE)}, timeout=280)
+                              env=environment | {"PYTHONPATH": str(HERE)}, timeout=800)
         assert done.returncode == 0, done.stderr[-2000:]
         with load_scorer(f"judge:openai:http://127.0.0.1:{port}/v1#{source}", timeout=120) as scorer:
             scores = scorer.score(["What is 2 + 2?"] * 2, ["4", "A banana."])
