@@ -33,7 +33,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, library
 
 from fastpref.errors import first_line
 
@@ -278,7 +278,7 @@ def _run_torch(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: floa
 _plan_of = lru_cache(maxsize=8)(lambda lengths, device: AttentionPlan.of_lengths(lengths).to(device))
 
 
-@torch.library.custom_op("fastpref::packed_attention", mutates_args=())
+@library.custom_op("fastpref::packed_attention", mutates_args=())
 def _compiled_attention(
     query: Tensor, key: Tensor, value: Tensor, lengths: Tensor, scale: float | None, window: int | None,
     softcap: float | None,
@@ -293,7 +293,7 @@ def _(query, key, value, lengths, scale, window, softcap):  # type: ignore[no-un
     return value.new_empty(query.shape[0], query.shape[1], value.shape[2])
 
 
-@torch.library.custom_op("fastpref::packed_attention_backward", mutates_args=())
+@library.custom_op("fastpref::packed_attention_backward", mutates_args=())
 def _compiled_attention_backward(
     gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, lengths: Tensor, scale: float | None,
     window: int | None, softcap: float | None,

@@ -15,6 +15,7 @@ from families import make_model
 from safetensors.torch import load_file
 from test_ranks import assert_same_run, assert_same_values
 from tiny import make, make_pairs, make_tokenizer, read_metrics, write_rows
+from torch import library
 from torch._dynamo.utils import counters
 from transformers import MixtralConfig
 
@@ -62,7 +63,7 @@ def test_the_op_has_the_attention_and_its_gradients(window, softcap, dtype):
     assert found.equal(expected)
     pairs = zip(*(torch.autograd.grad(out, (q, k, v), w) for out in (found, expected)), strict=True)
     assert all(a.equal(b) for a, b in pairs)
-    torch.library.opcheck(torch.ops.fastpref.packed_attention.default, (q, k, v, *arguments))
+    library.opcheck(torch.ops.fastpref.packed_attention.default, (q, k, v, *arguments))
 
 
 def hidden_and_gradients(model, groups, compiled):
