@@ -21,6 +21,7 @@ from torch import Tensor
 
 import fastpref as fp
 from fastpref import rows
+from fastpref.arguments import SLOW_DTYPES
 from fastpref.plan import DEFAULT_BUDGET
 
 from .problem import BETA, ETA, IGNORE, LOSSES, Batch, Shape
@@ -104,16 +105,16 @@ def fastpref(
 
     def logits_dtype(dtype: torch.dtype, device: str) -> str:
         name = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
-        return logits or ("fp32" if device == "cuda" else name)
+        return logits or ("fp32" if device == "cuda" or dtype in SLOW_DTYPES else name)
 
     def schedule(shape: Shape, op: str, loss: str, dtype: torch.dtype, device: str) -> fp.Plan:
-        kind = fastpref_loss(loss)
+        kind, written = fastpref_loss(loss), 4 if logits_dtype(dtype, device) == "fp32" else 2
+        compute = dtype.itemsize if device == "cuda" else written
         problem = fp.Problem(
-            (shape.scored_length,) * shape.sequences, shape.hidden, shape.vocab, dtype.itemsize,
-            4 if logits_dtype(dtype, device) == "fp32" else 2, dtype.itemsize,
+            (shape.scored_length,) * shape.sequences, shape.hidden, shape.vocab, compute, written, dtype.itemsize,
             needs_hidden_grad=op != "forward", needs_weight_grad=op == "step", coupling=kind.coupling,
-            scratches=kind.scratches, gathered=shape.prompt_share > 0, tail=tail == "rank1",
-            device=device,
+            scratches=kind.scratches, cast_weight=compute != dtype.itemsize,
+            gathered=shape.prompt_share > 0 or compute != dtype.itemsize, tail=tail == "rank1", device=device,
         )
         return fp.plan(problem, budget)
 

@@ -73,7 +73,7 @@ def headline(folder: Path = RESULTS) -> list[dict[str, Any]]:
 
 def _is_default(row: dict[str, Any]) -> bool:
     budget = DEFAULT_BUDGET["cuda" if on_gpu(row) else "cpu"] / MIB
-    return row["budget_mib"] == budget and row["logits_dtype"] == ("fp32" if on_gpu(row) else row["dtype"])
+    return row["budget_mib"] == budget and row["logits_dtype"] in ("fp32", None if on_gpu(row) else row["dtype"])
 
 
 def _place(row: dict[str, Any]) -> tuple[Any, ...]:

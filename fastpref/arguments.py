@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -80,6 +81,7 @@ def options_of(
     require(isinstance(ignore_index, int), "ignore_index", repr(ignore_index), "an integer", TypeError)
     require(memory_budget is None or (isinstance(memory_budget, int) and memory_budget > 0), "memory_budget",
              repr(memory_budget), "a positive number of bytes, or None")
+    compute, logits = _dtypes(logits_dtype, compute, hidden, weight)
     require(tail in ("exact", "rank1"), "tail", repr(tail), "'exact' or 'rank1'")
     fits = tail_eps is None or (tail == "rank1" and isinstance(tail_eps, int | float) and 0 < tail_eps < 1)
     require(fits, "tail_eps", f"{tail_eps!r} with tail={tail!r}", "a number between 0 and 1 beside 'rank1', or None")
@@ -97,7 +99,7 @@ def options_of(
         memory_budget,
         backend or "auto",
         compute,
-        _logits_dtype(logits_dtype, compute, hidden.device),
+        logits,
         needs,
         tail_eps=float(tail_eps or EPS) if tail == "rank1" else None,
     )
@@ -112,18 +114,45 @@ def extras_of(argument: str, names: Sequence[str]) -> str:
     return " ".join(name for name in EXTRAS if name in names)
 
 
+def slow_dtypes(cpuinfo: str) -> frozenset[torch.dtype]:
+    """Those in which an x86 CPU multiplies slower than in fp32, by its /proc/cpuinfo.
+
+    256 x 576 x 8192, oneDNN 3.12, one thread of a Xeon without AMX, held to these instructions: fp32 16 ms; bf16 29
+    with AVX512_BF16 (half the rate of a fp32 multiply-add on Intel's), 80 with AVX-512 alone, 190 with AVX2; fp16 16
+    with AVX512_FP16, 190 to 750 without. An AMD EPYC with AVX512_BF16 takes a quarter of fp32's time in bf16, a Xeon
+    with AMX a sixth.
+    """
+    of = {name.strip(): value.split() for name, _, value in (line.partition(":") for line in cpuinfo.splitlines())}
+    flags = set(of.get("flags", ()))  # a field of x86 alone
+    bf16 = {"amx_bf16"} | ({"avx512_bf16"} if of.get("vendor_id") != ["GenuineIntel"] else set())
+    fast = {torch.bfloat16: bf16, torch.float16: {"avx512_fp16", "amx_fp16"}}
+    return frozenset(dtype for dtype, either in fast.items() if flags and not flags & either)
+
+
+def _cpuinfo() -> str:
+    try:
+        return Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+SLOW_DTYPES = slow_dtypes(_cpuinfo())
 _LOGITS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def _logits_dtype(name: str | None, compute: torch.dtype, device: torch.device) -> torch.dtype:
-    """fp32 logits from bf16 operands wherever a GEMM writes them: bf16 logits alone cost 1e-2 nat a token."""
-    low = compute in (torch.bfloat16, torch.float16)
-    takes = [compute, torch.float32] if low and fp32_gemms(device) else [compute]
-    if name is None:
-        return takes[-1]
+def _dtypes(
+    name: str | None, compute: torch.dtype, hidden: Tensor, weight: Tensor
+) -> tuple[torch.dtype, torch.dtype]:
+    """The compute dtype, and that of the logits: fp32 wherever a GEMM writes it, for bf16 logits alone cost 1e-2 nat a
+    token. A CPU's GEMMs write what they read: fp32 from operands that are widened, where those are the faster ones."""
+    takes = [compute, torch.float32] if compute in (torch.bfloat16, torch.float16) else [compute]
     known = [key for key, dtype in _LOGITS.items() if dtype in takes]
-    require(name in known, "logits_dtype", repr(name), f"None or {' or '.join(known)} for {compute} on {device.type}")
-    return _LOGITS[name]
+    require(name is None or name in known, "logits_dtype", repr(name), f"None or {' or '.join(known)} for {compute}")
+    wide = fp32_gemms(hidden.device)
+    slow = compute in SLOW_DTYPES and hidden.dtype == weight.dtype == compute  # autocast's rounding was asked for
+    default = takes[-1] if wide or slow else compute
+    logits = default if name is None else _LOGITS[name]
+    return compute if wide else logits, logits
 
 
 def inputs_of(

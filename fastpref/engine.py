@@ -27,7 +27,7 @@ from torch import Tensor
 
 from . import losses, rows, tail, workspace
 from .losses import Loss, SequenceLogps, Totals
-from .plan import MIB, Group, Plan, Problem, add_rows
+from .plan import LOGITS_COLS, MIB, Group, Plan, Problem, add_rows
 from .plan import plan as plan_of
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -123,16 +123,20 @@ def _options_of(spec: str) -> Options:
 class Projection(NamedTuple):
     """What turns hidden rows into logits, and logits into rows of U."""
 
-    weight: Tensor  # [V, H] in the compute dtype
+    weight: Tensor  # [V, H] in the compute dtype; or in fewer bits, widened a slice at a time as it is multiplied
     bias: Tensor | None  # [V]
     transform: rows.Transform
     kernels: ModuleType
+    dtype: torch.dtype  # the compute dtype
 
     @classmethod
     def of(cls, weight: Tensor, bias: Tensor | None, options: Options) -> Projection:
-        kernels = rows.choose(options.backend, weight.device, options.compute_dtype)
+        compute = options.compute_dtype
+        kernels = rows.choose(options.backend, weight.device, compute)
         transform = rows.Transform(options.logit_scale, options.softcap, options.temperature)
-        return cls(weight.to(options.compute_dtype).contiguous(), bias, transform, kernels)
+        if weight.device.type != "cpu" or weight.dtype.itemsize >= compute.itemsize:
+            weight = weight.to(compute)
+        return cls(weight.contiguous(), bias, transform, kernels, compute)
 
 
 class Inputs(NamedTuple):
@@ -293,25 +297,24 @@ def _mm(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
         return torch.mm(a, b, out_dtype=out.dtype, out=out)  # CUDA: fp32 from bf16 / fp16 operands
 
 
-# A fp32 GEMM on the CPU packs the whole head before it multiplies; slices of it are packed into the cache. C 512, H
-# 1024, V 128256 on two cores: 769 ms whole, 657 ms by 2048 columns, 786 ms by 8192; C 2048, H 512, V 32000: 349 and
-# 336 ms. A bf16 GEMM takes the same time either way, and so do dX and dW.
-LOGITS_COLS = 2048
-
-
 def _logits(x: Tensor, weight: Tensor, out: Tensor) -> Tensor:
     """x W^T, [rows, cols]."""
     if out.device.type != "cpu" or x.dtype != torch.float32:
         return _mm(x, weight.t(), out)
     for start in range(0, weight.shape[0], LOGITS_COLS):
         part = slice(start, start + LOGITS_COLS)
-        torch.mm(x, weight[part].t(), out=out[:, part])
+        torch.mm(x, weight[part].to(x.dtype).t(), out=out[:, part])
     return out
 
 
 def _add_mm(total: Tensor, a: Tensor, b: Tensor, begun: bool, product: Tensor | None) -> None:
-    """total (+)= a b in the precision of total; by way of `product` where no GEMM does that."""
-    if product is not None:
+    """total (+)= a b in the precision of total; by way of `product` where no GEMM does that. b in fewer bits than a is
+    widened, some rows at a time."""
+    if b.dtype != a.dtype:
+        for start in range(0, b.shape[0], LOGITS_COLS):
+            cols = slice(start, start + LOGITS_COLS)
+            _add_mm(total, a[:, cols], b[cols].to(a.dtype), begun or start > 0, product)
+    elif product is not None:
         torch.mm(a, b, out=product)
         # By rows: torch would make a fp32 copy of the whole product first.
         step = add_rows(*product.shape)
@@ -431,7 +434,8 @@ class HiddenGrad:
         """Rows [start, start + C) = scale * (U W)."""
         count = residuals_CV.shape[0]
         if self.index is None and self.scored.spans is None and self.product == self.grad.dtype:
-            target = _mm(residuals_CV, weight, self.grad[start : start + count])
+            target = self.grad[start : start + count]
+            _add_mm(target, residuals_CV, weight, False, None)
             if scale is not None:
                 rows.scale_rows(target, scale, target)
             return
@@ -442,7 +446,8 @@ class HiddenGrad:
             product = workspace.empty((step, weight.shape[1]), self.product, weight.device)
         for first in range(0, count, max(step, 1)):
             last = min(first + step, count)
-            part = _mm(residuals_CV[first:last], weight, product[: last - first])
+            part = product[: last - first]
+            _add_mm(part, residuals_CV[first:last], weight, False, None)
             self.put_rows(start + first, part, None if scale is None else scale[first:last], self.buffer)
 
     def put_rows(self, start: int, rows_CH: Tensor, scale: Tensor | None, buffer: Tensor | None) -> None:
@@ -520,7 +525,7 @@ class Pass:
     ) -> None:
         self.scored, self.projection, self.options, self.plan = scored, projection, options, plan
         p, weight = plan.problem, projection.weight
-        stats = rows.stats_dtype(weight.dtype)
+        stats = rows.stats_dtype(projection.dtype)
         self.logps, self.lse, self.scale = (weight.new_zeros(p.rows, dtype=stats) for _ in range(3))
         self.extras = {name: weight.new_zeros(p.rows, dtype=stats) for name in options.extras.split()}
         self.stash = self.tile(plan.stash_rows) if stash is None else stash
@@ -539,12 +544,12 @@ class Pass:
         *, late: bool = False,
     ) -> Gradients:
         """late: the rows of dX are scaled at the end, and not rounded before where GEMMs write fp32."""
-        p, compute = self.plan.problem, self.projection.weight.dtype
+        p, compute = self.plan.problem, self.projection.dtype
         late = late and fp32_gemms(weight.device) and compute.itemsize < 4
         buffer = self.x_buffer
         if p.gathered and self.plan.scheme != "groups":
             buffer = None if late else self.projection.weight.new_empty(
-                max(self.plan.stash_rows, self.plan.tile_rows), p.hidden
+                max(self.plan.stash_rows, self.plan.tile_rows), p.hidden, dtype=compute
             )
         dx = HiddenGrad(self.scored, compute, buffer, torch.float32 if late else None) if needs[0] else None
         dw = WeightGrad(weight, compute, self.plan, accumulate_into) if needs[1] else None
@@ -552,8 +557,7 @@ class Pass:
         return Gradients(dx, dw, db)
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        weight = self.projection.weight
-        return workspace.empty(shape, dtype or weight.dtype, weight.device)
+        return workspace.empty(shape, dtype or self.projection.dtype, self.projection.weight.device)
 
     def tile(self, count: int, dtype: torch.dtype | None = None) -> Tensor:
         """[count, V] for logits or residuals; on a GPU every row begins at 16 bytes, for loads of that width."""
@@ -567,7 +571,7 @@ class Pass:
 
     @property
     def swept_in_place(self) -> bool:
-        return self.options.logits_dtype == self.projection.weight.dtype
+        return self.options.logits_dtype == self.projection.dtype
 
     def forward(self, group: Group, stash: Tensor | None) -> None:
         """Log-probs of a group's rows, and their residuals as far as the stash reaches (whole tiles)."""
@@ -599,7 +603,7 @@ class Pass:
 
     def row_tile(self, logits: Tensor, mine: slice, start: int) -> rows.Tile:
         """Logits of some rows, and columns from `start` on, as the row kernels take them."""
-        _, bias, transform, _ = self.projection
+        bias, transform = self.projection.bias, self.projection.transform
         bias = None if bias is None else bias[start : start + logits.shape[1]]
         return rows.Tile(logits, self.scored.targets[mine], transform, bias, self.options.ignore_index, start)
 
@@ -939,7 +943,7 @@ class _Scratches:
         long = any(group.long for group in run.plan.groups)
         wanted = count if long and grads.weight is not None else 0
         totals = (workspace.empty_like(weight, run.logps.dtype) for _ in range(wanted))
-        self.weight = [_Sum(total, weight.dtype, run.plan.weight_slice) for total in totals]
+        self.weight = [_Sum(total, run.projection.dtype, run.plan.weight_slice) for total in totals]
         self.bias = [torch.zeros_like(grads.bias) for _ in range(count)] if long and grads.bias is not None else []
 
 

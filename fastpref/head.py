@@ -88,9 +88,10 @@ def linear_logps(
             kept for backward are part of it. Sums of gradients come on top, and it is passed over where one stash takes
             fewer bytes in all than several and their sum: print `fastpref.plan(...)`.
         backend: row kernels: "reference", "native", "triton", "cuda"; None chooses.
-        logits_dtype: "fp32" or the compute dtype ("bf16", "fp16"), what the first GEMM writes. None: fp32 on CUDA; the
-            compute dtype on the CPU, whose GEMMs write nothing else. bf16 logits save about 1.5 % of a step on an
-            H200 and cost 1e-2 nat a token (0.26 nat over 512 tokens) in the log-probs.
+        logits_dtype: "fp32" or the compute dtype ("bf16", "fp16"), what the first GEMM writes. None: fp32 on CUDA. On
+            a CPU, which writes what it multiplies, "fp32" widens the operands, and None does so where that is faster
+            (docs/precision.md). bf16 logits save about 1.5 % of a step on an H200 and cost 1e-2 nat a token (0.26 nat
+            over 512 tokens) in the log-probs.
         tail: "exact", or "rank1": the gradients of vocabulary columns whose residuals |U| are below `tail_eps` in all
             rows of a block are made from a rank-one matrix that keeps their row and column sums (docs/
             below-three-gemms.md). Log-probs and loss stay exact. Where the columns' residuals are not small after all

@@ -205,7 +205,7 @@ class _ShardPass(Pass):
         """[N], and what `backward_of` needs, kept. Ranks without columns take part with nothing."""
         scheme, here = self.plan.scheme, self.shard.end > self.shard.start
         if here and scheme == "frozen":
-            self.product = HiddenGrad(self.scored, self.projection.weight.dtype, dtype=self.lse.dtype)
+            self.product = HiddenGrad(self.scored, self.projection.dtype, dtype=self.lse.dtype)
             for block in self.plan.groups:
                 self.forward(block, self.stash)
                 start, end = block.span
@@ -227,7 +227,7 @@ class _ShardPass(Pass):
         mass = torch.exp(own_lse - whole.maximum) / whole.sum_exp
         # What is written at y is divided by the row's scale, which therefore must not vanish. Where it is held up, the
         # row's other numbers are below the rounding of that one.
-        eps = torch.finfo(self.projection.weight.dtype).eps
+        eps = torch.finfo(self.projection.dtype).eps
         self.mass = torch.where(self.inside, mass.clamp(min=max(eps**2, 2.0**-15)), mass).masked_fill_(self.ignored, 0)
         self.at_target = -torch.expm1(logps) * self._slope(whole.target)
         if here and scheme in ("groups", "recompute"):
@@ -277,7 +277,7 @@ class _ShardPass(Pass):
         grads = self.gradients(weight, bias, (False, *needs[1:]))
         # in fp32, for it is added up over ranks before it is rounded
         if needs[0]:
-            dx = HiddenGrad(self.scored, self.projection.weight.dtype, dtype=self.lse.dtype)
+            dx = HiddenGrad(self.scored, self.projection.dtype, dtype=self.lse.dtype)
             grads = grads._replace(hidden=dx)
         self.scale = self.mass * factor
         if self.plan.scheme == "groups":

@@ -175,7 +175,7 @@ def multiply(
     on_device = tail.columns_BK is not None  # where GEMMs write fp32
     rest_C = torch.zeros_like(scale_C)  # row sums of S over the columns that are not active
     means_BH, sums_BH = scale_C.new_zeros(2, len(tail.blocks), weight_VH.shape[1])
-    add_mm(means_BH, tail.shares_BV.to(weight_VH.dtype), weight_VH, False)
+    add_mm(means_BH, tail.shares_BV.to(stash_CV.dtype), weight_VH, False)
     for b, (start, end) in enumerate(tail.blocks):
         block, block_begun = slice(start, end), begun
         for left, right, columns in tail.ranges(b, columns_at_once):

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import fastpref as fp
+from fastpref import arguments
 
 S, T, H, V = 6, 40, 32, 517
 
@@ -79,11 +80,33 @@ def test_errors(into, said):
         )
 
 
-def test_logits_dtype_is_what_the_device_can_write():
+def test_logits_dtype(monkeypatch):
     hidden, weight, targets = make(torch.bfloat16)
     default = fp.linear_logps(hidden, weight, targets)
     assert torch.equal(fp.linear_logps(hidden, weight, targets, logits_dtype="bf16"), default)
-    with pytest.raises(ValueError, match="logits_dtype is 'fp32'; it takes None or bf16"):
-        fp.linear_logps(hidden, weight, targets, logits_dtype="fp32")
+    wide = fp.linear_logps(hidden, weight, targets, logits_dtype="fp32")
+    assert wide.dtype == torch.float32 and torch.equal(wide, fp.linear_logps(hidden.float(), weight.float(), targets))
+    assert not torch.equal(wide, default)
+    # The default of a CPU that multiplies slower in bf16; what autocast rounds stays rounded.
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = fp.linear_logps(hidden.float(), weight.float(), targets)
+    monkeypatch.setattr(arguments, "SLOW_DTYPES", frozenset([torch.bfloat16]))
+    assert torch.equal(fp.linear_logps(hidden, weight, targets), wide)
+    assert torch.equal(fp.linear_logps(hidden, weight, targets, logits_dtype="bf16"), default)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(fp.linear_logps(hidden.float(), weight.float(), targets), rounded)
+    with pytest.raises(ValueError, match="logits_dtype is 'fp16'; it takes None or fp32 or bf16"):
+        fp.linear_logps(hidden, weight, targets, logits_dtype="fp16")
     with pytest.raises(ValueError, match="logits_dtype is 'fp8'"):
         fp.linear_preference_loss(hidden, weight, targets, loss="sft", logits_dtype="fp8")
+
+
+@pytest.mark.parametrize("cpuinfo, slow", [
+    ("vendor_id\t: GenuineIntel\nflags\t\t: avx2 avx512f avx512_bf16 avx512_fp16 amx_bf16 amx_tile\n", set()),
+    ("vendor_id\t: GenuineIntel\nflags\t\t: avx2 avx512f avx512_bf16 avx512_fp16\n", {torch.bfloat16}),
+    ("vendor_id\t: AuthenticAMD\nflags\t\t: avx2 avx512f avx512_bf16\n", {torch.float16}),
+    ("vendor_id\t: AuthenticAMD\nflags\t\t: fma avx2\n", {torch.bfloat16, torch.float16}),
+    ("processor\t: 0\nFeatures\t: asimd bf16\n", set()), ("", set()),
+], ids=["Xeon with AMX", "without", "Zen 4", "Zen 3", "ARM", "no Linux"])
+def test_where_a_cpu_multiplies_slower_than_in_fp32(cpuinfo, slow):
+    assert arguments.slow_dtypes(cpuinfo) == slow

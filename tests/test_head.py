@@ -363,6 +363,35 @@ def test_recompute_with_a_part_of_the_residuals_stashed(dtype, backend, monkeypa
         assert relative(a, e) <= 1.2 * relative(b, e) + 1e-6
 
 
+@every_backend
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("loss, lengths, share, needs", [
+    ("dpo", None, None, (True,) * 3), ("dpo", None, 0.6, (True,) * 3), ("dpo", LONG, 0.4, (True,) * 3),
+    ("all", None, 0.5, (True,) * 3), ("all", None, "least", (True,) * 3),
+    ("dpo", None, 0.3, (True, False, False)), ("dpo", None, None, (False, True, False)),
+], ids=["one group", "several", "long", "recompute", "least", "frozen", "head alone"])
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+def test_fp32_products_of_a_head_in_fewer_bits(layout, loss, lengths, share, needs, dtype, backend, monkeypatch):
+    """logits_dtype="fp32" on the CPU: the head widened slice by slice, log-probs of fp32, gradients rounded once."""
+    monkeypatch.setattr(engine, "LOGITS_COLS", 64)
+    batch = make_batch(*([] if lengths is None else [lengths]), vocab=331, dtype=dtype)
+    given, inputs = oracle.loss_inputs("dpo" if loss == "all" else loss, batch)
+    if loss == "all":
+        exact = oracle.head_and_loss(*batch[:3], lambda a, b: squared(a, b, **inputs), bias=batch.bias)
+        loss = lambda seq: ((0.1 * seq.margins - 1) ** 2).mean()  # noqa: E731
+    else:
+        exact = truth(batch, loss)
+    given["logits_dtype"] = "fp32"
+    out, grads = run(batch, loss, layout=layout, share=share, needs=needs, backend=backend, **given)
+    tolerance = 3e-6 if lengths is None else LONG_TOLERANCE
+    torch.testing.assert_close(out.logps.double(), exact.logps, rtol=tolerance, atol=tolerance)
+    rounding = torch.finfo(dtype).eps / 2
+    for got, e in zip(grads, [e for e, need in zip(exact[3:], needs) if need], strict=True):
+        assert got.dtype == dtype
+        # dX of a frozen head waits for its row scale in the dtype of `hidden`
+        assert relative(got, e) <= (1.5 if not needs[1] else 0.8) * rounding
+
+
 # ------------------------------------------------------------------------------------ invariances
 
 

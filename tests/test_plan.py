@@ -275,6 +275,12 @@ CASES = [  # budget as a share of what the whole batch would take; scheme expect
     ("groups", dict(dtype=torch.bfloat16), 0.6),  # passed over: one group of all rows takes less in all
     ("recompute", dict(dtype=torch.bfloat16, loss="all pairs at once"), 0.4),
     ("frozen", dict(dtype=torch.bfloat16, weight_grad=False), 0.3),
+    *[(scheme, options | dict(dtype=torch.bfloat16, logits_dtype="fp32"), share) for scheme, options, share in (
+        ("groups", dict(), 1.3), ("groups", dict(), 0.6), ("groups", dict(lengths=LONG), 0.4),
+        ("groups", dict(padded=True), 0.6), ("recompute", dict(loss="all pairs at once"), 0.5),
+        ("recompute", dict(loss="all pairs at once"), 0.2), ("frozen", dict(weight_grad=False), 0.3),
+        ("forward", dict(weight_grad=False, hidden_grad=False), 0.2),
+    )],
     ("groups", dict(autocast=True), 0.6),
     ("groups", dict(padded=True), 0.6),
     ("recompute", dict(padded=True, loss="all pairs at once"), 0.4),
@@ -288,14 +294,14 @@ def test_flops_and_peak_bytes_are_what_the_plan_says(scheme, options, share, mon
 
 def measure(
     scheme, share, monkeypatch, *, dtype=torch.float32, loss="dpo", weight_grad=True, hidden_grad=True, autocast=False,
-    padded=False, lengths=(60, 50, 55, 45, 52, 58, 40, 40),
+    padded=False, lengths=(60, 50, 55, 45, 52, 58, 40, 40), logits_dtype=None,
 ):
     if not rows.availability("native").available:
         pytest.skip("the reference rows keep fp32 copies of the tile; the plan counts the kernels that do not")
     prompt = 60 if padded else 0
     batch = oracle.make_batch(lengths, prompt=prompt, hidden_size=128, vocab=6000, dtype=dtype)
     x, w = batch.hidden.requires_grad_(hidden_grad), batch.weight.requires_grad_(weight_grad)
-    given = {"ref_logps": torch.zeros(len(lengths))}
+    given = {"ref_logps": torch.zeros(len(lengths)), "logits_dtype": logits_dtype}
     if not padded:
         hidden, targets, cu = batch.packed()
         given["cu_seqlens"] = cu
@@ -304,7 +310,8 @@ def measure(
         targets = batch.targets
     if loss == "all pairs at once":  # a free callable couples the whole batch
         loss = lambda seq: (seq.logps - seq.ref_logps).softmax(0).square().sum()  # noqa: E731
-    budget = int(share * sum(lengths) * 6000 * (2 if autocast else dtype.itemsize))
+    size = 4 if logits_dtype else 2 if autocast else dtype.itemsize
+    budget = int(share * sum(lengths) * 6000 * size)
     made = oracle.record(monkeypatch, plan)
 
     def step():
@@ -322,5 +329,5 @@ def measure(
     assert flops == pytest.approx(found.flops, rel=1e-9 if scheme != "recompute" else 0.01)
     assert found.tile_bytes <= budget or len(found.groups) == 1
     extra = peak - gradients
-    library = gemm_scratch(found, torch.bfloat16) if autocast or dtype == torch.bfloat16 else 0
+    library = gemm_scratch(found, torch.bfloat16) if size == 2 else 0
     assert 0.95 * found.bytes <= extra <= 1.05 * found.bytes + library
