@@ -72,10 +72,11 @@ class Parts:
     head: LMHead
 
 
-def take_apart(model: Any) -> Parts:
+def take_apart(model: Any, *, proof: bool = True) -> Parts:
     """Trunk and head of a transformers causal LM, or of a PeftModel around one, proven on a few tokens to give the
     model's own logits: two forward passes of at most 24 tokens. A model without weights to run (on the meta device, or
-    sharded) is taken apart without proof, if its configuration leaves no doubt.
+    sharded) is taken apart without proof, if its configuration leaves no doubt; without `proof`, for whoever runs
+    nothing, by what it most likely means.
 
     Raises:
         ValueError: no trunk, no linear LM head, or logits that come about in another way; with what was looked for.
@@ -86,8 +87,8 @@ def take_apart(model: Any) -> Parts:
     if trunk is None or trunk is inner:
         raise ValueError(f"{type(inner).__name__}: has no trunk apart from its LM head (looked for .base_model)")
     candidates = list(_logit_maths(inner))
-    if not _runs(inner):
-        return Parts(inner, trunk, LMHead(module, *_undoubted(inner, candidates)))
+    if not proof or not _runs(inner):
+        return Parts(inner, trunk, LMHead(module, *_undoubted(inner, candidates if proof else candidates[:1])))
     with torch.no_grad(), evaluating(inner):
         ids = _some_tokens(inner, module)
         expected = inner(input_ids=ids, use_cache=False).logits
@@ -333,7 +334,7 @@ def _logit_maths(inner: Any) -> Iterator[tuple[float | None, float]]:
     choices = [meaning(float(value), config) for meaning, value in given if isinstance(value, int | float) and value]
     seen = set()
     for chosen in itertools.product(*choices):
-        scale = float(torch.tensor(chosen, dtype=torch.float64).prod()) if chosen else 1.0
+        scale = float(math.prod(chosen))
         if scale > 0 and scale not in seen:
             seen.add(scale)
             yield softcap, scale

@@ -17,10 +17,11 @@ from collections.abc import Iterable
 from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch.fx.experimental import _config as symbols
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, masking_utils
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fastpref.attention import attend_packed
@@ -79,7 +80,9 @@ def check_compiles(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> N
     policy.model.train()
     try:
         compile_in_place(layers, "aot_eager")
-        replace(policy, compiled=True).hidden_rows(batch)
+        # transformers looks at values of a mask where nothing traces it, and the meta device has none.
+        with patch.object(masking_utils, "is_tracing", lambda *_: True, create=True):
+            replace(policy, compiled=True).hidden_rows(batch)
     except torch._dynamo.exc.TorchDynamoException as error:
         raise UserError(f"torch_compile: the layers of {type(model).__name__} cannot be compiled in one piece "
                         f"({first_line(error)}): leave it out") from error

@@ -609,11 +609,11 @@ def take_apart(model: Any, config: TrainConfig, tokenizer: PreTrainedTokenizerBa
     """Finds trunk and head (see `fastpref.trunk`)."""
     quantized.settle(model)
     try:
-        parts = take_score_apart(model) if config.reward_model else find_parts(model)
+        on_meta = next(model.parameters()).is_meta  # a dry run
+        parts = take_score_apart(model) if config.reward_model else find_parts(model, proof=not on_meta)
     except ValueError as error:
         raise UserError(str(error)) from None
-    device = next(model.parameters()).device
-    device = pick_device() if device.type == "meta" else device
+    device = pick_device() if on_meta else next(model.parameters()).device
     compute_dtype = compute_dtype_of(config, device)
     notes = [note for note in (quantized.note(model), fix_rope(model, longest_of(config))) if note]
     settings, router = unwrap(model).config.get_text_config(), None

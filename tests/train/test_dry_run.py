@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import os
 
 import pytest
 import transformers
 import yaml
+from families import CONFIGS
 from rich.console import Console
 from tiny import make, make_config, make_tokenizer, read_metrics, settings
 
@@ -82,6 +84,17 @@ def test_a_large_model_by_its_config_alone(world, tmp_path):
     gib, each = found["stages"]["dpo"]["gpu_bytes"] / 2**30, 2 * count / 2**30
     assert f"{gib:.1f} GiB on one GPU alone (weights {each:.1f}, gradients {each:.1f}, optimiser {5 * each:.1f}" in text
     assert gib == pytest.approx(7 * each + 0.75 + 1, abs=1)  # context, and work on one micro-batch
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_family_by_its_config_alone(name, world, tmp_path):
+    """Scales of logits too, which a model's code and nothing else could prove."""
+    settings = copy.deepcopy(CONFIGS[name])
+    settings.vocab_size = 300
+    settings.save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    found, _ = dry(make(world, tmp_path / "run", model_name_or_path=str(tmp_path), init_from_config=True, packing=None))
+    assert found["parameters"] > 0
 
 
 def test_what_the_run_would_refuse_is_refused(world, tmp_path, quiet):
