@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__
-from .errors import RankLost, SaveError, Stopped, TrainingError
+from .errors import RankLost, SaveError, Stopped, TrainingError, first_line
 
 EXAMPLES = """examples:
   fastpref train examples/quickstart.yaml
@@ -65,6 +65,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, TypeError, OSError, ImportError) as error:
         return _fail(error, 2)
     except RuntimeError as error:
+        if isinstance(error, getattr(sys.modules.get("torch._dynamo.exc"), "TorchDynamoException", ())):
+            return _fail(error, 1, f"torch_compile: the compiler failed ({first_line(error)}); leave it out "
+                                   "(FASTPREF_DEBUG=1 shows all that it says)")
         if "torch" not in sys.modules or not isinstance(error, sys.modules["torch"].OutOfMemoryError):
             raise
         return _fail(error, 1, "out of GPU memory; lower per_device_train_batch_size or max_length, or set "

@@ -215,6 +215,16 @@ def test_out_of_memory_is_one_line(world, tmp_path, capsys, monkeypatch):
     assert "out of GPU memory; lower per_device_train_batch_size" in failed(capsys, ["info"], code=1)
 
 
+def test_a_compiler_that_fails_is_one_line(capsys, monkeypatch):
+    """TorchInductor's own error, of a compiler that is there and cannot compile (no headers, no disk)."""
+    torch.compiler.reset()
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("false",))
+    monkeypatch.setattr(cli, "_info", lambda options: torch.compile(lambda x: x.sin() * 17.25 + 1)(torch.ones(77)))
+    with torch._inductor.utils.fresh_cache():
+        said = failed(capsys, ["info"], code=1)
+    assert "torch_compile: the compiler failed (" in said and "leave it out (FASTPREF_DEBUG=1" in said
+
+
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_saves_and_ends(world, tmp_path, signum, code):
     config = write(world, tmp_path / "run.yaml", max_steps=100_000, eval_dataset=None, logging_steps=1)

@@ -21,7 +21,7 @@ from unittest.mock import patch
 
 import torch
 from torch.fx.experimental import _config as symbols
-from transformers import PreTrainedTokenizerBase, masking_utils
+from transformers import PreTrainedTokenizerBase, masking_utils, modeling_utils
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fastpref.attention import attend_packed
@@ -80,8 +80,10 @@ def check_compiles(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> N
     policy.model.train()
     try:
         compile_in_place(layers, "aot_eager")
-        # transformers looks at values of a mask where nothing traces it, and the meta device has none.
-        with patch.object(masking_utils, "is_tracing", lambda *_: True, create=True):
+        # transformers looks at values of masks and ids where nothing traces it, and the meta device has none.
+        in_masks, in_models = (patch.object(module, "is_tracing", lambda *_: True, create=True)
+                               for module in (masking_utils, modeling_utils))
+        with in_masks, in_models:
             replace(policy, compiled=True).hidden_rows(batch)
     except torch._dynamo.exc.TorchDynamoException as error:
         raise UserError(f"torch_compile: the layers of {type(model).__name__} cannot be compiled in one piece "
