@@ -30,7 +30,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from . import rows
+from . import rows, workspace
 from .plan import TAIL_MOST
 
 # SmolLM2's own answers, 1536 rows in blocks of 512, relative errors of dX and dW in fp32: eps 2^-12 2.8e-3 and 9.0e-4
@@ -179,14 +179,18 @@ def multiply(
     for b, (start, end) in enumerate(tail.blocks):
         block, block_begun = slice(start, end), begun
         for left, right, columns in tail.ranges(b, columns_at_once):
-            active_CK = stash_CV.new_empty(end - start, len(columns))
+            active_CK = workspace.empty((end - start, len(columns)), stash_CV.dtype, stash_CV.device)
             kernels.split(stash_CV[block, left:right], columns, active_CK, rest_C[block])
             for part_CK, columns_K in zip(active_CK.split(columns_at_once, 1), columns.split(columns_at_once)):
                 if product_CH is not None:
-                    add_mm(product_CH[block], part_CK, weight_VH[left:right].index_select(0, columns_K), block_begun)
+                    part_KH = workspace.empty((len(columns_K), weight_VH.shape[1]), weight_VH.dtype, weight_VH.device)
+                    torch.index_select(weight_VH[left:right], 0, columns_K, out=part_KH)
+                    add_mm(product_CH[block], part_CK, part_KH, block_begun)
+                    del part_KH
                     block_begun = True
                 if total_VH is not None and scaled_CH is not None:
-                    part_KH = (total_VH if on_device else scaled_CH).new_empty(len(columns_K), scaled_CH.shape[1])
+                    dtype = (total_VH if on_device else scaled_CH).dtype
+                    part_KH = workspace.empty((len(columns_K), scaled_CH.shape[1]), dtype, scaled_CH.device)
                     add_mm(part_KH, part_CK.t(), scaled_CH[block], False)
                     kernels.add_rows(total_VH[left:right], part_KH, columns_K)
                     del part_KH  # each is gone before the next one is made

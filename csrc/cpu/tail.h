@@ -14,29 +14,51 @@ const T* row_of(const Residuals& r, int64_t row) {
   return static_cast<const T*>(r.data) + row * r.row_stride;
 }
 
+struct Four {  // a number of rows that the compiler knows
+  constexpr operator int64_t() const { return 4; }
+};
+
 // Largest |U|, sum of U and sum of U^2 in each of the columns [begin, end), U = scale * S. A row whose scale is 0 (ignored) or not
 // finite (its logits held a NaN or inf) counts nowhere: what is wrong with one sequence stays with it.
 template <class T>
 void peaks_of(const Residuals& r, const Peaks& out, int64_t begin, int64_t end) {
-  constexpr int64_t kColumns = 1024;  // 12 KiB of sums that stay in L1 while a row's 2 or 4 KiB pass by
+  constexpr int64_t kColumns = 1024;  // 12 KiB of sums that stay in L1 while 2 or 4 KiB of each row pass by
+  constexpr int64_t kRows = Four{};
   alignas(64) float peak[kColumns], total[kColumns], squares[kColumns];
   for (int64_t c = begin; c < end; c += kColumns) {
     const int64_t n = end - c < kColumns ? end - c : kColumns, whole = n / kLanes * kLanes;
     __builtin_memset(peak, 0, sizeof peak);
     __builtin_memset(total, 0, sizeof total);
     __builtin_memset(squares, 0, sizeof squares);
+    // Rows that count, four by four: their sums are read and written once.
+    const T* s[kRows];
+    float scale[kRows];
+    int64_t found = 0;
+    const auto take = [&](auto count, int64_t i, const auto& get) {
+      vf sum = load(total + i), square = load(squares + i), top = load(peak + i);
+      for (int64_t j = 0; j < count; ++j) {
+        const vf u = get(s[j] + i) * scale[j];
+        sum += u;
+        square += u * u;
+        top = max_or_second(bits_as<vf>(bits_as<vu>(u) & 0x7fffffffu), top);
+      }
+      store(total + i, sum);
+      store(squares + i, square);
+      store(peak + i, top);
+    };
+    const auto take_rows = [&](auto count) {
+      for (int64_t i = 0; i < whole; i += kLanes) take(count, i, [](const T* p) { return load(p); });
+      if (whole < n) take(count, whole, [&](const T* p) { return load_first(p, n - whole); });
+      found = 0;
+    };
     for (int64_t row = 0; row < r.rows; ++row) {
-      const float scale = r.scale[row];
-      if (!(scale - scale == 0) || scale == 0) continue;
-      const T* s = row_of<T>(r, row) + c;
-      const auto take = [&](int64_t i, vf u) {
-        store(total + i, load(total + i) + u);
-        store(squares + i, load(squares + i) + u * u);
-        store(peak + i, max_or_second(bits_as<vf>(bits_as<vu>(u) & 0x7fffffffu), load(peak + i)));
-      };
-      for (int64_t i = 0; i < whole; i += kLanes) take(i, load(s + i) * scale);
-      if (whole < n) take(whole, load_first(s + whole, n - whole) * scale);
+      const float of = r.scale[row];
+      if (!(of - of == 0) || of == 0) continue;
+      s[found] = row_of<T>(r, row) + c;
+      scale[found++] = of;
+      if (found == kRows) take_rows(Four{});
     }
+    if (found) take_rows(found);
     __builtin_memcpy(out.peak + c, peak, n * sizeof(float));
     __builtin_memcpy(out.total + c, total, n * sizeof(float));
     __builtin_memcpy(out.squares + c, squares, n * sizeof(float));
