@@ -30,6 +30,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from fastpref import arguments
 from fastpref.attention import backend, check_replaceable, own_attention, replace_attention
 from fastpref.data import Batch, Layout
 from fastpref.errors import UserError, first_line
@@ -626,6 +627,9 @@ def take_apart(model: Any, config: TrainConfig, tokenizer: PreTrainedTokenizerBa
                      else f"router loss times {router:g} in every loss")
     if config.use_peft and hasattr(model, "peft_config"):
         notes.append(adapted_share(model))
+    if device.type == "cpu" and compute_dtype in arguments.SLOW_DTYPES:
+        name = str(compute_dtype).removeprefix("torch.")
+        notes.append(f"in {name} this CPU multiplies slower than in float32, whose weights take twice the memory")
     layout, own, because = _layout(config, model, parts.trunk, compute_dtype)
     made = RewardPolicy if config.reward_model else Policy
     return made(

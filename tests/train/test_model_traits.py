@@ -11,6 +11,7 @@ import torch
 import transformers
 from tiny import make, make_pairs, make_tokenizer, read_metrics, write_rows
 
+from fastpref import arguments
 from fastpref.data import Example, collate
 from fastpref.errors import UserError
 from fastpref.losses import DPO
@@ -414,3 +415,10 @@ def test_models_without_attention_train(name, world, tmp_path, capsys):
         with torch.no_grad():
             own = saved(input_ids=ids, use_cache=False).logits.log_softmax(-1)[0, :-1].gather(1, ids[0, 1:, None])
         assert float(logps[s]) == pytest.approx(float(own[len(example.prompt_ids) - 1 :].sum()), abs=1e-4)
+
+
+@pytest.mark.parametrize(("dtype", "said"), [("bfloat16", True), ("float32", False)])
+def test_a_cpu_that_multiplies_slower_in_bf16_says_so(dtype, said, world, tmp_path, monkeypatch):
+    monkeypatch.setattr(arguments, "SLOW_DTYPES", frozenset([torch.bfloat16]))
+    policy = load_policy(make(world, tmp_path, dtype=dtype), make_tokenizer())
+    assert any(note.startswith("in bfloat16 this CPU multiplies slower") for note in policy.notes) == said
