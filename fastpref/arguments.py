@@ -149,8 +149,9 @@ def _dtypes(
     known = [key for key, dtype in _LOGITS.items() if dtype in takes]
     require(name is None or name in known, "logits_dtype", repr(name), f"None or {' or '.join(known)} for {compute}")
     wide = fp32_gemms(hidden.device)
-    slow = compute in SLOW_DTYPES and hidden.dtype == weight.dtype == compute  # autocast's rounding was asked for
-    default = takes[-1] if wide or slow else compute
+    slow = hidden.device.type == "cpu" and compute in SLOW_DTYPES
+    kept = hidden.dtype == weight.dtype == compute  # else autocast rounds, as was asked for
+    default = takes[-1] if wide or (slow and kept) else compute
     logits = default if name is None else _LOGITS[name]
     return compute if wide else logits, logits
 

@@ -354,7 +354,7 @@ class _Planner:
         p, widened = self.p, self.widened(self.p.vocab if cols is None else cols)
         scratch = scratches * p.vocab * p.hidden * max(4, p.itemsize)
         if scratches and self.direct:
-            return scratch
+            return scratch + widened
         if scratches or (p.tail and stashes):
             stashes = max(stashes, 2)  # rows of dW are added to, in fp32
         total = (p.cast_weight and not widened) * p.vocab * p.hidden * p.itemsize
