@@ -83,9 +83,10 @@ def take_apart(model: Any, *, proof: bool = True) -> Parts:
     """
     inner = unwrap(model)
     module = lm_head_of(inner)
-    trunk = getattr(inner, "base_model", None)
-    if trunk is None or trunk is inner:
-        raise ValueError(f"{type(inner).__name__}: has no trunk apart from its LM head (looked for .base_model)")
+    trunk = trunk_of(inner)
+    if trunk is None:
+        what = f"{type(inner).__name__}: has no trunk apart from its LM head"
+        raise ValueError(f"{what} (looked for .base_model, .model)")
     candidates = list(_logit_maths(inner))
     if not proof or not _runs(inner):
         return Parts(inner, trunk, LMHead(module, *_undoubted(inner, candidates if proof else candidates[:1])))
@@ -96,6 +97,13 @@ def take_apart(model: Any, *, proof: bool = True) -> Parts:
         hidden = trunk(input_ids=behind, use_cache=False).last_hidden_state[:, : ids.shape[1]]
         z = F.linear(*linear_operands(module, hidden))
     return Parts(inner, trunk, LMHead(module, *_settled(inner, z, expected, candidates)))
+
+
+def trunk_of(inner: Any) -> Any:
+    """What stands before the head of a transformers model; None where nothing does."""
+    # Llama 4's text model has the prefix of the whole, so that base_model is the model itself.
+    found = (getattr(inner, name, None) for name in ("base_model", "model"))
+    return next((part for part in found if isinstance(part, nn.Module) and part is not inner), None)
 
 
 def take_score_apart(model: Any) -> Parts:
@@ -109,9 +117,9 @@ def take_score_apart(model: Any) -> Parts:
     """
     inner = unwrap(model)
     what = type(inner).__name__
-    trunk = getattr(inner, "base_model", None)
-    if trunk is None or trunk is inner:
-        raise ValueError(f"{what}: has no trunk apart from its score layer (looked for .base_model)")
+    trunk = trunk_of(inner)
+    if trunk is None:
+        raise ValueError(f"{what}: has no trunk apart from its score layer (looked for .base_model, .model)")
     beside = {name: child for name, child in inner.named_children() if child is not trunk}
     found = {name: child for name, child in beside.items() if getattr(_base(child), "out_features", None) == 1}
     if len(found) != 1:

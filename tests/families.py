@@ -36,6 +36,9 @@ CONFIGS = {
         vocab_size=VOCAB, n_positions=64, n_embd=32, n_layer=2, n_head=2, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0
     ),
     "mpt, its logit_scale unused": _config("Mpt", d_model=32, n_heads=2, n_layers=2, max_seq_len=64, logit_scale=2.0),
+    "falcon, attention of its own": transformers.FalconConfig(
+        vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_kv_heads=2,
+    ),
     "bloom, no position ids": transformers.BloomConfig(vocab_size=VOCAB, hidden_size=32, n_layer=2, n_head=2),
     "mixtral, router loss": _config(
         "Mixtral", num_local_experts=4, num_experts_per_tok=2, output_router_logits=True, router_aux_loss_coef=0.1
@@ -49,7 +52,10 @@ CONFIGS = {
         output_router_logits=True, router_aux_loss_coef=0.1, decoder_sparse_step=1,
     ),
 }
+_LLAMA4: dict[str, Any] = {"head_dim": 16, "intermediate_size_mlp": 48, "num_local_experts": 2,
+                           "interleave_moe_layer_step": 2, "attention_chunk_size": 8, "pad_token_id": 0}
 for _name, _label, _changes in (  # not in every version of transformers
+    ("Llama4Text", "llama4, base_model is the model", _LLAMA4),
     ("HyperCLOVAX", "hyperclovax, logits_scaling multiplies", {"logits_scaling": 0.25, "head_dim": 16}),
     ("MiniCPM3", "minicpm3, scaled before the head", {
         "dim_model_base": 8, "num_key_value_heads": 2, "q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 8,

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 NAME, SEEDS = "tail", 3
+DRAWN = {"loss": "nats", "logps/chosen": "nats a response", "rewards/margins": "nats"}
 SHOWN = ("loss", "rewards/margins", "logps/chosen", "logps/rejected", "exact_match")  # held-out, at the end
 METHODS = {  # name: (tail, threshold, whether what is below it is dropped)
     "exact": ("exact", None, False),
@@ -152,7 +153,30 @@ def table(record: dict[str, Any]) -> str:
 
 
 def draw(record: dict[str, Any]) -> dict[str, Figure]:
-    return {}
+    """How far each method ends from the exact gradient's run of the same seed, and how far those of seeds lie apart."""
+    from matplotlib.figure import Figure
+
+    from bench.plots import FAINT, GRID
+
+    seeds, of = list(record["results"].values()), record["summary"]["methods"]
+    methods = [method for method in of if method != "exact"]
+    figure = Figure(figsize=(10.2, 3.0), layout="constrained")
+    for ax, (name, unit) in zip(figure.subplots(1, len(DRAWN)), DRAWN.items()):
+        apart = of["exact"][name]["sd"]
+        if apart > 0:
+            ax.axvline(apart, color=FAINT, linewidth=1.2)
+            ax.text(apart, 0.97, " seeds, sd", transform=ax.get_xaxis_transform(), color=FAINT, fontsize=8, va="top")
+        for y, method in enumerate(methods):
+            away = [abs(seed["methods"][method][name] - seed["methods"]["exact"][name]) for seed in seeds]
+            colour = "#d55e00" if method.startswith("dropped") else "#00629b"
+            ax.scatter([max(x, 1e-6) for x in away], [y] * len(away), color=colour)
+        ax.set_xscale("log")
+        ax.set_yticks(range(len(methods)), methods)
+        ax.set_ylim(len(methods) - 0.4, -0.8)
+        ax.grid(axis="x", color=GRID)
+        ax.set_title(name)
+        ax.set_xlabel(f"distance from exact, {unit}")
+    return {record["study"]: figure}
 
 
 if __name__ == "__main__":

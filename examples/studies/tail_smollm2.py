@@ -1,7 +1,7 @@
-"""As tail.py, of SmolLM2-135M-Instruct: 300 steps of RPO from the pairs of `make smollm2`, four a step.
+"""As tail.py, of SmolLM2-135M-Instruct: 300 steps of RPO from the pairs of `make smollm2`, one a step.
 
     make smollm2                                 # its first round makes the pairs
-    python examples/studies/tail_smollm2.py      # three seeds, hours on two cores
+    python examples/studies/tail_smollm2.py      # three seeds, an hour on two cores
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ summarize, table, draw = of_the_quickstart.summarize, of_the_quickstart.table, o
 
 
 def settings(quick: bool) -> dict[str, Any]:
-    smollm2.settings(quick)  # refuses where there are no pairs
+    of = smollm2.settings(quick)["pairs_sha256"]  # refuses where there are no pairs
     steps = 2 if quick else 300
-    pairs = {"train_dataset": str(smollm2.PAIRS), "eval_dataset": str(smollm2.PAIRS), "save_steps": 0,
-             "per_device_train_batch_size": 4}
-    return {"example": "smollm2/rounds", "held_out": 64, "methods": ["exact", "rank1", "dropped, 2^-9"],
-            "preferences": pairs | {"max_steps": steps, "eval_steps": min(steps, 100)}}
+    file = str(smollm2.PAIRS.relative_to(study.ROOT))
+    pairs = {"train_dataset": file, "eval_dataset": file, "save_steps": 0, "per_device_train_batch_size": 1,
+             "max_steps": steps, "eval_steps": steps}
+    methods = ["exact", "rank1", "rank1, 2^-9", "dropped, 2^-9"]
+    return {"example": "smollm2/rounds", "pairs_sha256": of, "held_out": 64, "methods": methods, "preferences": pairs}
 
 
 def one_seed(seed: int, settings: dict[str, Any], folder: Path, say: study.Say) -> dict[str, Any]:

@@ -33,6 +33,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fastpref.errors import UserError, first_line
 from fastpref.plan import Problem, plan
+from fastpref.trunk import trunk_of
 
 from .config import TrainConfig
 from .model import enable_checkpointing, with_lora
@@ -416,6 +417,9 @@ def _on_meta(config: Any) -> Any:
             return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation=ATTENTION)
         except ValueError as error:
             raise UserError(f"{config.model_type}: no causal language model ({first_line(error)})") from None
+        except KeyError:
+            what = f"{config.model_type}: it takes no other attention than its own, whose activations are not counted"
+            raise UserError(what) from None
 
 
 # A namespace of its own: fastpref's ops have kernels, this one is shapes only.
@@ -505,7 +509,7 @@ def count(model: Any, ids: Tensor) -> Activations:
     ]
     try:
         with _Live() as live, patch.object(torch, "autocast", _Autocast):
-            hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+            hidden = trunk_of(model)(input_ids=ids, use_cache=False).last_hidden_state
             kept = live.now
             live.most = 0
             hidden.backward(torch.empty_like(hidden))
