@@ -21,7 +21,7 @@ from torch import Tensor
 
 import fastpref as fp
 from fastpref import rows
-from fastpref.arguments import SLOW_DTYPES
+from fastpref.cpu import SLOW_DTYPES
 from fastpref.plan import DEFAULT_BUDGET
 
 from .problem import BETA, ETA, IGNORE, LOSSES, Batch, Shape

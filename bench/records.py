@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 import fastpref
+from fastpref.cpu import cpu_name
 
 from .revision import output_of, revision
 
@@ -223,9 +224,9 @@ def environment(device: torch.device) -> dict[str, object]:
     return {
         "schema": SCHEMA,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "device": torch.cuda.get_device_name(device) if cuda else _cpu_model(),
+        "device": torch.cuda.get_device_name(device) if cuda else cpu_name(),
         "driver": _smi(device, "driver_version") if cuda else None,
-        "cpu": _cpu_model(),
+        "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -276,11 +277,3 @@ def _smi(device: torch.device, field: str) -> str | None:
     which = () if uuid is None else ("-i", f"GPU-{str(uuid).removeprefix('GPU-')}")
     found = output_of("nvidia-smi", *which, f"--query-gpu={field}", "--format=csv,noheader,nounits")
     return found.splitlines()[0].strip() if found else None
-
-
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()

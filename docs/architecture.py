@@ -14,7 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 LAYERS = (  # from the ground up
-    "errors files", "losses plan rows _native", "tail engine workspace arguments ops sharded head trunk modules",
+    "cpu errors files", "losses plan rows _native", "tail engine workspace arguments ops sharded head trunk modules",
     "data attention", "report", "train", "rounds integrations", "__init__ __main__ cli",
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names.split()}

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from .cpu import SLOW_DTYPES
 from .engine import Inputs, Options, fp32_gemms, on_device
 from .losses import Loss, LossFunction, Totals, get_loss
 from .rows import EXTRAS
@@ -114,29 +114,6 @@ def extras_of(argument: str, names: Sequence[str]) -> str:
     return " ".join(name for name in EXTRAS if name in names)
 
 
-def slow_dtypes(cpuinfo: str) -> frozenset[torch.dtype]:
-    """Those in which an x86 CPU multiplies slower than in fp32, by its /proc/cpuinfo.
-
-    256 x 576 x 8192, oneDNN 3.12, one thread of a Xeon without AMX, held to these instructions: fp32 16 ms; bf16 29
-    with AVX512_BF16 (half the rate of a fp32 multiply-add on Intel's), 80 with AVX-512 alone, 190 with AVX2; fp16 16
-    with AVX512_FP16, 190 to 750 without. An AMD EPYC with AVX512_BF16 takes a quarter of fp32's time in bf16, a Xeon
-    with AMX a sixth.
-    """
-    of = {name.strip(): value.split() for name, _, value in (line.partition(":") for line in cpuinfo.splitlines())}
-    flags = set(of.get("flags", ()))  # a field of x86 alone
-    bf16 = {"amx_bf16"} | ({"avx512_bf16"} if of.get("vendor_id") != ["GenuineIntel"] else set())
-    fast = {torch.bfloat16: bf16, torch.float16: {"avx512_fp16", "amx_fp16"}}
-    return frozenset(dtype for dtype, either in fast.items() if flags and not flags & either)
-
-
-def _cpuinfo() -> str:
-    try:
-        return Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
-
-
-SLOW_DTYPES = slow_dtypes(_cpuinfo())
 _LOGITS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 

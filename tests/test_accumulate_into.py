@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import fastpref as fp
-from fastpref import arguments
+from fastpref import arguments, cpu
 
 S, T, H, V = 6, 40, 32, 517
 
@@ -109,4 +109,11 @@ def test_logits_dtype(monkeypatch):
     ("processor\t: 0\nFeatures\t: asimd bf16\n", set()), ("", set()),
 ], ids=["Xeon with AMX", "without", "Zen 4", "Zen 3", "ARM", "no Linux"])
 def test_where_a_cpu_multiplies_slower_than_in_fp32(cpuinfo, slow):
-    assert arguments.slow_dtypes(cpuinfo) == slow
+    assert cpu.slow_dtypes(cpu.cpuinfo(cpuinfo)) == slow
+
+
+def test_a_cpus_name_says_whether_it_has_amx():
+    xeon = "model name\t: Some Xeon\nflags\t\t: avx2 {}\n"
+    names = [cpu.cpu_name(cpu.cpuinfo(xeon.format(flag))) for flag in ("amx_bf16", "")]
+    assert names == ["Some Xeon (AMX)", "Some Xeon (no AMX)"]
+    assert "AMX" not in cpu.cpu_name(cpu.cpuinfo("Features\t: asimd bf16\n"))

@@ -9,6 +9,8 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
+from fastpref.cpu import cpu_name
+
 
 def peak_memory_mib(device: torch.device) -> float:
     """The most this process has held: allocated by torch on a GPU, resident on the CPU (weights, Python and all)."""
@@ -26,15 +28,7 @@ def device_name(device: torch.device) -> str:
     if device.type == "mps":
         return f"Apple GPU of {platform.machine()} (MPS, untested)"
     threads = torch.get_num_threads()
-    return f"{_cpu_model()}, {threads} thread{'s' * (threads != 1)}"
-
-
-def _cpu_model() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+    return f"{cpu_name()}, {threads} thread{'s' * (threads != 1)}"
 
 
 def versions() -> dict[str, str]:
