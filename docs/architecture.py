@@ -86,10 +86,11 @@ def draw() -> str:
     floors = floors_of(graph)
     for level, names in enumerate(floors):
         sizes = [8 * len(f"{name} {lines[name]:,}") + 24 for name in names]
-        x = (width - sum(sizes) - 60 * (len(names) - 1)) / 2 + (30 if level % 2 else -30)
+        gap = min(60.0, (width - sum(sizes) - 80) / max(1, len(names) - 1))
+        x = (width - sum(sizes) - gap * (len(names) - 1)) / 2 + (30 if level % 2 else -30)
         for name, size in zip(names, sizes, strict=True):
             place[name] = (x + size / 2, 20 + level * floor, size)
-            x += size + 60
+            x += size + gap
     body = []
     for a, there in sorted(reduced(graph).items()):
         for b in sorted(there):
