@@ -59,6 +59,12 @@ class Tail:
     needed: Tensor  # columns that reach eps, in the block with most of them; V where the others are not small
     is_worth_it: bool  # False: the exact products are needed, or no dearer
 
+    def most(self, columns_at_once: int) -> int:
+        """Columns of the largest range."""
+        if self.columns_BK is not None:
+            return self.columns_BK.shape[1]
+        return min(columns_at_once, int(self.active_BV.sum(1).amax()))
+
     def ranges(self, b: int, columns_at_once: int) -> Iterator[tuple[int, int, Tensor]]:
         """Ranges of the vocabulary and a block's active columns there, counted from the range's start: at most so many
         at once, where their number follows the data."""
@@ -174,27 +180,32 @@ def multiply(
     kernels, scale_C = rows.tail_kernels(kernels, stash_CV), tail.scale_C
     on_device = tail.columns_BK is not None  # where GEMMs write fp32
     rest_C = torch.zeros_like(scale_C)  # row sums of S over the columns that are not active
-    means_BH, sums_BH = scale_C.new_zeros(2, len(tail.blocks), weight_VH.shape[1])
+    width = weight_VH.shape[1]
+    means_BH, sums_BH = scale_C.new_zeros(2, len(tail.blocks), width)
+    # Of one size for all blocks, in memory that is kept between calls: fresh pages of 17 MB cost 3 ms a time.
+    at_once = tail.most(columns_at_once)
+    space = workspace.empty((tail.blocks[0][1] * at_once,), stash_CV.dtype, stash_CV.device)
+    few = min(at_once, columns_at_once) * width
+    rows_of_w = None if product_CH is None else workspace.empty((few,), weight_VH.dtype, weight_VH.device)
+    products = None
+    if total_VH is not None and scaled_CH is not None:
+        products = workspace.empty((few,), (total_VH if on_device else scaled_CH).dtype, scaled_CH.device)
     add_mm(means_BH, tail.shares_BV.to(stash_CV.dtype), weight_VH, False)
     for b, (start, end) in enumerate(tail.blocks):
         block, block_begun = slice(start, end), begun
         for left, right, columns in tail.ranges(b, columns_at_once):
-            active_CK = workspace.empty((end - start, len(columns)), stash_CV.dtype, stash_CV.device)
+            active_CK = space[: (end - start) * len(columns)].view(end - start, len(columns))
             kernels.split(stash_CV[block, left:right], columns, active_CK, rest_C[block])
             for part_CK, columns_K in zip(active_CK.split(columns_at_once, 1), columns.split(columns_at_once)):
-                if product_CH is not None:
-                    part_KH = workspace.empty((len(columns_K), weight_VH.shape[1]), weight_VH.dtype, weight_VH.device)
+                if product_CH is not None and rows_of_w is not None:
+                    part_KH = rows_of_w[: len(columns_K) * width].view(len(columns_K), width)
                     torch.index_select(weight_VH[left:right], 0, columns_K, out=part_KH)
                     add_mm(product_CH[block], part_CK, part_KH, block_begun)
-                    del part_KH
                     block_begun = True
-                if total_VH is not None and scaled_CH is not None:
-                    dtype = (total_VH if on_device else scaled_CH).dtype
-                    part_KH = workspace.empty((len(columns_K), scaled_CH.shape[1]), dtype, scaled_CH.device)
+                if total_VH is not None and scaled_CH is not None and products is not None:
+                    part_KH = products[: len(columns_K) * width].view(len(columns_K), width)
                     add_mm(part_KH, part_CK.t(), scaled_CH[block], False)
                     kernels.add_rows(total_VH[left:right], part_KH, columns_K)
-                    del part_KH  # each is gone before the next one is made
-            del active_CK, part_CK
         if product_CH is not None:
             product_CH[block].addr_(rest_C[block], means_BH[b])
         if scaled_CH is not None:
