@@ -78,7 +78,7 @@ class TrainConfig:
         " offload: as full, and what a layer starts from waits in host memory", RUN, COMMON)
     use_liger_kernel: bool = key(False, "liger-kernel's RMSNorm, RoPE, SwiGLU; on a GPU, where it knows the model", RUN)
     torch_compile: bool = key(
-        False, "the trunk's layers compiled, each by itself; the first step takes a minute or more", RUN)
+        False, "the trunk's layers compiled, each by itself; the first step takes half a minute or more", RUN)
     packing: bool | None = key(
         None, "Batches without padding, for which the model's attention must be replaced. None: where that is possible",
         RUN)
