@@ -87,6 +87,9 @@ def hidden_and_gradients(model, groups, compiled):
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_layers_are_one_graph_each_for_all_batches(name, checkpointing, kinds, backend):
     """As many graphs as kinds of layers, after the first batch as after the sixth: no recompilation, no break."""
+    # RMSNorm's mean is in fp32 whatever the model, and TorchInductor adds it up in another order: 6e-7 was seen.
+    exact = backend == "aot_eager" or name in ("gpt2", "phi, bias")
+    most, relative = (1e-10, 1e-9) if exact else (3e-6, 3e-6)
     model = make_model(name)
     model.train()
     enable_checkpointing(model, checkpointing)
@@ -95,8 +98,8 @@ def test_layers_are_one_graph_each_for_all_batches(name, checkpointing, kinds, b
     compiled.compile_in_place(layers_of(model, model.base_model), backend)
     for groups, (rows, grads) in zip(GROUPS, expected, strict=True):
         found, found_grads = hidden_and_gradients(model, groups, True)
-        assert float((found - rows).abs().max()) < 1e-10
-        assert all(float((a - b).norm()) <= 1e-9 * float(b.norm()) for a, b in zip(found_grads, grads, strict=True))
+        assert float((found - rows).abs().max()) < most
+        assert all(float((a - b).norm()) <= relative * float(b.norm()) for a, b in zip(found_grads, grads, strict=True))
         assert counters["stats"]["unique_graphs"] == kinds
     assert not counters["graph_break"]
     assert not any("_orig_mod" in key for key in model.state_dict())
