@@ -20,8 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastpref as fp
-from fastpref import rows
-from fastpref.cpu import SLOW_DTYPES
+from fastpref import arguments, rows
 from fastpref.plan import DEFAULT_BUDGET
 
 from .problem import BETA, ETA, IGNORE, LOSSES, Batch, Shape
@@ -81,14 +80,14 @@ def fastpref(
     backend: str | None = None, budget: int | None = None, logits: str | None = None, tail: str = "exact"
 ) -> Implementation:
     """logits: "bf16" for tiles of logits in bf16 where fp32 is the default (CUDA)."""
-    def arguments(batch: Batch) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    def inputs(batch: Batch) -> tuple[Tensor, Tensor, dict[str, Any]]:
         given = dict(softcap=batch.shape.softcap, memory_budget=budget, backend=backend, logits_dtype=logits, tail=tail)
         if batch.shape.prompt_share:
             return batch.hidden, batch.targets, given
         return batch.rows(), batch.scored_targets, given
 
     def run(batch: Batch, loss: str) -> Result:
-        hidden, targets, given = arguments(batch)
+        hidden, targets, given = inputs(batch)
         if not batch.shape.prompt_share:
             given["cu_seqlens"] = list(range(0, batch.shape.rows + 1, batch.shape.scored_length))
         if loss == "kto":
@@ -100,12 +99,12 @@ def fastpref(
         return Result(out.loss, out.logps, active=None if active is None else float(active))
 
     def tokens(batch: Batch) -> Tensor:
-        hidden, targets, given = arguments(batch)
+        hidden, targets, given = inputs(batch)
         return fp.linear_logps(hidden, batch.weight, targets, **given)[targets != IGNORE]
 
     def logits_dtype(dtype: torch.dtype, device: str) -> str:
         name = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
-        return logits or ("fp32" if device == "cuda" or dtype in SLOW_DTYPES else name)
+        return logits or ("fp32" if device == "cuda" or dtype in arguments.SLOW_DTYPES else name)
 
     def schedule(shape: Shape, op: str, loss: str, dtype: torch.dtype, device: str) -> fp.Plan:
         kind, written = fastpref_loss(loss), 4 if logits_dtype(dtype, device) == "fp32" else 2
