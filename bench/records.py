@@ -238,7 +238,7 @@ def environment(device: torch.device) -> dict[str, object]:
 
 
 def slug(name: str, device: torch.device) -> str:
-    """Of a device, for file names: "nvidia-h200", "amd-epyc-2-cores" (threads that compute)."""
+    """Of a device, for file names: "nvidia-h200", "amd-epyc-no-amx-2-cores" (threads that compute)."""
     found = "-".join(re.findall(r"[a-z0-9]+", name.lower()))
     return found if device.type == "cuda" else f"{found}-{torch.get_num_threads()}-cores"
 

@@ -124,7 +124,8 @@ def _dtypes(
     token. A CPU's GEMMs write what they read: fp32 from operands that are widened, where those are the faster ones."""
     takes = [compute, torch.float32] if compute in (torch.bfloat16, torch.float16) else [compute]
     known = [key for key, dtype in _LOGITS.items() if dtype in takes]
-    require(name is None or name in known, "logits_dtype", repr(name), f"None or {' or '.join(known)} for {compute}")
+    takes_names = " or ".join(["None", *known])
+    require(name is None or name in known, "logits_dtype", repr(name), f"{takes_names} for {compute}")
     wide = fp32_gemms(hidden.device)
     slow = hidden.device.type == "cpu" and compute in SLOW_DTYPES
     kept = hidden.dtype == weight.dtype == compute  # else autocast rounds, as was asked for

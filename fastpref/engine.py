@@ -311,7 +311,7 @@ def _add_mm(total: Tensor, a: Tensor, b: Tensor, begun: bool, product: Tensor | 
     """total (+)= a b in the precision of total; by way of `product` where no GEMM does that. b in fewer bits than a is
     widened, some rows at a time."""
     if b.dtype != a.dtype:
-        for start in range(0, b.shape[0], LOGITS_COLS):
+        for start in range(0, max(1, b.shape[0]), LOGITS_COLS):  # a product of no rows writes zeros
             cols = slice(start, start + LOGITS_COLS)
             _add_mm(total, a[:, cols], b[cols].to(a.dtype), begun or start > 0, product)
     elif product is not None:

@@ -97,6 +97,9 @@ def test_logits_dtype(monkeypatch):
         assert torch.equal(fp.linear_logps(hidden.float(), weight.float(), targets), rounded)
     with pytest.raises(ValueError, match="logits_dtype is 'fp16'; it takes None or fp32 or bf16"):
         fp.linear_logps(hidden, weight, targets, logits_dtype="fp16")
+    wide64 = [x.detach().double() for x in (hidden, weight)]
+    with pytest.raises(ValueError, match="logits_dtype is 'fp32'; it takes None for torch.float64"):
+        fp.linear_logps(*wide64, targets, logits_dtype="fp32")
     with pytest.raises(ValueError, match="logits_dtype is 'fp8'"):
         fp.linear_preference_loss(hidden, weight, targets, loss="sft", logits_dtype="fp8")
 

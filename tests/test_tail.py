@@ -245,6 +245,27 @@ def test_every_scheme_against_fp64(plans, scheme, options, dtype, products):
     assert w.grad is None or (w.grad.abs().amax(1) > 0).all()
 
 
+@pytest.mark.parametrize(("dtype", "products"), [(torch.float32, None), (torch.bfloat16, "fp32")],
+                         ids=["fp32", "widened"])
+def test_a_block_without_an_active_column(dtype, products):
+    """Rows so sure that nothing of them reaches eps, beside a block of others. What is not written is NaN."""
+    sure, (hidden, weight, targets, _) = 1024, problem("real", dtype, sequences=4, rows=256)
+    weight[0] = 1.0
+    # a logit of 80, where the others are near 0
+    hidden = torch.cat((torch.ones(sure, hidden.shape[1], dtype=dtype), hidden))
+    targets = torch.cat((torch.zeros(sure, dtype=torch.int64), targets))
+    inputs = hidden, weight, targets, [0, 512, 1024, 1536, 2048]
+    torch.use_deterministic_algorithms(True)
+    try:
+        _, dx, dw = gradients(*inputs, loss=fp.DPO(1e-4), logits_dtype=products)
+        ours, dx1, dw1 = gradients(*inputs, loss=fp.DPO(1e-4), tail="rank1", tail_eps=2.0**-10,
+                                    logits_dtype=products)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert 0 < ours.metrics["tail/active"] < 0.5
+    assert far(dx1, dx) < 6e-3 and far(dw1, dw) < 6e-3
+
+
 @pytest.fixture
 def on_a_gpu(monkeypatch):
     """What a GPU does, on the CPU: the number of active columns is settled before the call."""

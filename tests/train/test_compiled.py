@@ -4,6 +4,7 @@ The quick tests take the compiler's front (aot_eager), which makes the graphs; T
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from families import make_model
+from families import CONFIGS, make_model
 from safetensors.torch import load_file
 from test_ranks import assert_same_run, assert_same_values
 from tiny import make, make_pairs, make_tokenizer, read_metrics, write_rows
@@ -187,3 +188,17 @@ def test_what_cannot_be_compiled_is_refused_before_weights_are_loaded(world, tmp
     with pytest.raises(UserError, match="torch_compile: the layers of MixtralForCausalLM cannot be compiled"):
         dry_run(config, display=quiet)
     assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bloom, no position ids"])
+def test_layers_are_tried_on_the_meta_device_whatever_is_looked_at_beside_them(name, world, tmp_path, caplog):
+    """transformers looks at GPT-2's ids for padding, and at masks, where nothing traces it."""
+    settings = copy.deepcopy(CONFIGS[name])
+    settings.vocab_size, settings.pad_token_id = 300, 0
+    settings.save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    config = make(world, tmp_path / "run", torch_compile=True, model_name_or_path=str(tmp_path / "model"),
+                  init_from_config=True, packing=None)
+    with caplog.at_level(logging.DEBUG, "fastpref.train.compiled"):
+        compiled.check_compiles(config, make_tokenizer())
+    assert "not tried" not in caplog.text and counters["stats"]["unique_graphs"] > 0
